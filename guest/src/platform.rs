@@ -1,0 +1,165 @@
+//! What the allocator and the mermap need of the machine below them.
+//!
+//! The same allocator runs on bare metal and in an ordinary process; everything that differs is
+//! behind [`Platform`]. Addresses that reach it are guest addresses: no Rust object lives there,
+//! and the platform refuses an address outside the memory that programs may touch.
+
+use lacuna_abi::addr::{FrameRange, Gpa, Gva};
+use lacuna_abi::event::{EntryWrite, Flush, Life};
+use lacuna_abi::gate::{OpKind, Status};
+use lacuna_abi::paging::Entry;
+
+/// A set of CPUs, one bit each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CpuSet(pub u8);
+
+impl CpuSet {
+    /// No CPU.
+    pub const NONE: Self = Self(0);
+
+    /// The first `cpus` CPUs.
+    #[must_use]
+    pub const fn first(cpus: usize) -> Self {
+        if cpus >= 8 { Self(u8::MAX) } else { Self((1 << cpus) - 1) }
+    }
+
+    /// This CPU alone.
+    #[must_use]
+    pub const fn only(cpu: usize) -> Self {
+        Self(1 << cpu)
+    }
+
+    /// Whether the set holds no CPU.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether the set holds `cpu`.
+    #[must_use]
+    pub const fn contains(self, cpu: usize) -> bool {
+        self.0 & (1 << cpu) != 0
+    }
+
+    /// The CPUs that are in either set.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// An address space: a root and the identifier that its translations are cached under.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AddressSpace {
+    /// Physical address of the root table.
+    pub root: Gpa,
+    /// Process-context identifier, 0 while CR4.PCIDE is clear.
+    pub pcid: u16,
+}
+
+/// The host refused a gate call.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct GateError {
+    /// Why.
+    pub status: Status,
+    /// Which operation of the list, from 0.
+    pub index: u32,
+}
+
+/// The machine below the allocator.
+///
+/// Every method that changes what a CPU may cache, or what the tables say, also records it: the
+/// host judges the guest by these records.
+pub trait Platform {
+    /// Number of the CPU that runs this. Meaningful while interrupts are off, or where tasks do
+    /// not migrate.
+    fn cpu(&self) -> usize;
+
+    /// Number of CPUs.
+    fn cpus(&self) -> usize;
+
+    /// The address space that this CPU runs in.
+    fn space(&self) -> AddressSpace;
+
+    /// Turns interrupts off; says whether they were on.
+    fn interrupts_off(&self) -> bool;
+
+    /// Turns interrupts on again if they were on.
+    fn interrupts_restore(&self, were_on: bool);
+
+    /// The entry at `at`, in the table pool.
+    fn read_entry(&self, at: Gpa) -> Entry;
+
+    /// Writes a run of entries of one table, the first at `at`, each by one aligned 64-bit store,
+    /// and records it. The platform fills in [`EntryWrite::grant`].
+    fn write_entries(&self, at: Gpa, write: &EntryWrite);
+
+    /// Records, then executes a local invalidation.
+    fn flush(&self, flush: Flush);
+
+    /// Has every CPU of the set, this one included if it is in it, carry out `flush`, and returns
+    /// when all of them have. Not from under the zone lock.
+    fn shootdown(&self, flush: Flush, cpus: CpuSet);
+
+    /// Makes one gate call with these operations.
+    ///
+    /// # Errors
+    /// [`GateError`] names the first operation that the host refused; those before it are done.
+    fn gate(&self, ops: &[(OpKind, FrameRange)]) -> Result<(), GateError>;
+
+    /// Records a step in the life of frames.
+    fn life(&self, life: Life, frames: FrameRange);
+
+    /// Fills `bytes` from `va`, both multiples of 8, with zeroes.
+    fn zero(&self, va: Gva, bytes: u64);
+
+    /// Copies `bytes` from `from` to `to`, which do not overlap.
+    fn copy(&self, to: Gva, from: Gva, bytes: u64);
+
+    /// The word at `va`, a multiple of 8.
+    fn load(&self, va: Gva) -> u64;
+
+    /// Stores a word at `va`, a multiple of 8.
+    fn store(&self, va: Gva, value: u64);
+
+    /// Whether this fault is planted.
+    #[cfg(feature = "faults")]
+    fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool;
+}
+
+/// Whether `fault` is planted on `platform`; without the feature `faults` the question is not in
+/// the image.
+#[cfg(feature = "faults")]
+macro_rules! planted {
+    ($platform:expr, $fault:ident) => {
+        $crate::platform::Platform::planted($platform, lacuna_abi::fault::Fault::$fault)
+    };
+}
+#[cfg(not(feature = "faults"))]
+macro_rules! planted {
+    ($platform:expr, $fault:ident) => {{
+        let _ = &$platform;
+        false
+    }};
+}
+pub(crate) use planted;
+
+/// Interrupts are off while this lives.
+#[must_use = "interrupts are on again when this is dropped"]
+pub struct InterruptsOff<'p, P: Platform> {
+    platform: &'p P,
+    were_on: bool,
+}
+
+impl<'p, P: Platform> InterruptsOff<'p, P> {
+    /// Turns interrupts off.
+    pub fn new(platform: &'p P) -> Self {
+        Self { platform, were_on: platform.interrupts_off() }
+    }
+}
+
+impl<P: Platform> Drop for InterruptsOff<'_, P> {
+    fn drop(&mut self) {
+        self.platform.interrupts_restore(self.were_on);
+    }
+}
