@@ -8,4 +8,23 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod alloc;
+mod counters;
+mod flip;
+pub mod freetype;
+pub mod handle;
+mod lock;
+pub mod mapped;
+pub mod mermap;
+pub mod meta;
 pub mod platform;
+pub mod programs;
+pub mod secret;
+mod space;
+mod zeroing;
+mod zone;
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

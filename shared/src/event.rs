@@ -190,6 +190,8 @@ pub enum HostAct {
     Released,
     /// A quiesce point was judged.
     Quiesced,
+    /// An open was refused; its number had been taken.
+    Refused,
 }
 
 /// One event with its number and the CPU that it happened on.

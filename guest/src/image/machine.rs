@@ -1,0 +1,133 @@
+//! The platform on bare metal: real tables, real invalidations, gate calls.
+
+use crate::{cpu, gate, memory, ring, shared};
+use core::fmt;
+use core::sync::atomic::Ordering::Relaxed;
+use lacuna_abi::addr::{FrameRange, Gpa, Gva};
+use lacuna_abi::boot::BootInfo;
+use lacuna_abi::counter::Counters;
+use lacuna_abi::event::{EntryWrite, Event, Flush, Life};
+use lacuna_abi::gate::{Call, OpKind};
+use lacuna_abi::layout::Region;
+use lacuna_abi::paging::Entry;
+use lacuna_guest::platform::{AddressSpace, CpuSet, GateError, Platform};
+use lacuna_guest::programs::Services;
+
+/// The machine that the image runs on.
+pub(crate) struct Machine {
+    cpus: usize,
+    pool: Region,
+    #[cfg(feature = "faults")]
+    faults: u64,
+}
+
+impl Machine {
+    /// The machine that `info` describes.
+    pub(crate) fn new(info: &BootInfo) -> Self {
+        let layout = info.layout();
+        Self {
+            cpus: layout.cpus,
+            pool: layout.pool,
+            #[cfg(feature = "faults")]
+            faults: info.faults,
+        }
+    }
+
+    /// Adds what the machine counts to the allocator's counters.
+    pub(crate) fn add_counters(&self, counters: &mut Counters) {
+        gate::add_counters(counters);
+    }
+}
+
+impl Platform for Machine {
+    fn cpu(&self) -> usize {
+        cpu::number()
+    }
+
+    fn cpus(&self) -> usize {
+        self.cpus
+    }
+
+    fn space(&self) -> AddressSpace {
+        AddressSpace { root: Gpa(cpu::root() & Entry::ADDRESS), pcid: 0 }
+    }
+
+    fn interrupts_off(&self) -> bool {
+        cpu::interrupts_off()
+    }
+
+    fn interrupts_restore(&self, were_on: bool) {
+        if were_on {
+            cpu::interrupts_on();
+        }
+    }
+
+    fn read_entry(&self, at: Gpa) -> Entry {
+        memory::read_entry(self.pool.gpa, self.pool.len, at)
+    }
+
+    fn write_entries(&self, at: Gpa, write: &EntryWrite) {
+        ring::write_entries(&self.pool, at, write);
+    }
+
+    fn flush(&self, flush: Flush) {
+        ring::flush(flush);
+    }
+
+    fn shootdown(&self, flush: Flush, cpus: CpuSet) {
+        // The VMM starts one CPU; a set that names another cannot be served.
+        assert!(cpus.0 & !1 == 0, "a shootdown for CPUs {:#b}, but only CPU 0 runs", cpus.0);
+        if cpus.contains(0) {
+            self.flush(flush);
+        }
+    }
+
+    fn gate(&self, ops: &[(OpKind, FrameRange)]) -> Result<(), GateError> {
+        gate::operations(ops)
+    }
+
+    fn life(&self, life: Life, frames: FrameRange) {
+        ring::record(Event::Life(life, frames));
+    }
+
+    fn zero(&self, va: Gva, bytes: u64) {
+        memory::zero(va, bytes);
+    }
+
+    fn copy(&self, to: Gva, from: Gva, bytes: u64) {
+        memory::copy(to, from, bytes);
+    }
+
+    fn load(&self, va: Gva) -> u64 {
+        memory::load(va)
+    }
+
+    fn store(&self, va: Gva, value: u64) {
+        memory::store(va, value);
+    }
+
+    #[cfg(feature = "faults")]
+    fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool {
+        self.faults & fault.bit() != 0
+    }
+}
+
+impl Services for Machine {
+    fn log(&self, text: fmt::Arguments<'_>) {
+        gate::log(text);
+    }
+
+    fn progress(&self, done: u64) {
+        shared::sequence()[1 + cpu::number()].store(done, Relaxed);
+    }
+
+    fn input_done(&self) {
+        if let Err(error) = gate::call(Call::InputDone) {
+            panic!("the host refused to wipe the input: {error:?}");
+        }
+    }
+
+    fn checkpoint(&self) {
+        crate::checkpoint();
+    }
+}

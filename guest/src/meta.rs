@@ -1,0 +1,334 @@
+//! Metadata: 16 bytes a page, 128 bytes a pageblock. All zero is the valid state of memory that
+//! never entered the free lists, so nothing has to be written at boot.
+//!
+//! The fields are atomics because several CPUs share them; what orders accesses is the zone lock
+//! or the ownership of the pages, so relaxed accesses do, and those are plain moves on x86.
+
+use crate::freetype::Freetype;
+use core::mem::size_of;
+use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
+use lacuna_abi::MAX_CPUS;
+use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_ORDER, FrameRange, Gfn};
+use lacuna_abi::layout::{BLOCK_META_BYTES, Layout, PAGE_META_BYTES};
+
+/// Largest order of an allocation.
+pub const MAX_ORDER: u8 = 10;
+
+/// 2^order pages, the first with this index in the zone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Chunk {
+    pub(crate) index: u32,
+    pub(crate) order: u8,
+}
+
+impl Chunk {
+    /// Number of pages.
+    pub(crate) const fn pages(self) -> u32 {
+        1 << self.order
+    }
+}
+
+/// What the record of a page says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum State {
+    /// No head: never entered, inside a larger chunk, or on the way from one list to another.
+    Plain = 0,
+    /// First page of a chunk on a free list.
+    Free = 1,
+    /// First page of an allocation.
+    Allocated = 2,
+    /// First page of a chunk that is never handed out again: the host did not close it.
+    Withheld = 3,
+}
+
+/// Metadata of one page. Only the record of a chunk's first page says anything.
+#[derive(Debug, Default)]
+#[repr(C)]
+pub struct PageMeta {
+    /// Neighbours on the free list, as index plus one; 0 for none.
+    next: AtomicU32,
+    prev: AtomicU32,
+    /// Counts hand-outs and resolved handles, so that an old handle is told from a new one.
+    generation: AtomicU32,
+    state: AtomicU8,
+    order: AtomicU8,
+    freetype: AtomicU8,
+    unsealed: AtomicU8,
+}
+
+const _: () = assert!(size_of::<PageMeta>() as u64 == PAGE_META_BYTES);
+
+impl PageMeta {
+    /// Links to the neighbours on a free list.
+    pub(crate) fn links(&self) -> (Option<u32>, Option<u32>) {
+        (self.prev.load(Relaxed).checked_sub(1), self.next.load(Relaxed).checked_sub(1))
+    }
+
+    pub(crate) fn set_next(&self, next: Option<u32>) {
+        self.next.store(next.map_or(0, |index| index + 1), Relaxed);
+    }
+
+    pub(crate) fn set_prev(&self, prev: Option<u32>) {
+        self.prev.store(prev.map_or(0, |index| index + 1), Relaxed);
+    }
+
+    /// Whether this is the head of a chunk of `order` in `state`.
+    pub(crate) fn is_head(&self, state: State, order: u8) -> bool {
+        self.state.load(Relaxed) == state as u8 && self.order.load(Relaxed) == order
+    }
+
+    pub(crate) fn set_head(&self, state: State, order: u8) {
+        self.order.store(order, Relaxed);
+        self.state.store(state as u8, Relaxed);
+    }
+
+    /// Makes this the head of an allocation.
+    pub(crate) fn hand_out(&self, order: u8, freetype: Freetype) {
+        self.set_head(State::Allocated, order);
+        // A freetype's index is below FREETYPES, 6.
+        self.freetype.store(freetype.index() as u8, Relaxed);
+        self.generation.store(self.generation.load(Relaxed).wrapping_add(1), Relaxed);
+    }
+
+    /// Order and freetype of the allocation that this is the head of.
+    pub(crate) fn allocation(&self) -> Option<(u8, Freetype)> {
+        if self.state.load(Relaxed) != State::Allocated as u8 {
+            return None;
+        }
+        let freetype = Freetype::from_index(usize::from(self.freetype.load(Relaxed)))?;
+        Some((self.order.load(Relaxed), freetype))
+    }
+
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation.load(Relaxed)
+    }
+
+    /// Moves on from `generation`; whether it was still the current one.
+    pub(crate) fn next_generation(&self, generation: u32) -> bool {
+        let next = generation.wrapping_add(1);
+        self.generation.compare_exchange(generation, next, Relaxed, Relaxed).is_ok()
+    }
+
+    /// The host refused to close pages of this allocation.
+    pub(crate) fn set_unsealed(&self) {
+        self.unsealed.store(1, Relaxed);
+    }
+
+    pub(crate) fn is_unsealed(&self) -> bool {
+        self.unsealed.load(Relaxed) != 0
+    }
+}
+
+const ZERO_WORDS: usize = BLOCK_FRAMES as usize / 64;
+
+/// Metadata of one pageblock.
+#[derive(Debug, Default)]
+#[repr(C, align(64))]
+pub struct BlockMeta {
+    /// One bit a page: its contents are known to be zero. Clear on the mapped side. Pages of one block may belong to several
+    /// CPUs, so that these words alone are changed by read-modify-write.
+    zero: [AtomicU64; ZERO_WORDS],
+    /// For each CPU, the generation of its window when it last lay over this block; 0 for never.
+    windows: [AtomicU32; MAX_CPUS],
+    freetype: AtomicU32,
+}
+
+const _: () = assert!(size_of::<BlockMeta>() as u64 == BLOCK_META_BYTES);
+
+impl BlockMeta {
+    /// The freetype of the block's pages.
+    pub(crate) fn freetype(&self) -> Freetype {
+        let index = self.freetype.load(Relaxed) as usize;
+        Freetype::from_index(index).unwrap_or_else(|| panic!("no pageblock has freetype {index}"))
+    }
+
+    pub(crate) fn set_freetype(&self, freetype: Freetype) {
+        self.freetype.store(freetype.index() as u32, Relaxed);
+    }
+
+    /// Says that the pages from `first` are known to be zero, or not any more.
+    pub(crate) fn set_zero(&self, first: u64, count: u64, zero: bool) {
+        let mut next = first;
+        let end = first + count;
+        while next < end {
+            let stop = end.min((next | 63) + 1);
+            let mask = (u64::MAX >> (64 - (stop - next))) << (next % 64);
+            let word = &self.zero[(next / 64) as usize];
+            if zero {
+                word.fetch_or(mask, Relaxed);
+            } else {
+                word.fetch_and(!mask, Relaxed);
+            }
+            next = stop;
+        }
+    }
+
+    /// The first run of pages in `from..end` that are not known to be zero, as first and end.
+    pub(crate) fn unknown_run(&self, from: u64, end: u64) -> Option<(u64, u64)> {
+        let first = self.next_page(from, end, false)?;
+        Some((first, self.next_page(first, end, true).unwrap_or(end)))
+    }
+
+    /// The first page in `from..end` whose bit is `zero`, a word at a time.
+    fn next_page(&self, from: u64, end: u64, zero: bool) -> Option<u64> {
+        let mut next = from;
+        while next < end {
+            let word = self.zero[(next / 64) as usize].load(Relaxed);
+            let wanted = if zero { word } else { !word } & (u64::MAX << (next % 64));
+            if wanted != 0 {
+                let page = (next & !63) + u64::from(wanted.trailing_zeros());
+                return (page < end).then_some(page);
+            }
+            next = (next | 63) + 1;
+        }
+        None
+    }
+
+    /// A window of `cpu`, in this generation, lies over the block.
+    pub(crate) fn set_window(&self, cpu: usize, generation: u32) {
+        self.windows[cpu].store(generation, Relaxed);
+    }
+
+    /// Generation of `cpu`'s window when it last lay over the block; 0 for never.
+    pub(crate) fn window(&self, cpu: usize) -> u32 {
+        self.windows[cpu].load(Relaxed)
+    }
+}
+
+/// The zone's metadata.
+#[derive(Clone, Copy, Debug)]
+pub struct MemMap<'a> {
+    pages: &'a [PageMeta],
+    blocks: &'a [BlockMeta],
+    zone: FrameRange,
+}
+
+impl<'a> MemMap<'a> {
+    /// The metadata of the zone of `layout`: one record a page, one a pageblock.
+    ///
+    /// # Panics
+    /// If the number of records does not fit the zone, or the zone starts where an order-10 chunk
+    /// cannot.
+    #[must_use]
+    pub fn new(pages: &'a [PageMeta], blocks: &'a [BlockMeta], layout: &Layout) -> Self {
+        let zone = layout.zone_frames();
+        assert_eq!(pages.len() as u64, zone.count(), "page records");
+        assert_eq!(blocks.len() as u64, layout.zone_blocks(), "pageblock records");
+        assert!(zone.start().0.is_multiple_of(1 << MAX_ORDER), "the zone starts at {zone}");
+        assert!(u32::try_from(zone.count()).is_ok_and(|n| n < u32::MAX), "the zone is too large");
+        Self { pages, blocks, zone }
+    }
+
+    /// The zone.
+    #[must_use]
+    pub const fn zone(&self) -> FrameRange {
+        self.zone
+    }
+
+    /// Number of pages in the zone; [`MemMap::new`] has checked that it fits.
+    pub(crate) const fn len(&self) -> u32 {
+        self.zone.count() as u32
+    }
+
+    /// The record of a page; `None` outside the zone.
+    pub(crate) fn get(&self, index: u32) -> Option<&'a PageMeta> {
+        self.pages.get(index as usize)
+    }
+
+    /// The record of a page of the zone.
+    pub(crate) fn page(&self, index: u32) -> &'a PageMeta {
+        &self.pages[index as usize]
+    }
+
+    /// The record of the pageblock that holds a page of the zone.
+    pub(crate) fn block_at(&self, index: u32) -> &'a BlockMeta {
+        &self.blocks[(index >> BLOCK_ORDER) as usize]
+    }
+
+    /// The records of the pageblocks of a chunk, one at least.
+    pub(crate) fn blocks_of(&self, chunk: Chunk) -> &'a [BlockMeta] {
+        let first = (chunk.index >> BLOCK_ORDER) as usize;
+        let count = (chunk.pages() >> BLOCK_ORDER).max(1) as usize;
+        &self.blocks[first..first + count]
+    }
+
+    /// The frames of a chunk of the zone.
+    pub(crate) fn frames(&self, chunk: Chunk) -> FrameRange {
+        let start = Gfn(self.zone.start().0 + u64::from(chunk.index));
+        FrameRange::new(start, u64::from(chunk.pages()))
+            .unwrap_or_else(|| panic!("no frames have index {:#x}", chunk.index))
+    }
+
+    /// The pageblock of a run of frames that lies within one, and the run's first page in it.
+    pub(crate) fn part(&self, part: FrameRange) -> (&'a BlockMeta, u64) {
+        let index = part.start().0 - self.zone.start().0;
+        (&self.blocks[(index / BLOCK_FRAMES) as usize], index % BLOCK_FRAMES)
+    }
+
+    /// Says for these frames of the zone that they are known to be zero, or not any more.
+    pub(crate) fn set_zero(&self, frames: FrameRange, zero: bool) {
+        for part in frames.by_block() {
+            let (block, first) = self.part(part);
+            block.set_zero(first, part.count(), zero);
+        }
+    }
+
+    /// Whether all of these frames of the zone are known to be zero.
+    pub(crate) fn is_zero(&self, frames: FrameRange) -> bool {
+        frames.by_block().all(|part| {
+            let (block, first) = self.part(part);
+            block.unknown_run(first, first + part.count()).is_none()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::vec::Vec;
+
+    proptest! {
+        #[test]
+        fn the_bitmap_agrees_with_one_flag_a_page(
+            changes in prop::collection::vec((0u64..512, 1u64..=512, any::<bool>()), 0..12),
+            from in 0u64..512, length in 0u64..=512,
+        ) {
+            let block = BlockMeta::default();
+            let mut model = [false; 512];
+            for (first, count, zero) in changes {
+                let count = count.min(512 - first);
+                block.set_zero(first, count, zero);
+                model[first as usize..(first + count) as usize].fill(zero);
+            }
+            let end = (from + length).min(512);
+            let mut runs = Vec::new();
+            let mut next = from;
+            while let Some((first, stop)) = block.unknown_run(next, end) {
+                prop_assert!(first >= next && stop > first && stop <= end);
+                runs.extend(first..stop);
+                next = stop;
+            }
+            let expected: Vec<_> = (from..end).filter(|page| !model[*page as usize]).collect();
+            prop_assert_eq!(runs, expected);
+        }
+    }
+
+    #[test]
+    fn a_generation_is_left_once() {
+        let page = PageMeta::default();
+        assert!(page.next_generation(0));
+        assert!(!page.next_generation(0));
+        assert_eq!(page.generation(), 1);
+    }
+
+    #[test]
+    fn zeroed_metadata_is_no_head_and_has_no_links() {
+        let page = PageMeta::default();
+        assert!(page.is_head(State::Plain, 0));
+        assert_eq!((page.links(), page.allocation()), ((None, None), None));
+        assert_eq!(BlockMeta::default().unknown_run(0, 512), Some((0, 512)));
+    }
+}

@@ -1,0 +1,42 @@
+//! The tables of the address space, as far as this crate writes to them: runs of leaf entries.
+
+use crate::platform::Platform;
+use lacuna_abi::addr::{Gpa, Gva};
+use lacuna_abi::event::EntryWrite;
+use lacuna_abi::layout::Region;
+use lacuna_abi::paging::{Entry, Level};
+use lacuna_abi::walk::{self, NoLeaf};
+
+/// Consecutive entries of one table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run {
+    /// Place of the first entry.
+    pub(crate) at: Gpa,
+    /// First address that the first entry spans.
+    pub(crate) va: Gva,
+    pub(crate) level: Level,
+    pub(crate) count: u32,
+}
+
+/// Place of the entry of `level` for `va`: the walk from this CPU's root through the table pool.
+///
+/// # Errors
+/// [`NoLeaf`] if the path ends above `level`.
+pub(crate) fn locate<P: Platform>(
+    platform: &P,
+    pool: &Region,
+    va: Gva,
+    level: Level,
+) -> Result<Gpa, NoLeaf> {
+    let read = |at| pool.contains(at).then(|| platform.read_entry(at));
+    walk::locate(&read, platform.space().root, va, level)
+}
+
+/// Writes a run of entries: from `old` to `new`, counted on as `Entry::nth_of_run` does.
+pub(crate) fn write<P: Platform>(platform: &P, run: Run, old: Entry, new: Entry) {
+    let space = platform.space();
+    let Run { at, va, level, count } = run;
+    let write =
+        EntryWrite { root: space.root, pcid: space.pcid, va, level, count, old, new, grant: 0 };
+    platform.write_entries(at, &write);
+}

@@ -1,0 +1,105 @@
+//! Every planted slip really happens in a normal replay, and is of the kind that its rule names.
+
+use crate::programs::{ProgramError, replay};
+use crate::testing::{Mock, Random};
+use lacuna_abi::fault::Fault;
+use lacuna_abi::workload::{ReplayAction, ReplayOp};
+use std::string::String;
+use std::vec::Vec;
+
+const SLOTS: u64 = 16;
+
+/// Replays with this fault planted; says what the program and what the machine's host found.
+fn replay(fault: Option<Fault>) -> (Option<ProgramError>, Vec<String>) {
+    let mock = Mock::new(16, 1);
+    mock.stop_recording();
+    if let Some(fault) = fault {
+        mock.plant(fault);
+    }
+    let mut random = Random(3);
+    let mut filled = [false; SLOTS as usize];
+    let ops: Vec<_> = (0..2000)
+        .map(|_| {
+            let slot = random.below(SLOTS) as usize;
+            filled[slot] = !filled[slot];
+            let action = if filled[slot] {
+                let order = [0, 1, 2, 9][random.below(4) as usize];
+                let (zero, secret) = (random.below(2) == 0, random.below(2) == 0);
+                ReplayAction::Alloc { order, migratetype: 0, zero, noblock: false, secret }
+            } else {
+                ReplayAction::Free
+            };
+            ReplayOp { cpu: 0, slot: slot as u32, action }
+        })
+        .collect();
+    mock.state().input = ops.iter().flat_map(ReplayOp::to_words).collect();
+    let error = replay::run(&mock.allocator(), &mock, &mock, ops.len() as u64, SLOTS).err();
+    (error, mock.violations())
+}
+
+#[test]
+fn without_a_fault_the_replay_is_clean() {
+    let (error, violations) = replay(None);
+    assert_eq!((error, violations), (None, Vec::new()));
+}
+
+fn is_found(fault: Fault) -> Option<ProgramError> {
+    let (error, violations) = replay(Some(fault));
+    let found = violations.iter().any(|violation| violation.starts_with(fault.rule()));
+    assert!(found, "{} is not found: {violations:?}", fault.name());
+    error
+}
+
+#[test]
+fn flushes_that_are_missing_too_weak_or_too_early_leave_the_direct_map_stale() {
+    for fault in [Fault::SkipFlipFlush, Fault::Cr3FlipFlush, Fault::FlushBeforeUnmap] {
+        assert_eq!(is_found(fault), None);
+    }
+}
+
+#[test]
+fn an_entry_that_is_not_cleared_is_an_alias() {
+    assert_eq!(is_found(Fault::LeaveDirectMapAlias), None);
+}
+
+#[test]
+fn a_global_window_is_one() {
+    assert_eq!(is_found(Fault::GlobalWindow), None);
+}
+
+#[test]
+fn a_window_that_wraps_without_a_flush_is_stale() {
+    assert_eq!(is_found(Fault::SkipWindowFlush), None);
+}
+
+#[test]
+fn a_release_without_a_window_flush_is_stale() {
+    assert_eq!(is_found(Fault::FreeBeforeWindowFlush), None);
+}
+
+#[test]
+fn a_block_that_is_not_sealed_is_open_in_the_pool() {
+    // It cannot be released either: the host says that it is still open.
+    assert!(matches!(
+        is_found(Fault::SkipSeal),
+        Some(ProgramError::Use(_) | ProgramError::Alloc { .. })
+    ));
+}
+
+#[test]
+fn pages_that_are_not_zeroed_are_residue() {
+    assert!(matches!(is_found(Fault::SkipZero), Some(ProgramError::NotZero { .. })));
+}
+
+#[test]
+fn pages_that_are_not_scrubbed_are_residue_when_they_are_released() {
+    let (error, violations) = replay(Some(Fault::SkipScrubOnRemap));
+    assert_eq!(error, None);
+    assert!(!violations.is_empty());
+    assert!(violations.iter().all(|v| v.starts_with("residue: released")), "{violations:?}");
+}
+
+#[test]
+fn every_fault_that_can_be_planted_is_tried_here() {
+    assert_eq!(Fault::ALL.len(), 10);
+}

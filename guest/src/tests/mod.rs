@@ -1,0 +1,11 @@
+//! Tests of the allocator, the mermap and the programs on the test machine.
+
+#[cfg(feature = "faults")]
+mod faults;
+mod flip;
+mod mermap;
+mod model;
+mod page_alloc;
+mod programs;
+mod secret;
+mod zeroing;

@@ -1,0 +1,114 @@
+//! The guest image holds only instructions that every KVM can run in ring 0.
+//!
+//! Where ring 0 is interpreted, KVM's emulator knows few SIMD instructions and leaves out some
+//! others; an image that contains one would fail there and nowhere else.
+
+use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic};
+use lacuna::image::{Image, ORDINARY, WITH_FAULTS};
+
+/// Instructions beyond the feature sets below that KVM's emulator lacks.
+const FORBIDDEN: [Mnemonic; 13] = [
+    Mnemonic::Int,
+    Mnemonic::Int1,
+    Mnemonic::Int3,
+    Mnemonic::Into,
+    Mnemonic::Popcnt,
+    Mnemonic::Rdtscp,
+    Mnemonic::Rdpid,
+    Mnemonic::Cmpxchg16b,
+    Mnemonic::Xgetbv,
+    Mnemonic::Invpcid,
+    Mnemonic::Syscall,
+    Mnemonic::Fxsave,
+    Mnemonic::Fxrstor,
+];
+
+/// Whether an instruction must not occur: x87, MMX, SSE, AVX and what builds on them, and the list.
+fn is_forbidden(instruction: &Instruction) -> bool {
+    let simd = |feature: &CpuidFeature| {
+        let name = format!("{feature:?}");
+        ["FPU", "MMX", "SSE", "AVX", "AES", "SHA", "PCLMUL", "VPCLMUL", "GFNI", "D3NOW", "XSAVE"]
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
+    };
+    instruction.is_invalid()
+        || FORBIDDEN.contains(&instruction.mnemonic())
+        || instruction.cpuid_features().iter().any(simd)
+}
+
+fn decode(code: &[u8], start: u64) -> Vec<Instruction> {
+    Decoder::with_ip(64, code, start, DecoderOptions::NONE).into_iter().collect()
+}
+
+fn check(file: &[u8]) {
+    let image = Image::parse(file).unwrap();
+    let (mut functions, mut instructions) = (0, 0);
+    for (start, code, name) in image.functions() {
+        functions += 1;
+        for instruction in decode(code, start) {
+            instructions += 1;
+            assert!(
+                !is_forbidden(&instruction),
+                "{name} holds `{instruction}` at {:#x}",
+                instruction.ip()
+            );
+        }
+    }
+    // An image without symbols would pass unseen.
+    assert!(functions > 20 && instructions > 2000, "{functions} functions, {instructions}");
+}
+
+#[test]
+fn the_ordinary_image_holds_no_forbidden_instruction() {
+    check(ORDINARY);
+}
+
+#[test]
+fn the_image_with_faults_holds_no_forbidden_instruction() {
+    check(WITH_FAULTS);
+}
+
+#[test]
+fn forbidden_instructions_are_recognised() {
+    let forbidden: [(&str, &[u8]); 12] = [
+        ("pxor xmm0, xmm0", &[0x66, 0x0f, 0xef, 0xc0]),
+        ("xorps xmm0, xmm0", &[0x0f, 0x57, 0xc0]),
+        ("movups xmm0, [rax]", &[0x0f, 0x10, 0x00]),
+        ("fld1", &[0xd9, 0xe8]),
+        ("emms", &[0x0f, 0x77]),
+        ("pand mm0, mm1", &[0x0f, 0xdb, 0xc1]),
+        ("vzeroupper", &[0xc5, 0xf8, 0x77]),
+        ("int3", &[0xcc]),
+        ("int 0x80", &[0xcd, 0x80]),
+        ("popcnt eax, eax", &[0xf3, 0x0f, 0xb8, 0xc0]),
+        ("rdtscp", &[0x0f, 0x01, 0xf9]),
+        ("cmpxchg16b [rax]", &[0x48, 0x0f, 0xc7, 0x08]),
+    ];
+    for (name, code) in forbidden {
+        let decoded = decode(code, 0);
+        assert!(decoded.iter().any(is_forbidden), "{name} passed as {decoded:?}");
+    }
+}
+
+#[test]
+fn ordinary_instructions_are_not_forbidden() {
+    let ordinary: [&[u8]; 5] = [
+        &[0x48, 0x89, 0xc8],             // mov rax, rcx
+        &[0xf3, 0x48, 0xab],             // rep stosq
+        &[0xf0, 0x48, 0x0f, 0xc1, 0x08], // lock xadd [rax], rcx
+        &[0x0f, 0x01, 0x38],             // invlpg [rax]
+        &[0x0f, 0x0b],                   // ud2
+    ];
+    for code in ordinary {
+        assert!(!decode(code, 0).iter().any(is_forbidden), "{code:x?}");
+    }
+}
+
+#[test]
+fn the_ordinary_image_does_not_contain_the_faults() {
+    let asks = |file: &[u8]| {
+        let image = Image::parse(file).unwrap();
+        image.segments.iter().map(|segment| segment.bytes.len()).sum::<usize>()
+    };
+    assert!(asks(ORDINARY) < asks(WITH_FAULTS), "the code of the faults takes room");
+}

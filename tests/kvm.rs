@@ -1,0 +1,482 @@
+//! End to end on `/dev/kvm`: the command line as a user calls it, judged by its JSON report and
+//! its exit status.
+//!
+//! Where `/dev/kvm` cannot be used, every test here is listed as ignored and counted; with
+//! `LACUNA_REQUIRE_KVM=1` it runs and fails instead.
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const LACUNA: &str = env!("CARGO_BIN_EXE_lacuna");
+
+fn main() {
+    let args = Arguments::from_args();
+    let usable = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let required = std::env::var_os("LACUNA_REQUIRE_KVM").is_some_and(|value| value == "1");
+    let skip = !usable && !required;
+    let trials: Vec<_> = trials().into_iter().map(|t| t.with_ignored_flag(skip)).collect();
+    if skip {
+        eprintln!(
+            "SKIPPED: /dev/kvm cannot be used here, so {} end-to-end tests do not run; \
+             `lacuna doctor` says why, LACUNA_REQUIRE_KVM=1 makes them fail",
+            trials.len()
+        );
+    }
+    libtest_mimic::run(&args, trials).exit();
+}
+
+fn trials() -> Vec<Trial> {
+    let mut trials = vec![
+        trial("quickstart_is_clean_and_exercises_its_rules", quickstart),
+        trial("nothing_secret_means_nothing_sealed", nothing_secret),
+        trial("everything_secret_is_clean", everything_secret),
+        trial("a_dirty_zone_is_clean_too", dirty_zone),
+        trial("without_prezero_pages_are_zeroed_when_handed_out", no_prezero),
+        trial("a_small_guest_gives_unmapped_blocks_back_under_pressure", pressure),
+        trial("two_runs_find_and_count_the_same", determinism),
+        trial("secrets_leave_no_trace", secrets),
+        trial("a_required_rule_that_did_not_run_is_inconclusive", required_rule),
+        trial("an_expected_access_that_does_not_happen_is_inconclusive", expected_access),
+        trial("a_hang_ends_with_its_timeout", hang),
+        trial("ctrl_c_ends_at_once_and_leaves_a_report", ctrl_c),
+        trial("out_holds_report_log_and_events", out_folder),
+        trial("bad_gate_calls_are_answered", bad_calls),
+        trial("a_foreign_file_is_no_image", foreign_image),
+    ];
+    for seal in ["guard", "memslot", "off"] {
+        trials.push(trial(&format!("replay_is_clean_under_{seal}"), move || clean_replay(seal)));
+    }
+    for (fault, rule, seals) in FAULTS {
+        for seal in *seals {
+            let name = format!("{fault}_is_found_under_{seal}");
+            trials.push(trial(&name, move || fault_is_found(fault, rule, seal)));
+        }
+    }
+    for (touch, kind) in TOUCHES {
+        for seal in ["guard", "mprotect", "memslot"] {
+            let name = format!("a_{touch}_of_a_sealed_frame_is_caught_under_{seal}");
+            trials.push(trial(&name, move || sealed_touch(touch, kind, seal)));
+        }
+    }
+    for (crash, needles) in CRASHES {
+        let name = format!("a_{crash}_is_reported");
+        trials.push(trial(&name, move || crash_is_reported(crash, needles)));
+    }
+    trials
+}
+
+/// Faults, the rule that finds each, and the seals under which it shows.
+const FAULTS: &[(&str, &str, &[&str])] = &[
+    ("leave-direct-map-alias", "direct-map-alias", &["guard", "memslot", "off"]),
+    ("global-window", "global-window", &["guard", "memslot", "off"]),
+    ("skip-flip-flush", "stale-direct-map", &["guard", "memslot", "off"]),
+    ("cr3-flip-flush", "stale-direct-map", &["guard"]),
+    ("flush-before-unmap", "stale-direct-map", &["guard"]),
+    ("skip-window-flush", "stale-window", &["off"]),
+    ("free-before-window-flush", "stale-window", &["off"]),
+    ("skip-seal", "second-stage-open", &["guard", "memslot"]),
+    ("skip-zero", "residue", &["guard"]),
+    ("skip-scrub-on-remap", "residue", &["guard", "memslot"]),
+];
+
+/// Ways to touch a sealed frame, and the kind that the report must name.
+const TOUCHES: &[(&str, &str)] = &[
+    ("read", "read"),
+    ("write", "write"),
+    ("fetch", "fetch"),
+    ("locked", "write"),
+    ("string", "read"),
+    ("stack", "write"),
+    ("event-delivery", "event-delivery"),
+    ("page-walk", "page-walk"),
+];
+
+/// Ways to fail, and what the message must say.
+const CRASHES: &[(&str, &[&str])] = &[
+    ("panic", &["panic", "asked to", "crash.rs:"]),
+    ("page-fault", &["#PF", "0xffff9101c0000123"]),
+    ("general-protection", &["#GP"]),
+    ("invalid-opcode", &["#UD"]),
+    ("stack-overflow", &["#PF", "main stack", "overflowed"]),
+    ("triple-fault", &["triple fault"]),
+    ("write-text", &["#PF", "error code 0x3"]),
+];
+
+type Check = Result<(), Failed>;
+
+fn trial(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Trial {
+    Trial::test(name, run)
+}
+
+/// What a call of `lacuna` left.
+struct Run {
+    status: i32,
+    report: Value,
+}
+
+impl Run {
+    fn of(output: &Output) -> Result<Self, Failed> {
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let report = serde_json::from_str(&stdout)
+            .map_err(|e| format!("no JSON report: {e}\nstdout: {stdout}\nstderr: {stderr}"))?;
+        let status = output.status.code().ok_or("ended by a signal")?;
+        Ok(Self { status, report })
+    }
+
+    fn expect(&self, status: i32, verdict: &str) -> Check {
+        ensure(
+            self.status == status && self.report["verdict"] == verdict,
+            &format!("expected {status} {verdict}, got {}\n{:#}", self.status, self.report),
+        )
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        self.report["counters"][name].as_u64().unwrap_or(0)
+    }
+
+    fn check(&self, rule: &str, count: &str) -> u64 {
+        let checks = self.report["checks"].as_array().into_iter().flatten();
+        checks.filter(|c| c["rule"] == rule).filter_map(|c| c[count].as_u64()).sum()
+    }
+
+    fn clean(&self) -> Check {
+        self.expect(0, "pass")?;
+        ensure(self.counter("events_lost") == 0, "events were lost")?;
+        ensure(
+            self.report["violations"].as_array().is_some_and(Vec::is_empty),
+            &format!("violations: {:#}", self.report["violations"]),
+        )
+    }
+}
+
+fn ensure(holds: bool, otherwise: &str) -> Check {
+    if holds { Ok(()) } else { Err(otherwise.into()) }
+}
+
+fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the repository")
+}
+
+fn recording() -> String {
+    repository().join("configs/data/compile.csv.gz").display().to_string()
+}
+
+fn replay(events: u64, secret: &str) -> String {
+    let input = recording();
+    format!("program = \"replay\"\ninput = {input:?}\nevents = {events}\nsecret = {secret:?}\n")
+}
+
+/// Runs the configuration made of these sections with these arguments.
+fn lacuna(config: &str, args: &[&str]) -> Result<Run, Failed> {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("test.toml");
+    std::fs::write(&file, config)?;
+    let output = Command::new(LACUNA)
+        .arg("run")
+        .arg(&file)
+        .args(["--report", "json"])
+        .args(args)
+        .stdin(Stdio::null())
+        .output()?;
+    Run::of(&output)
+}
+
+/// A guest of 32 MiB whose memory is dirty, so that residue shows.
+fn dirty(workload: &str) -> String {
+    format!("[guest]\nmemory_mib = 32\nfill = 0xA5\n[workload]\n{workload}[audit]\nquiesce_every = 400\n")
+}
+
+fn quickstart() -> Check {
+    let file = repository().join("configs/quickstart.toml");
+    let output = Command::new(LACUNA).arg("run").arg(file).args(["--report", "json"]).output()?;
+    let run = Run::of(&output)?;
+    run.clean()?;
+    for rule in [
+        "direct-map-alias",
+        "foreign-alias",
+        "global-window",
+        "stale-direct-map",
+        "stale-window",
+        "second-stage-open",
+        "residue",
+        "table-alias",
+        "write-execute",
+        "user-access",
+        "control-state",
+        "trace-honesty",
+    ] {
+        ensure(run.check(rule, "checked") > 0, &format!("{rule} was never checked"))?;
+    }
+    for counter in [
+        "alloc",
+        "alloc_secret",
+        "flip_to_unmapped",
+        "flip_to_mapped",
+        "shootdowns",
+        "window_flushes",
+        "seals",
+        "opens",
+        "gate_calls",
+        "events",
+    ] {
+        ensure(run.counter(counter) > 0, &format!("the counter {counter} is zero"))?;
+    }
+    ensure(run.counter("work") >= 2000, "fewer than 2,000 events of the recording")
+}
+
+fn clean_replay(seal: &str) -> Check {
+    let run = lacuna(&dirty(&replay(500, "user")), &["--seal", seal])?;
+    run.clean()?;
+    ensure(run.report["second_stage"]["backend"] == *seal, "the report names another seal")?;
+    let (checked, not) = (
+        run.check("second-stage-open", "checked"),
+        run.check("second-stage-open", "not_checked"),
+    );
+    match seal {
+        "guard" => ensure(checked > 0 && not == 0, &format!("{checked} checked, {not} not")),
+        "memslot" => ensure(checked > 0, "nothing was checked"),
+        _ => ensure(not > 0, "the seal is off, but nothing counts as not checked"),
+    }
+}
+
+fn nothing_secret() -> Check {
+    let run = lacuna(&dirty(&replay(400, "none")), &[])?;
+    run.clean()?;
+    ensure(run.counter("alloc") > 0 && run.counter("seals") == 0, "something was sealed")
+}
+
+fn everything_secret() -> Check {
+    let run = lacuna(&dirty(&replay(400, "all")), &[])?;
+    run.clean()?;
+    let (all, secret) = (run.counter("alloc"), run.counter("alloc_secret"));
+    ensure(all == secret && all > 0, &format!("{secret} of {all} are secret"))
+}
+
+fn dirty_zone() -> Check {
+    let run = lacuna(&dirty(&replay(300, "user")), &[])?;
+    run.clean()?;
+    ensure(run.check("residue", "checked") > 0, "residue was not checked")
+}
+
+fn no_prezero() -> Check {
+    let config = dirty(&replay(300, "all")).replace("[guest]\n", "[guest]\nprezero = false\n");
+    let run = lacuna(&config, &[])?;
+    run.clean()?;
+    ensure(run.counter("zeroed_flip") == 0, "pages were zeroed at the flip")?;
+    ensure(run.counter("zeroed_alloc") > 0, "no page was zeroed when it was handed out")
+}
+
+/// 16 MiB are less than what the recording holds alive, so that both kinds compete.
+fn pressure() -> Check {
+    let config = dirty(&replay(6000, "user")).replace("= 32", "= 16");
+    let run = lacuna(&config, &[])?;
+    run.clean()?;
+    ensure(run.counter("flip_to_mapped") > 0, "no block came back")
+}
+
+fn determinism() -> Check {
+    let config = dirty(&replay(300, "user"));
+    let (a, b) = (lacuna(&config, &[])?, lacuna(&config, &[])?);
+    ensure(a.report["checks"] == b.report["checks"], "the checks differ")?;
+    ensure(a.report["counters"] == b.report["counters"], "the counters differ")
+}
+
+/// Text that does not repeat.
+fn secret_text() -> Vec<u8> {
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        b'!' + (state % 90) as u8
+    };
+    (0..9000).map(|_| next()).collect()
+}
+
+fn secrets() -> Check {
+    let folder = tempfile::tempdir()?;
+    let input = folder.path().join("secret.bin");
+    std::fs::write(&input, secret_text())?;
+    let out = folder.path().join("out");
+    for seal in ["guard", "memslot", "off"] {
+        let config = dirty(&format!("program = \"secrets\"\ninput = {input:?}\n"));
+        let out = out.join(seal);
+        let run =
+            lacuna(&config, &["--seal", seal, "--out", &out.display().to_string(), "-v"])?;
+        run.clean()?;
+        ensure(run.check("input-leak", "checked") > 0, "nothing was searched")?;
+        ensure(run.counter("work") >= 3, "fewer than three pages were stored")?;
+        let text = secret_text();
+        for entry in std::fs::read_dir(&out)? {
+            let path = entry?.path();
+            let bytes = std::fs::read(&path)?;
+            let leaked = text.windows(16).any(|run| bytes.windows(16).any(|b| b == run));
+            ensure(!leaked, &format!("{} holds the secret", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn required_rule() -> Check {
+    let config = "[workload]\nprogram = \"idle\"\n[audit]\nrequire = [\"residue\"]\n";
+    let run = lacuna(config, &[])?;
+    run.expect(5, "inconclusive")?;
+    ensure(run.report["inconclusive"].to_string().contains("residue"), "the reason names no rule")
+}
+
+fn expected_access() -> Check {
+    let config = "[workload]\nprogram = \"idle\"\n[audit]\nexpect = [\"sealed-access\"]\n";
+    lacuna(config, &[])?.expect(5, "inconclusive")
+}
+
+fn fault_is_found(fault: &str, rule: &str, seal: &str) -> Check {
+    // Zeroing at hand-out can be skipped only where the pool is not zeroed ahead of demand.
+    let config = dirty(&replay(1200, "all"));
+    let config = if fault == "skip-zero" {
+        config.replace("[guest]\n", "[guest]\nprezero = false\n")
+    } else {
+        config
+    };
+    let run = lacuna(&config, &["--seal", seal, "--inject", fault])?;
+    run.expect(1, "violation")?;
+    let violations = run.report["violations"].as_array().ok_or("no violations")?;
+    let found: Vec<_> = violations.iter().filter(|v| v["rule"] == rule).collect();
+    ensure(!found.is_empty(), &format!("{rule} is not among {violations:#?}"))?;
+    // The first zone frame lies at 4 GiB; a guest of 32 MiB ends at 4 GiB + 32 MiB.
+    for violation in &found {
+        let frame = violation["frame"].as_str().unwrap_or_default();
+        let frame = u64::from_str_radix(frame.trim_start_matches("0x"), 16).unwrap_or(0);
+        let inside = (4 << 30..(4 << 30) + (32 << 20)).contains(&frame);
+        ensure(inside, &format!("the frame is not one of the zone: {violation:#}"))?;
+    }
+    // The twin: the same image and workload without the fault is clean. A fault that is not
+    // reached would show as a clean run above.
+    lacuna(&config, &["--seal", seal])?.clean()
+}
+
+fn sealed_touch(touch: &str, kind: &str, seal: &str) -> Check {
+    let second = match seal {
+        "memslot" => "seal = \"memslot\"",
+        "mprotect" => "seal = \"guard\"\nguard = \"mprotect\"",
+        _ => "seal = \"guard\"",
+    };
+    // A touch of a sealed frame is possible only through a mapping that should be gone.
+    let expect = match touch {
+        "page-walk" => "\"sealed-access\", \"foreign-alias\", \"table-alias\"",
+        _ => "\"sealed-access\", \"foreign-alias\"",
+    };
+    let config = format!(
+        "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"touch\"\ntouch = \"{touch}\"\n[second_stage]\n{second}\n"
+    );
+    let run = lacuna(&config, &[])?;
+    ensure(run.status == 1, &format!("unexpected: a violation is left\n{:#}", run.report))?;
+    let access = &run.report["sealed_accesses"][0];
+    ensure(access["kind"] == kind, &format!("expected a {kind}:\n{:#}", run.report))?;
+    ensure(access["gpa"].as_str().is_some_and(|gpa| gpa.starts_with("0x10")), "no address")?;
+    ensure(access["vcpu"] == 0, "no vCPU")?;
+    ensure(access["rip"].as_str().is_some_and(|rip| rip.starts_with("0xffff")), "no RIP")?;
+    // With all of it expected, the run passes.
+    let run = lacuna(&format!("{config}[audit]\nexpect = [{expect}]\n"), &[])?;
+    run.expect(0, "pass")
+}
+
+fn crash_is_reported(crash: &str, needles: &[&str]) -> Check {
+    let config = format!(
+        "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"{crash}\"\n"
+    );
+    let run = lacuna(&config, &[])?;
+    run.expect(4, "guest-error")?;
+    let error = &run.report["guest_error"];
+    let message = error["message"].as_str().unwrap_or_default();
+    for needle in needles {
+        let found = message.contains(needle) || error["kind"] == *needle;
+        ensure(found, &format!("{needle:?} is missing in {error:#}"))?;
+    }
+    let frames = error["backtrace"].as_array().map_or(0, Vec::len);
+    ensure(frames > 0 || crash == "triple-fault", &format!("no backtrace: {error:#}"))?;
+    let named = error["backtrace"].to_string().contains("crash");
+    ensure(named || ["panic", "triple-fault"].contains(&crash), &format!("no names: {error:#}"))
+}
+
+fn hang() -> Check {
+    for crash in ["hang", "halt"] {
+        let config = format!(
+            "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"{crash}\"\n[limits]\ntimeout_s = 1\n"
+        );
+        let started = Instant::now();
+        let run = lacuna(&config, &[])?;
+        run.expect(4, "guest-error")?;
+        ensure(run.report["guest_error"]["kind"] == "timeout", "the kind is not timeout")?;
+        ensure(started.elapsed() < Duration::from_secs(20), "it took too long")?;
+    }
+    Ok(())
+}
+
+fn ctrl_c() -> Check {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("hang.toml");
+    std::fs::write(
+        &file,
+        "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"hang\"\n",
+    )?;
+    let child = Command::new(LACUNA)
+        .arg("run")
+        .arg(&file)
+        .args(["--report", "json", "--out"])
+        .arg(folder.path().join("out"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    std::thread::sleep(Duration::from_millis(500));
+    let told = Instant::now();
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status()?;
+    ensure(killed.success(), "kill failed")?;
+    let run = Run::of(&child.wait_with_output()?)?;
+    ensure(told.elapsed() < Duration::from_secs(5), "it did not end at once")?;
+    run.expect(5, "inconclusive")?;
+    ensure(run.report["inconclusive"].to_string().contains("interrupted"), "the reason is missing")?;
+    ensure(folder.path().join("out/report.json").is_file(), "no report was left")
+}
+
+fn out_folder() -> Check {
+    let folder = tempfile::tempdir()?;
+    let out: PathBuf = folder.path().join("new/out");
+    let run =
+        lacuna(&dirty(&replay(200, "user")), &["--out", &out.display().to_string()])?;
+    run.clean()?;
+    let written: Value = serde_json::from_slice(&std::fs::read(out.join("report.json"))?)?;
+    ensure(written == run.report, "the file is not the report")?;
+    ensure(out.join("guest.log").is_file(), "no guest log")?;
+    let events = std::fs::File::open(out.join("events.bin"))?;
+    let mut last = 0;
+    let mut count = 0_u64;
+    let mut ordered = true;
+    lacuna::events::read_events(std::io::BufReader::new(events), &mut |record| {
+        ordered &= record.seq > last;
+        last = record.seq;
+        count += 1;
+    })?;
+    ensure(ordered && count > run.counter("events"), &format!("{count} events, ordered: {ordered}"))
+}
+
+fn bad_calls() -> Check {
+    let config = "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"bad-calls\"\n";
+    let run = lacuna(config, &[])?;
+    run.expect(0, "pass")?;
+    ensure(run.counter("gate_refused") > 100, "few calls were refused")
+}
+
+fn foreign_image() -> Check {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("test.toml");
+    std::fs::write(folder.path().join("x.elf"), "not an image")?;
+    std::fs::write(&file, "[guest]\nimage = \"x.elf\"\n[workload]\nprogram = \"idle\"\n")?;
+    let output = Command::new(LACUNA).arg("run").arg(&file).output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure(output.status.code() == Some(2), &format!("status {:?}", output.status))?;
+    ensure(stderr.contains("ELF"), &format!("the message: {stderr}"))
+}

@@ -1,0 +1,228 @@
+//! Gate operations: judged when they arrive, before anything takes effect, and completed when the
+//! second stage has been changed.
+
+use super::epochs::{members, only};
+use super::finding::{Finding, Rule};
+use super::frames::runs;
+use super::life::count_of;
+use super::mappings::{Sight, judge_alias};
+use super::obligations::cpu_list;
+use super::writes::stale_finding;
+use super::{Audit, Denial, Ledger, World};
+use lacuna_abi::addr::{FrameRange, Gfn};
+use lacuna_abi::gate::{Op, OpKind, Status};
+use lacuna_abi::layout::Place;
+
+impl Audit {
+    /// Judges an operation on its arrival and updates the state of its frames: after a seal they
+    /// are secret and open once less on this CPU, after an open once more. (A frame counts as
+    /// secret from here and not only from the return of the call: nothing of the guest's is looked
+    /// at in between, and [`Frames::may_close`](super::Frames::may_close) must know.) A release
+    /// takes effect in [`Self::done`].
+    ///
+    /// # Errors
+    /// The status with which the call must be refused; then nothing has changed:
+    /// [`Status::NotInZone`], [`Status::NotSecret`], [`Status::StillOpen`],
+    /// [`Status::TooManyOpens`]; [`Status::BadState`] for a CPU that does not exist.
+    pub fn arrival(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) -> Result<(), Status> {
+        if self.cpus.get(cpu).is_none() {
+            return Err(Status::BadState);
+        }
+        let zone = self.config.layout.zone_frames();
+        if op.kind != OpKind::Release
+            && let Some(named) = op.frames.intersection(zone)
+        {
+            self.judge_stale_direct_map(named, seq);
+        }
+        if !zone.contains_range(op.frames) {
+            return Err(Status::NotInZone);
+        }
+        match op.kind {
+            OpKind::Seal => {
+                op.frames.iter().for_each(|frame| self.frames.seal(frame, cpu));
+                self.snapshot(op.frames, cpu, seq);
+                Ok(())
+            }
+            OpKind::Open => {
+                self.snapshot(op.frames, cpu, seq);
+                self.open(cpu, op.frames, seq, world)
+            }
+            OpKind::Release => {
+                self.snapshot(op.frames, cpu, seq);
+                self.release(cpu, op.frames, seq, world)
+            }
+        }
+    }
+
+    /// Completes an operation that was accepted, once the second stage has been changed and its
+    /// translations are gone: a seal that is now enforced discharges what was revoked before
+    /// `seq`, a release ends secrecy.
+    pub fn done(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) {
+        let named = op.frames.intersection(self.config.layout.zone_frames());
+        let Some(frames) = named.filter(|_| self.cpus.get(cpu).is_some()) else { return };
+        match op.kind {
+            OpKind::Seal if self.config.seal_closes => {
+                frames.by_block().for_each(|part| self.complete(part, seq, world));
+            }
+            OpKind::Seal | OpKind::Open => {}
+            OpKind::Release => frames.iter().for_each(|frame| self.frames.release(frame)),
+        }
+    }
+
+    /// `stale-direct-map`: judged before the state of the frames is looked at.
+    fn judge_stale_direct_map(&mut self, named: FrameRange, seq: u64) {
+        self.ledger.checked(Rule::StaleDirectMap, named.count());
+        for duty in self.duties.of_frames(named, &self.epochs) {
+            let Some(stale) = duty.frames.intersection(named) else { continue };
+            if self.config.layout.place_of(duty.va) != Place::DirectMap {
+                continue;
+            }
+            let kind = if duty.global { "global translation" } else { "translation" };
+            let cure = if duty.global {
+                "an INVLPG of the address or a PGE change"
+            } else {
+                "an INVLPG of the address, a root load or a PGE change"
+            };
+            let detail = format!(
+                "{} may still cache the direct map's {kind} of {} frames that event {} revoked; \
+                 {cure} there, with a larger number, would have discharged it",
+                cpu_list(duty.cpus),
+                stale.count(),
+                duty.seq
+            );
+            if let Some(cpu) = members(duty.cpus).next() {
+                let finding = stale_finding(Rule::StaleDirectMap, &duty, cpu, seq, detail);
+                self.ledger.violation(Finding { frame: Some(stale.start()), ..finding });
+            }
+        }
+    }
+
+    /// The alias rules for the frames named, through the index.
+    fn snapshot(&mut self, named: FrameRange, cpu: u8, seq: u64) {
+        let secret = self.frames.secret_in(named);
+        self.ledger.checked(Rule::DirectMapAlias, secret);
+        self.ledger.checked(Rule::ForeignAlias, secret);
+        let layout = &self.config.layout;
+        for mapping in self.index.of_frames(named) {
+            let at = Sight { mapping, cpu: Some(cpu), seq };
+            judge_alias(&mut self.ledger, &self.frames, layout, &at);
+        }
+    }
+
+    fn open(
+        &mut self,
+        cpu: u8,
+        named: FrameRange,
+        seq: u64,
+        world: &impl World,
+    ) -> Result<(), Status> {
+        self.count_second_stage(named.count());
+        let frames = &self.frames;
+        let ordinary = runs(named.iter().filter(|frame| !frames.is_secret(*frame)));
+        let mut refused = false;
+        for run in ordinary {
+            refused = true;
+            let detail = format!("{} opened without being secret; seal first", count_of(run));
+            let finding = Finding::new(Rule::SecondStageOpen, seq, detail);
+            let frame = Some(run.start());
+            self.ledger.violation(Finding { frame, cpu: Some(cpu), ..finding });
+        }
+        if refused {
+            return Err(Status::NotSecret);
+        }
+        if named.iter().any(|frame| frames.open_count(frame, cpu) == u8::MAX) {
+            return Err(Status::TooManyOpens);
+        }
+        let due = named.iter().filter(|frame| frames.first_open_is_due(*frame));
+        let what = "handed out as zero and is not zero when first opened; it must be zeroed before";
+        judge_zero(&mut self.ledger, due, what, (Some(cpu), seq), world);
+        named.iter().for_each(|frame| self.frames.open(frame, cpu));
+        Ok(())
+    }
+
+    fn release(
+        &mut self,
+        cpu: u8,
+        named: FrameRange,
+        seq: u64,
+        world: &impl World,
+    ) -> Result<(), Status> {
+        if self.frames.secret_in(named) < named.count() {
+            return Err(Status::NotSecret);
+        }
+        if !self.frames.all_may_close(named) {
+            return Err(Status::StillOpen);
+        }
+        self.judge_stale_window(named, seq);
+        let what = "released and is not zero; it must be scrubbed before";
+        judge_zero(&mut self.ledger, named.iter(), what, (Some(cpu), seq), world);
+        Ok(())
+    }
+
+    /// `stale-window`: what leaves the secret side is cached by no window's own CPU.
+    fn judge_stale_window(&mut self, named: FrameRange, seq: u64) {
+        self.ledger.checked(Rule::StaleWindow, named.count());
+        if self.cpus.numbers().count() > 1 {
+            // Copies that other CPUs may have made speculatively are not followed.
+            self.ledger.not_checked(Rule::StaleWindow, named.count());
+        }
+        for duty in self.duties.of_frames(named, &self.epochs) {
+            let owner = self.window_of(duty.va).filter(|owner| duty.cpus & only(*owner) != 0);
+            let Some((owner, stale)) = owner.zip(duty.frames.intersection(named)) else { continue };
+            let detail = format!(
+                "released while CPU {owner} may cache the window translation revoked by event {}; \
+                 an INVLPG or a root load by CPU {owner} in between, or a completed seal, would \
+                 have discharged it",
+                duty.seq
+            );
+            let finding = stale_finding(Rule::StaleWindow, &duty, owner, seq, detail);
+            self.ledger.violation(Finding { frame: Some(stale.start()), ..finding });
+        }
+    }
+
+    /// Completes the seals of a part of a pageblock as far as the second stage enforces them. With
+    /// a granule of a block, others of the block that were held open may complete with them.
+    fn complete(&mut self, part: FrameRange, seq: u64, world: &impl World) {
+        let frames = &self.frames;
+        let enforced =
+            |frame: &Gfn| frames.may_close(*frame) && world.denial(*frame) == Denial::Denied;
+        let mut complete: Vec<FrameRange> = runs(part.iter().filter(enforced)).collect();
+        if let Some(first) = complete.first() {
+            let held = frames.held_in_block(first.start()).filter(|frame| !part.contains(*frame));
+            complete.extend(runs(held.filter(enforced)));
+        }
+        for run in complete {
+            run.iter().for_each(|frame| self.frames.complete(frame));
+            let kept = self.duties.discharge(run, seq, &self.epochs);
+            self.note_dropped(kept.is_err());
+        }
+    }
+}
+
+/// `residue`: these frames are zero. A frame that the host cannot see is not checked.
+pub(super) fn judge_zero(
+    ledger: &mut Ledger,
+    frames: impl Iterator<Item = Gfn>,
+    what: &str,
+    (cpu, seq): (Option<u8>, u64),
+    world: &impl World,
+) {
+    let (mut checked, mut hidden) = (0, 0);
+    let dirty = frames.filter(|frame| match world.content_is_zero(*frame) {
+        Some(zero) => {
+            checked += 1;
+            !zero
+        }
+        None => {
+            hidden += 1;
+            false
+        }
+    });
+    for run in runs(dirty) {
+        let detail = format!("{} {what}", count_of(run));
+        let finding = Finding::new(Rule::Residue, seq, detail);
+        ledger.violation(Finding { frame: Some(run.start()), cpu, ..finding });
+    }
+    ledger.checked(Rule::Residue, checked);
+    ledger.not_checked(Rule::Residue, hidden);
+}

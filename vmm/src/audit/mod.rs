@@ -1,0 +1,246 @@
+//! The audit: compares tables, second stage, cached translations and contents with the rules, and
+//! says what holds, what does not, and what could not be checked.
+//!
+//! It knows nothing of KVM. The machine, live or recorded, is a [`World`]; events, gate calls and
+//! quiesce points are method calls. For one order of calls the findings are always the same.
+//! Whatever a guest reports, nothing here panics, and time and memory are bounded.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `finding` | rules, findings, counts |
+//! | `world` | what the audit asks of the machine |
+//! | `frames` | the host's state of every frame |
+//! | `index` | which entries map a frame |
+//! | `duty`, `obligations`, `epochs`, `stale_tables`, `cpus` | what may still be cached, and where |
+//! | `mappings` | rules about one mapping |
+//! | `writes` | entry-write records |
+//! | `life` | life-cycle records |
+//! | `arrival` | gate operations |
+//! | `quiesce` | the complete check |
+#![forbid(unsafe_code)]
+#![warn(clippy::cast_possible_truncation)]
+
+mod arrival;
+mod cpus;
+mod duty;
+mod epochs;
+mod finding;
+mod frames;
+mod index;
+mod life;
+mod mappings;
+mod obligations;
+mod quiesce;
+mod stale_tables;
+#[cfg(test)]
+mod tests;
+mod world;
+mod writes;
+
+pub use finding::{AuditResult, Finding, Rule, Tally};
+pub use frames::Frames;
+pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, World};
+
+use cpus::Cpus;
+use duty::PageFlush;
+use epochs::Epochs;
+use finding::Ledger;
+use index::{Index, walk};
+use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
+use lacuna_abi::event::{Event, Flush, Record};
+use lacuna_abi::gate::{CpuRegistration, Status};
+use lacuna_abi::paging::Level;
+use lacuna_abi::walk::EVERYTHING;
+use obligations::Obligations;
+use stale_tables::TableDuties;
+
+/// Most roots that may be registered at once.
+pub const MAX_ROOTS: usize = 64;
+
+/// Most tables and entries that are read between two quiesce points because tables were linked.
+const MAX_LINK_WORK: usize = 1 << 22;
+
+/// The audit of one guest: plain data, fed by method calls.
+#[derive(Clone, Debug)]
+pub struct Audit {
+    config: AuditConfig,
+    frames: Frames,
+    index: Index,
+    epochs: Epochs,
+    duties: Obligations,
+    table_duties: TableDuties,
+    cpus: Cpus,
+    roots: Vec<(Gpa, u16)>,
+    ledger: Ledger,
+    last_seq: u64,
+    link_work: usize,
+}
+
+impl Audit {
+    /// The audit of a guest that is about to start. Its boot root is registered and walked.
+    pub fn new(config: AuditConfig, world: &impl World) -> Self {
+        let pool = usize::try_from(config.layout.pool.len / PAGE_SIZE).unwrap_or(0);
+        let mut audit = Self {
+            frames: Frames::new(&config.layout),
+            index: Index::new(pool),
+            epochs: Epochs::default(),
+            duties: Obligations::new(),
+            table_duties: TableDuties::default(),
+            cpus: Cpus::new(config.layout.cpus, config.boot_root),
+            roots: Vec::new(),
+            ledger: Ledger::new(config.max_findings),
+            last_seq: 0,
+            link_work: 0,
+            config,
+        };
+        if audit.register_root(config.boot_root, 0, world).is_err() {
+            audit.ledger.inconclusive(format!("the boot root {} is no table", config.boot_root));
+        }
+        audit
+    }
+
+    /// Registers a root and judges everything that it maps. Registering the same root again with
+    /// the same PCID does nothing.
+    ///
+    /// # Errors
+    /// [`Status::BadRoot`] if it lies outside the table pool, has another PCID already, or if there
+    /// are [`MAX_ROOTS`].
+    pub fn register_root(
+        &mut self,
+        root: Gpa,
+        pcid: u16,
+        world: &impl World,
+    ) -> Result<(), Status> {
+        if self.roots.contains(&(root, pcid)) {
+            return Ok(());
+        }
+        let in_pool = root.is_aligned(PAGE_SIZE) && self.config.layout.pool.contains(root);
+        if !in_pool || self.is_registered(root) || self.roots.len() >= MAX_ROOTS || pcid > 0xfff {
+            return Err(Status::BadRoot);
+        }
+        self.roots.push((root, pcid));
+        let walked = walk(world, root, EVERYTHING, self.index.budget());
+        self.index.replace(root, EVERYTHING, Level::Pml4, &walked);
+        self.judge_walked(root, &walked, None, self.last_seq);
+        Ok(())
+    }
+
+    /// Takes a root off the register.
+    ///
+    /// # Errors
+    /// [`Status::BadRoot`] if it is not registered, [`Status::BadState`] while a CPU may still use
+    /// it.
+    pub fn unregister_root(&mut self, root: Gpa) -> Result<(), Status> {
+        if !self.is_registered(root) {
+            return Err(Status::BadRoot);
+        }
+        if self.cpus.may_cache(root, false) != 0 {
+            return Err(Status::BadState);
+        }
+        self.roots.retain(|(registered, _)| *registered != root);
+        self.index.remove_root(root);
+        Ok(())
+    }
+
+    /// Notes the descriptor tables that a CPU registered: from now on they must not change.
+    pub fn register_cpu(&mut self, cpu: u8, registration: CpuRegistration) {
+        if let Some(cpu) = self.cpus.get_mut(cpu) {
+            cpu.registration = Some(registration);
+        }
+    }
+
+    /// Takes one record; records come in the order of their numbers. Host records change nothing:
+    /// what they say was told by [`Self::arrival`] and [`Self::done`].
+    pub fn event(&mut self, record: &Record, world: &impl World) {
+        let Record { seq, cpu, event } = *record;
+        if seq <= self.last_seq {
+            let reason = format!("event {seq} came after event {}", self.last_seq);
+            self.ledger.inconclusive(reason);
+        }
+        self.last_seq = self.last_seq.max(seq);
+        let Some(state) = self.cpus.get_mut(cpu) else {
+            self.ledger.inconclusive(format!("event {seq} names CPU {cpu}, which does not exist"));
+            return;
+        };
+        state.went_on(seq);
+        match event {
+            Event::EntryWrite(write) => self.entry_write(cpu, &write, seq, world),
+            Event::Flush(flush) => self.flush(cpu, &flush, seq),
+            Event::RootLoad { root, pcid, no_flush } => {
+                self.root_load(cpu, (root, pcid), no_flush, seq);
+            }
+            Event::Life(life, frames) => self.life(cpu, life, frames, seq),
+            Event::ShootdownAck(_) | Event::Host(..) => {}
+        }
+    }
+
+    /// Bytes of a secret input were found in a frame that is not secret.
+    pub fn report_leak(&mut self, frame: Gfn, detail: String, seq: u64) {
+        let finding = Finding::new(Rule::InputLeak, seq, detail);
+        self.ledger.violation(Finding { frame: Some(frame), ..finding });
+    }
+
+    /// Counts frames that were searched for bytes of a secret input, and frames that could not be.
+    pub fn count_leak_search(&mut self, checked: u64, not_checked: u64) {
+        self.ledger.checked(Rule::InputLeak, checked);
+        self.ledger.not_checked(Rule::InputLeak, not_checked);
+    }
+
+    /// Notes why the run cannot be called passed. A reason is kept once, and only so many are.
+    pub fn inconclusive(&mut self, reason: String) {
+        self.ledger.inconclusive(reason);
+    }
+
+    /// The host's own state of every frame.
+    #[must_use]
+    pub const fn frames(&self) -> &Frames {
+        &self.frames
+    }
+
+    /// Everything found so far.
+    #[must_use]
+    pub fn result(&self) -> AuditResult {
+        self.ledger.result()
+    }
+
+    fn flush(&mut self, cpu: u8, flush: &Flush, seq: u64) {
+        let pcid = self.cpus.get(cpu).map_or(0, |state| state.pcid);
+        self.epochs.flush(cpu, pcid, flush, seq);
+        if let Flush::Pages { va, count, level } = *flush {
+            let pages = PageFlush { va, count, level, pcid, seq };
+            let kept = self.duties.invalidate(cpu, &pages, &self.epochs);
+            self.note_dropped(kept.is_err());
+        }
+    }
+
+    fn root_load(&mut self, cpu: u8, (root, pcid): (Gpa, u16), no_flush: bool, seq: u64) {
+        self.ledger.checked(Rule::ControlState, 1);
+        if !self.roots.contains(&(root, pcid)) {
+            let detail = format!("loaded a root that is not registered with PCID {pcid}");
+            let finding = Finding::new(Rule::ControlState, seq, detail);
+            self.ledger.violation(Finding { cpu: Some(cpu), root: Some(root), ..finding });
+            return;
+        }
+        let followed =
+            self.cpus.get_mut(cpu).is_some_and(|state| state.load(root, pcid, no_flush, seq));
+        if !followed {
+            self.ledger
+                .inconclusive(format!("CPU {cpu} has more address spaces than are followed"));
+        }
+        if !no_flush {
+            self.epochs.flush(cpu, pcid, &Flush::NonGlobal, seq);
+        }
+    }
+
+    fn is_registered(&self, root: Gpa) -> bool {
+        self.roots.iter().any(|(registered, _)| *registered == root)
+    }
+
+    /// An obligation that is not kept can no longer be found broken: the run must not pass.
+    fn note_dropped(&mut self, dropped: bool) {
+        if dropped {
+            let reason = "more revoked translations are open than are kept".to_owned();
+            self.ledger.inconclusive(reason);
+        }
+    }
+}

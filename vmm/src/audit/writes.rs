@@ -1,0 +1,191 @@
+//! Entry-write records: what they revoke becomes an obligation, what they map is judged.
+
+use super::duty::Duty;
+use super::epochs::only;
+use super::finding::{Finding, Rule};
+use super::index::{Mapping, is_table};
+use super::stale_tables::TableDuty;
+use super::{Audit, MAX_LINK_WORK, World};
+use lacuna_abi::addr::Gva;
+use lacuna_abi::event::{EntryWrite, mapped_frames};
+use lacuna_abi::layout::Place;
+use lacuna_abi::paging::{Entry, Level};
+
+impl Audit {
+    /// Takes one entry-write record of a CPU.
+    pub(super) fn entry_write(
+        &mut self,
+        cpu: u8,
+        write: &EntryWrite,
+        seq: u64,
+        world: &impl World,
+    ) {
+        if !is_sound(write) {
+            let reason = format!("the entry write {seq} leaves its table or physical memory");
+            self.ledger.inconclusive(reason);
+            return;
+        }
+        if !self.is_registered(write.root) {
+            // A root that is still being built is walked when it is registered.
+            self.ledger.not_checked(Rule::TraceHonesty, 1);
+            return;
+        }
+        if self.link_work >= MAX_LINK_WORK {
+            let reason = "too many tables are linked between two quiesce points".to_owned();
+            self.ledger.inconclusive(reason);
+            return;
+        }
+        self.judge_remap(write, seq);
+        self.oblige_leaves(write, seq);
+        if write.level > Level::Pt {
+            self.oblige_tables(write, seq);
+        }
+        let walked = self.index.apply(write, world);
+        if !walked.tables.is_empty() {
+            self.link_work += walked.tables.len() + walked.leaves.len();
+        }
+        self.judge_walked(write.root, &walked, Some(cpu), seq);
+    }
+
+    /// `stale-window`: a window address that gets a new translation has no old one left on the
+    /// window's own CPU.
+    fn judge_remap(&mut self, write: &EntryWrite, seq: u64) {
+        let Some((owner, grants)) = self.window_of(write.va).zip(leaf(write.new, write.level))
+        else {
+            return;
+        };
+        self.ledger.checked(Rule::StaleWindow, u64::from(write.count));
+        if self.cpus.may_cache(write.root, false) & !only(owner) != 0 {
+            // Copies that other CPUs may have made speculatively are not followed.
+            self.ledger.not_checked(Rule::StaleWindow, u64::from(write.count));
+        }
+        let last = write.va.wrapping_add(write.span() - 1);
+        let mut stale = self.duties.at(write.va, last, &self.epochs);
+        stale.retain(|duty| duty.global || duty.pcid == write.pcid);
+        if let Some(revokes) = leaf(write.old, write.level)
+            && revokes.frame(write.level) != grants.frame(write.level)
+        {
+            stale.extend(self.duty_of(write, revokes, seq));
+        }
+        for duty in stale.iter().filter(|duty| duty.cpus & only(owner) != 0) {
+            let detail = format!(
+                "the address is remapped while CPU {owner} may cache the translation revoked by \
+                 event {}; an INVLPG or a root load by CPU {owner} in between, or a completed \
+                 seal of the frame, would have discharged it",
+                duty.seq
+            );
+            self.ledger.violation(stale_finding(Rule::StaleWindow, duty, owner, seq, detail));
+        }
+    }
+
+    /// Leaves that the record revokes.
+    fn oblige_leaves(&mut self, write: &EntryWrite, seq: u64) {
+        if let Some(revokes) = leaf(write.old, write.level)
+            && revoked(write.old, write.new, write.level)
+            && let Some(duty) = self.duty_of(write, revokes, seq)
+        {
+            let kept = self.duties.add(&duty, &self.epochs);
+            self.note_dropped(kept.is_err());
+        }
+    }
+
+    /// Tables that the record takes out of the address space, or grants fewer rights, with the
+    /// leaves in them.
+    fn oblige_tables(&mut self, write: &EntryWrite, seq: u64) {
+        let cpus = self.cpus.may_cache(write.root, false);
+        for index in 0..u64::from(write.count) {
+            let old = write.old.nth_of_run(write.level, index);
+            let new = write.new.nth_of_run(write.level, index);
+            if !is_table(old, write.level) || !revoked(old, new, write.level) {
+                continue;
+            }
+            let va = write.va.wrapping_add(index * write.level.span());
+            let span = (va, va.wrapping_add(write.level.span() - 1));
+            let below = self.index.in_span(write.root, span).filter(|m| m.level < write.level);
+            let leaves: Vec<Duty> = below
+                .filter_map(|mapping| {
+                    let Mapping { root, va, level, global, .. } = *mapping;
+                    let frames = mapping.frames();
+                    let pcid = write.pcid;
+                    self.with_cpus(Duty { root, pcid, global, level, va, frames, seq, cpus: 0 })
+                })
+                .collect();
+            let mut kept = true;
+            for duty in &leaves {
+                kept &= self.duties.add(duty, &self.epochs).is_ok();
+            }
+            let mut tables: Vec<_> = self.index.tables_in(write.root, span, write.level).collect();
+            tables.push((old.frame(write.level), va));
+            tables.retain(|(table, _)| self.config.layout.pool.contains(table.gpa()));
+            for (table, va) in tables {
+                let duty = TableDuty { root: write.root, pcid: write.pcid, va, seq, cpus };
+                kept &= self.table_duties.add(table, duty, &self.epochs);
+            }
+            self.note_dropped(!kept);
+        }
+    }
+
+    /// The obligation of a whole run; `None` where no rule asks.
+    fn duty_of(&self, write: &EntryWrite, revokes: Entry, seq: u64) -> Option<Duty> {
+        let EntryWrite { root, pcid, va, level, count, .. } = *write;
+        let frames = mapped_frames(revokes, level, count)?;
+        let global = revokes.has(Entry::GLOBAL);
+        self.with_cpus(Duty { root, pcid, global, level, va, frames, seq, cpus: 0 })
+    }
+
+    /// The obligation with the CPUs that may cache it; of a window only the owner's copy is
+    /// followed. `None` where no rule asks.
+    fn with_cpus(&self, duty: Duty) -> Option<Duty> {
+        let live = self.cpus.may_cache(duty.root, duty.global);
+        match self.config.layout.place_of(duty.va) {
+            Place::DirectMap => Some(Duty { cpus: live, ..duty }),
+            Place::Window(_) => Some(Duty { cpus: live & only(self.window_of(duty.va)?), ..duty }),
+            Place::Pool | Place::Other => None,
+        }
+    }
+
+    /// The CPU in whose window the address lies.
+    pub(super) fn window_of(&self, va: Gva) -> Option<u8> {
+        match self.config.layout.place_of(va) {
+            Place::Window(owner) => u8::try_from(owner).ok(),
+            Place::DirectMap | Place::Pool | Place::Other => None,
+        }
+    }
+}
+
+/// A finding about an obligation that is still open on `cpu`.
+pub(super) fn stale_finding(rule: Rule, duty: &Duty, cpu: u8, seq: u64, detail: String) -> Finding {
+    let (frame, va) = (Some(duty.frames.start()), Some(duty.va));
+    let root = Some(duty.root);
+    Finding { frame, va, cpu: Some(cpu), root, ..Finding::new(rule, seq, detail) }
+}
+
+/// Whether the run lies in one table and everything that it maps can exist.
+fn is_sound(write: &EntryWrite) -> bool {
+    let exists = |entry: Entry| {
+        leaf(entry, write.level).is_none()
+            || mapped_frames(entry, write.level, write.count).is_some()
+    };
+    write.is_well_formed() && exists(write.old) && exists(write.new)
+}
+
+/// The entry, if it is present and maps a page.
+fn leaf(entry: Entry, level: Level) -> Option<Entry> {
+    (entry.is_present() && entry.is_leaf(level)).then_some(entry)
+}
+
+/// Whether a write takes away a translation, or a right, that may be cached (SDM volume 3,
+/// "Recommended Invalidation"): not present any more, another frame or size, fewer rights, another
+/// Global bit.
+fn revoked(old: Entry, new: Entry, level: Level) -> bool {
+    let lost = |bit| old.has(bit) && !new.has(bit);
+    let is_leaf = old.is_leaf(level);
+    old.is_present()
+        && (!new.is_present()
+            || is_leaf != new.is_leaf(level)
+            || old.frame(level) != new.frame(level)
+            || lost(Entry::WRITABLE)
+            || lost(Entry::USER)
+            || (new.has(Entry::NO_EXECUTE) && !old.has(Entry::NO_EXECUTE))
+            || (is_leaf && old.has(Entry::GLOBAL) != new.has(Entry::GLOBAL)))
+}

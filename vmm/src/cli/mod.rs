@@ -1,0 +1,232 @@
+//! The command line: what it takes, and how its results leave the process.
+#![forbid(unsafe_code)]
+
+mod exit;
+mod progress;
+mod run;
+#[cfg(test)]
+mod tests;
+mod tools;
+
+pub use exit::ExitStatus;
+pub use progress::Progress;
+pub use run::run;
+pub use tools::{bench, doctor};
+
+use crate::config::{MachineKind, Mediation, Overrides, ReportFormat, Seal};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{ArgAction, Args, Parser, Subcommand};
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+const EXIT_STATUSES: &str = "\
+Exit status:
+  0  pass
+  1  violation: a rule that the host checks does not hold
+  2  wrong usage or configuration; the message names file, line and field
+  3  this host cannot do it; the message names what is missing and the remedy
+  4  guest error: panic, exception, hang past its time limit, unexpected sealed access
+  5  inconclusive: something that had to be checked could not be";
+
+const EXAMPLES: &str = "\
+Examples:
+  lacuna run configs/quickstart.toml
+  lacuna run configs/quickstart.toml --inject global-window --report json
+  lacuna run configs/secrets.toml --input my-keys.txt --seal memslot --out results
+  lacuna doctor";
+
+/// Runs small KVM guests whose secret pages are absent from the guest's own direct map and closed
+/// in the second stage, and checks from outside that they are.
+#[derive(Clone, PartialEq, Eq, Debug, Parser)]
+#[command(name = "lacuna", version, propagate_version = true, arg_required_else_help = true)]
+#[command(after_help = EXIT_STATUSES, after_long_help = format!("{EXIT_STATUSES}\n\n{EXAMPLES}"))]
+pub struct Cli {
+    /// Says more about what is going on; twice for everything. RUST_LOG goes before it.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Clone, PartialEq, Eq, Debug, Subcommand)]
+pub enum Command {
+    /// Runs a guest and reports what the host found.
+    #[command(after_help = EXIT_STATUSES)]
+    #[command(after_long_help = format!("{EXIT_STATUSES}\n\n{EXAMPLES}"))]
+    Run(RunArgs),
+    /// Says what this host can do, and what is missing for what.
+    #[command(after_help = "Exit status: 0 if guests can run here, 3 if not.")]
+    Doctor(DoctorArgs),
+    /// Measures.
+    #[command(after_help = EXIT_STATUSES)]
+    Bench(BenchArgs),
+}
+
+/// Arguments of `lacuna run`.
+#[derive(Clone, PartialEq, Eq, Debug, Args)]
+pub struct RunArgs {
+    /// Configuration in TOML; configs/reference.toml explains every field.
+    pub config: PathBuf,
+    /// What runs the guest. This version has kvm.
+    #[arg(long, value_parser = MachineKind::parser())]
+    pub machine: Option<MachineKind>,
+    /// How the host learns of table writes. This version has trace.
+    #[arg(long, value_parser = Mediation::parser())]
+    pub mediate: Option<Mediation>,
+    /// First event that --mediate step looks at.
+    #[arg(long, value_name = "EVENT")]
+    pub step_from: Option<u64>,
+    /// Last event that --mediate step looks at.
+    #[arg(long, value_name = "EVENT")]
+    pub step_to: Option<u64>,
+    /// How secret pages are closed in the second stage.
+    #[arg(long, value_parser = Seal::parser())]
+    pub seal: Option<Seal>,
+    /// Input of the program, in place of the configuration's.
+    #[arg(long, value_name = "FILE")]
+    pub input: Option<PathBuf>,
+    /// Plants a fault that the host must find; may be given several times.
+    #[arg(long, value_name = "FAULT", long_help = inject_help())]
+    pub inject: Vec<String>,
+    /// Seed of whatever the guest draws at random.
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
+    /// Form of the report on standard output.
+    #[arg(long, value_parser = ReportFormat::parser())]
+    pub report: Option<ReportFormat>,
+    /// Keeps report, guest log and events in this directory.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Records the run so that it can be judged again. This version cannot do it.
+    #[arg(long)]
+    pub record: bool,
+}
+
+/// Arguments of `lacuna doctor`.
+#[derive(Clone, PartialEq, Eq, Debug, Args)]
+pub struct DoctorArgs {
+    /// Prints JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `lacuna bench`.
+#[derive(Clone, PartialEq, Eq, Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure. boot: time until the allocator is ready, and resident memory, for guests
+    /// of several sizes.
+    #[arg(default_value = "boot", value_parser = Bench::parser())]
+    pub name: Bench,
+    /// Prints JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What can be measured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bench {
+    /// Boot.
+    Boot,
+}
+
+impl Bench {
+    /// Everything that can be measured.
+    pub const ALL: &'static [Self] = &[Self::Boot];
+
+    /// The name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Boot => "boot",
+        }
+    }
+}
+
+impl RunArgs {
+    /// What the flags put in place of the configuration's settings.
+    #[must_use]
+    pub fn overrides(&self) -> Overrides {
+        let args = self.clone();
+        Overrides {
+            machine: args.machine,
+            mediate: args.mediate,
+            step_from: args.step_from,
+            step_to: args.step_to,
+            seal: args.seal,
+            input: args.input,
+            inject: args.inject,
+            seed: args.seed,
+            report: args.report,
+            out: args.out,
+            record: args.record,
+        }
+    }
+}
+
+/// Starts logging to standard error: warnings, or more with `-v`, or what `RUST_LOG` says. A
+/// logger that is already there stays.
+pub fn init_log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "trace",
+    };
+    let env = env_logger::Env::default().default_filter_or(level);
+    if env_logger::Builder::from_env(env).try_init().is_err() {
+        log::debug!("another logger is in place");
+    }
+}
+
+/// Writes `text` to standard output. A reader that went away is no error.
+///
+/// # Errors
+/// Any other failure to write.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+/// An argument that is one of a few names: the parser lists them where another is given.
+trait Choice: Copy + Send + Sync + 'static {
+    const CHOICES: &'static [Self];
+
+    fn word(self) -> &'static str;
+
+    fn parser() -> impl TypedValueParser<Value = Self> {
+        let words = PossibleValuesParser::new(Self::CHOICES.iter().map(|choice| choice.word()));
+        words.try_map(|word| {
+            let choice = Self::CHOICES.iter().copied().find(|choice| choice.word() == word);
+            choice.ok_or("the name is not known")
+        })
+    }
+}
+
+macro_rules! choices {
+    ($($type:ty),*) => {$(
+        impl Choice for $type {
+            const CHOICES: &'static [Self] = Self::ALL;
+
+            fn word(self) -> &'static str {
+                self.name()
+            }
+        }
+    )*};
+}
+
+choices!(MachineKind, Mediation, Seal, ReportFormat, Bench);
+
+fn inject_help() -> String {
+    use std::fmt::Write;
+    let mut help = "Plants a fault that the host must find; may be given several times.\n\n\
+                    Faults, and the rules that find them:"
+        .to_owned();
+    for fault in lacuna_abi::fault::Fault::ALL {
+        _ = write!(help, "\n  {:26}{}", fault.name(), fault.rule());
+    }
+    help
+}

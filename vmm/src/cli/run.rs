@@ -1,0 +1,250 @@
+//! `lacuna run`.
+
+use super::{ExitStatus, Progress, RunArgs, print};
+use crate::config::{Config, ReportFormat, Workload};
+use crate::doctor::{self, Flavour, HostFacts, ThisHost};
+use crate::events::EventFile;
+use crate::gate::Observer;
+use crate::report::{self as reports, Report};
+use crate::run::{Machine, Outcome, Plan, Surroundings, report};
+use lacuna_abi::event::Record;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+/// A run that did not get as far as a report: what to say, and how to end.
+struct Failure(ExitStatus, String);
+
+impl Failure {
+    fn new(status: ExitStatus) -> impl Fn(&dyn Error) -> Self {
+        move |error| Self(status, error.to_string())
+    }
+}
+
+/// Runs a guest and prints the report. What goes wrong before is said on standard error.
+#[must_use]
+pub fn run(args: &RunArgs) -> ExitStatus {
+    match try_run(args) {
+        Ok(status) => status,
+        Err(Failure(status, message)) => {
+            eprintln!("error: {message}");
+            status
+        }
+    }
+}
+
+fn try_run(args: &RunArgs) -> Result<ExitStatus, Failure> {
+    let started = Instant::now();
+    let usage = Failure::new(ExitStatus::Usage);
+    let host = Failure::new(ExitStatus::Host);
+    let config = Config::load(&args.config, &args.overrides()).map_err(|e| usage(&e))?;
+    let (plan, warnings) = Plan::new(&config).map_err(|e| usage(&e))?;
+    let total = expected_work(&config, &plan);
+    let kvm = doctor::open_kvm().map_err(|e| host(&e))?;
+    let log = GuestLog::new(config.limits.guest_log_kib);
+    let mut observers: Vec<Box<dyn Observer>> = vec![Box::new(log.clone())];
+    let events = match &config.output.out {
+        Some(out) => {
+            let events = Events::create(out, config.limits.events_mib)?;
+            observers.push(Box::new(events.clone()));
+            Some(events)
+        }
+        None => None,
+    };
+    let interrupted = interrupts()
+        .map_err(|error| Failure(ExitStatus::Host, format!("cannot listen for Ctrl-C: {error}")))?;
+    let machine = Machine::open(kvm, plan, observers).map_err(|e| host(&e))?;
+    let running = machine.start().map_err(|e| host(&e))?;
+    let mut progress = Progress::new(total);
+    let outcome = running.wait(|done| {
+        progress.set(done);
+        if interrupted.load(Ordering::Relaxed) {
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    });
+    progress.finish();
+    let surroundings = Surroundings {
+        machine: describe_machine(&config),
+        warnings: warnings.into_iter().chain(log.warning()).collect(),
+        last_line: log.last_line(),
+        total: started.elapsed(),
+    };
+    let mut report = report(&config, &outcome, surroundings);
+    if let (Some(out), Some(events)) = (&config.output.out, events) {
+        report.warnings.extend(events.finish(out, &outcome)?);
+        write(&out.join("guest.log"), log.text().as_bytes())?;
+    }
+    publish(&config, &outcome, &report)
+}
+
+/// What ran the guest, for the report.
+fn describe_machine(config: &Config) -> reports::Machine {
+    let facts = HostFacts::read(&ThisHost);
+    let unknown = || "unknown".to_owned();
+    reports::Machine {
+        kind: config.machine.name().to_owned(),
+        translation: Flavour::detect(&ThisHost).translation.name().to_owned(),
+        mediation: config.mediation.name().to_owned(),
+        kernel: facts.kernel.unwrap_or_else(unknown),
+        cpu: facts.cpu_model.or(facts.cpu_vendor).unwrap_or_else(unknown),
+    }
+}
+
+/// Units of work that the progress bar counts to.
+fn expected_work(config: &Config, plan: &Plan) -> Option<u64> {
+    matches!(config.workload, Workload::Replay { .. }).then_some(plan.args[0])
+}
+
+/// Writes and prints the report, unless it holds bytes of the secret input.
+fn publish(config: &Config, outcome: &Outcome, report: &Report) -> Result<ExitStatus, Failure> {
+    let broken = |error: &dyn Error| Failure(ExitStatus::Inconclusive, error.to_string());
+    let json = report.to_json().map_err(|e| broken(&e))?;
+    let text = report.to_text();
+    let leaks = outcome.with_gate(|gate| {
+        gate.leaks_into("the report", json.as_bytes())
+            || gate.leaks_into("the report", text.as_bytes())
+    });
+    if leaks {
+        let message = "the report is withheld: it holds bytes of the secret input (input-leak)";
+        return Err(Failure(ExitStatus::Violation, message.into()));
+    }
+    if let Some(out) = &config.output.out {
+        write(&out.join("report.json"), json.as_bytes())?;
+    }
+    let shown = match config.output.report {
+        ReportFormat::Json => &json,
+        ReportFormat::Text => &text,
+    };
+    print(shown).map_err(|e| broken(&e))?;
+    Ok(report.verdict.into())
+}
+
+/// Set by the first Ctrl-C or SIGTERM; the second ends the process at once.
+fn interrupts() -> io::Result<Arc<AtomicBool>> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        let status = i32::from(ExitStatus::Inconclusive as u8);
+        flag::register_conditional_shutdown(signal, status, Arc::clone(&interrupted))?;
+        flag::register(signal, Arc::clone(&interrupted))?;
+    }
+    Ok(interrupted)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    fs::write(path, bytes).map_err(|error| cannot_write(path, &error))
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> Failure {
+    let path = path.display();
+    let message = format!("--out: cannot write {path}: {error}; name a folder that can be written");
+    Failure(ExitStatus::Usage, message)
+}
+
+/// The guest's log, up to a bound.
+#[derive(Clone)]
+struct GuestLog(Arc<Mutex<LogState>>);
+
+struct LogState {
+    text: String,
+    left: usize,
+    cut: u64,
+}
+
+impl GuestLog {
+    fn new(kib: u64) -> Self {
+        let left = usize::try_from(kib.saturating_mul(1024)).unwrap_or(usize::MAX);
+        Self(Arc::new(Mutex::new(LogState { text: String::new(), left, cut: 0 })))
+    }
+
+    fn with<R>(&self, f: impl FnOnce(&mut LogState) -> R) -> R {
+        f(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn text(&self) -> String {
+        self.with(|state| state.text.clone())
+    }
+
+    fn last_line(&self) -> Option<String> {
+        self.with(|state| state.text.lines().last().map(str::to_owned))
+    }
+
+    fn warning(&self) -> Option<String> {
+        let cut = self.with(|state| state.cut);
+        (cut > 0)
+            .then(|| format!("{cut} lines of the guest's log were cut ([limits] guest_log_kib)"))
+    }
+}
+
+impl Observer for GuestLog {
+    fn log(&mut self, line: &str) {
+        log::info!("guest: {line}");
+        self.with(|state| {
+            let needed = line.len() + 1;
+            if needed > state.left {
+                state.cut += 1;
+                return;
+            }
+            state.left -= needed;
+            state.text.push_str(line);
+            state.text.push('\n');
+        });
+    }
+}
+
+/// The events file of `--out`.
+#[derive(Clone)]
+struct Events(Arc<Mutex<EventsState>>);
+
+struct EventsState {
+    file: Option<EventFile>,
+    error: Option<io::Error>,
+}
+
+const EVENTS: &str = "events.bin";
+
+impl Events {
+    fn create(out: &Path, mib: u64) -> Result<Self, Failure> {
+        fs::create_dir_all(out).map_err(|error| cannot_write(out, &error))?;
+        let path = out.join(EVENTS);
+        let file = EventFile::create(&path, mib.saturating_mul(1 << 20));
+        let file = Some(file.map_err(|error| cannot_write(&path, &error))?);
+        Ok(Self(Arc::new(Mutex::new(EventsState { file, error: None }))))
+    }
+
+    /// Closes the file; says what is missing in it. A guest could write its secret into addresses,
+    /// so the file is searched too.
+    fn finish(&self, out: &Path, outcome: &Outcome) -> Result<Option<String>, Failure> {
+        let path = out.join(EVENTS);
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(error) = state.error.take() {
+            return Err(cannot_write(&path, &error));
+        }
+        let Some(file) = state.file.take() else { return Ok(None) };
+        let cut = file.finish().map_err(|error| cannot_write(&path, &error))?;
+        let bytes = fs::read(&path).map_err(|error| cannot_write(&path, &error))?;
+        if outcome.with_gate(|gate| gate.leaks_into(EVENTS, &bytes)) {
+            fs::remove_file(&path).map_err(|error| cannot_write(&path, &error))?;
+        }
+        Ok((cut > 0).then(|| format!("{cut} events did not fit in {EVENTS} ([limits] events_mib)")))
+    }
+}
+
+impl Observer for Events {
+    fn event(&mut self, record: &Record) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let EventsState { file, error } = &mut *state;
+        if let Some(Err(failed)) = file.as_mut().map(|file| file.push(record)) {
+            // Reported at the end; the run itself does not depend on it.
+            *file = None;
+            *error = Some(failed);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+use super::*;
+use crate::report::Verdict;
+use clap::CommandFactory;
+use clap::error::ErrorKind;
+use lacuna_abi::fault::Fault;
+use std::path::Path;
+use std::process::ExitCode;
+
+fn parsed(line: &str) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(line.split_whitespace())
+}
+
+fn run(line: &str) -> RunArgs {
+    match parsed(&format!("lacuna run {line}")).unwrap().command {
+        Command::Run(args) => args,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_definitions_are_consistent() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn every_flag_of_run_reaches_the_overrides() {
+    let args = run("c.toml --machine sim --mediate step --step-from 3 --step-to 9 --seal memslot \
+                    --input f --inject a --inject b --seed 7 --report json --out d --record");
+    assert_eq!(args.config, Path::new("c.toml"));
+    let overrides = Overrides {
+        machine: Some(MachineKind::Sim),
+        mediate: Some(Mediation::Step),
+        step_from: Some(3),
+        step_to: Some(9),
+        seal: Some(Seal::Memslot),
+        input: Some("f".into()),
+        inject: vec!["a".into(), "b".into()],
+        seed: Some(7),
+        report: Some(ReportFormat::Json),
+        out: Some("d".into()),
+        record: true,
+    };
+    assert_eq!(args.overrides(), overrides);
+    assert_eq!(run("c.toml").overrides(), Overrides::default());
+}
+
+#[test]
+fn verbosity_is_counted_before_and_behind_the_command() {
+    assert_eq!(parsed("lacuna -vv doctor").unwrap().verbose, 2);
+    assert_eq!(parsed("lacuna run c.toml -v").unwrap().verbose, 1);
+    assert_eq!(parsed("lacuna doctor").unwrap().verbose, 0);
+}
+
+#[test]
+fn doctor_and_bench_take_their_flags() {
+    let doctor = parsed("lacuna doctor --json").unwrap().command;
+    assert_eq!(doctor, Command::Doctor(DoctorArgs { json: true }));
+    for line in ["lacuna bench", "lacuna bench boot"] {
+        let bench = parsed(line).unwrap().command;
+        assert_eq!(bench, Command::Bench(BenchArgs { name: Bench::Boot, json: false }));
+    }
+}
+
+#[test]
+fn wrong_usage_ends_with_status_2_and_help_with_0() {
+    for line in [
+        "lacuna",
+        "lacuna run",
+        "lacuna check",
+        "lacuna run c.toml d.toml",
+        "lacuna run c.toml --seal ept",
+        "lacuna run c.toml --seed -1",
+        "lacuna run c.toml --unknown",
+        "lacuna bench speed",
+    ] {
+        assert_eq!(parsed(line).unwrap_err().exit_code(), 2, "{line}");
+    }
+    for (line, kind) in [
+        ("lacuna --help", ErrorKind::DisplayHelp),
+        ("lacuna run --help", ErrorKind::DisplayHelp),
+        ("lacuna --version", ErrorKind::DisplayVersion),
+    ] {
+        let error = parsed(line).unwrap_err();
+        assert_eq!((error.kind(), error.exit_code()), (kind, 0), "{line}");
+    }
+}
+
+#[test]
+fn a_wrong_choice_is_answered_with_the_choices() {
+    let error = parsed("lacuna run c.toml --seal ept").unwrap_err().to_string();
+    assert!(error.contains("auto, memslot, guard, off"), "{error}");
+}
+
+#[test]
+fn help_names_exit_statuses_examples_and_faults() {
+    let help = parsed("lacuna run --help").unwrap_err().to_string();
+    for status in [
+        ExitStatus::Pass,
+        ExitStatus::Violation,
+        ExitStatus::Usage,
+        ExitStatus::Host,
+        ExitStatus::GuestError,
+        ExitStatus::Inconclusive,
+    ] {
+        assert!(help.contains(&format!("\n  {}  ", status as u8)), "{status:?}");
+    }
+    assert!(help.contains("lacuna run configs/quickstart.toml"), "{help}");
+    for fault in Fault::ALL {
+        assert!(help.contains(fault.name()) && help.contains(fault.rule()), "{}", fault.name());
+    }
+}
+
+#[test]
+fn verdicts_and_exit_statuses_agree() {
+    for verdict in [Verdict::Pass, Verdict::Violation, Verdict::GuestError, Verdict::Inconclusive] {
+        assert_eq!(ExitStatus::from(verdict) as u8, verdict.exit_status());
+    }
+    assert_eq!(ExitCode::from(ExitStatus::Host), ExitCode::from(3));
+}

@@ -1,0 +1,91 @@
+//! The fields of a configuration and what each takes: for messages, and for the tests that keep
+//! `configs/reference.toml` complete.
+
+use lacuna_abi::layout::{MAX_MEMORY_MIB, MIN_MEMORY_MIB};
+use lacuna_abi::workload::Program;
+use std::ops::RangeInclusive;
+
+/// A field.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Field {
+    /// Its section.
+    pub section: &'static str,
+    /// Its name.
+    pub name: &'static str,
+    /// What it takes, after "give".
+    pub takes: &'static str,
+    /// The programs that it belongs to; empty if all.
+    pub programs: &'static [Program],
+}
+
+const fn field(section: &'static str, name: &'static str, takes: &'static str) -> Field {
+    Field { section, name, takes, programs: &[] }
+}
+
+const fn of(programs: &'static [Program], name: &'static str, takes: &'static str) -> Field {
+    Field { section: "workload", name, takes, programs }
+}
+
+pub(super) const MEMORY_MIB: RangeInclusive<u64> = MIN_MEMORY_MIB..=MAX_MEMORY_MIB;
+/// Largest memory that is filled: each byte of it is then really there.
+pub(super) const MAX_FILL_MIB: u64 = 1024;
+pub(super) const TIMEOUT_S: RangeInclusive<u64> = 1..=86_400;
+pub(super) const GUEST_LOG_KIB: RangeInclusive<u64> = 1..=1 << 20;
+pub(super) const EVENTS_MIB: RangeInclusive<u64> = 1..=16 << 10;
+
+/// All fields, in the order of `configs/reference.toml`.
+pub const FIELDS: &[Field] = &[
+    field("guest", "memory_mib", "an even number of MiB from 16 to 65536"),
+    field("guest", "vcpus", "1"),
+    field("guest", "image", "the path of an ELF image that follows docs/guests.md"),
+    field("guest", "fill", "a byte, 0 to 255, with at most 1024 MiB of memory"),
+    field("guest", "prezero", "true or false"),
+    field("guest", "seed", "a number that is not negative"),
+    field("workload", "program", "\"replay\", \"secrets\", \"idle\", \"touch\" or \"crash\""),
+    of(
+        &[Program::Replay, Program::Secrets],
+        "input",
+        "the path of a file, relative to this one, or use --input",
+    ),
+    of(&[Program::Replay], "events", "a number of events, at least 1"),
+    of(
+        &[Program::Replay],
+        "secret",
+        "\"user\", \"all\", \"none\" or a list of flag names such as [\"GFP_HIGHUSER\"]",
+    ),
+    of(
+        &[Program::Touch],
+        "touch",
+        "\"read\", \"write\", \"fetch\", \"locked\", \"string\", \"stack\", \"event-delivery\" or \
+         \"page-walk\"",
+    ),
+    of(
+        &[Program::Crash],
+        "crash",
+        "\"panic\", \"page-fault\", \"general-protection\", \"invalid-opcode\", \
+         \"stack-overflow\", \"triple-fault\", \"hang\", \"halt\", \"write-text\" or \"bad-calls\"",
+    ),
+    field("second_stage", "seal", "\"auto\", \"memslot\", \"guard\" or \"off\""),
+    field("second_stage", "guard", "\"auto\", \"madvise\" or \"mprotect\""),
+    field("second_stage", "vma_budget", "a number from 1 to 4294967295"),
+    field("audit", "quiesce_every", "a number of events, at least 1"),
+    field("audit", "require", "a list of rules"),
+    field("audit", "expect", "a list of rules and \"sealed-access\""),
+    field("limits", "timeout_s", "a number of seconds from 1 to 86400"),
+    field("limits", "guest_log_kib", "a number of KiB from 1 to 1048576"),
+    field("limits", "events_mib", "a number of MiB from 1 to 16384"),
+];
+
+/// The field of this name.
+pub(super) fn find(section: &str, name: &str) -> Option<&'static Field> {
+    FIELDS.iter().find(|field| field.section == section && field.name == name)
+}
+
+/// Names of the fields of a section, as a list for a message; empty for a section that does not
+/// exist.
+pub(super) fn names(section: &str) -> Vec<&'static str> {
+    FIELDS.iter().filter(|field| field.section == section).map(|field| field.name).collect()
+}
+
+/// The sections, as a list for a message.
+pub(super) const SECTIONS: &str = "[guest], [workload], [second_stage], [audit], [limits]";

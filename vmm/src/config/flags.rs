@@ -1,0 +1,64 @@
+//! Flags of the command line that need a look of their own.
+
+use super::error::ConfigError;
+use super::{MachineKind, Mediation, Overrides};
+use lacuna_abi::fault::Fault;
+use std::path::{Path, PathBuf};
+
+/// Refuses what the command line foresees and this version does not have.
+pub(super) fn refuse_what_is_missing(overrides: &Overrides) -> Result<(), ConfigError> {
+    let refuse = |flag, what: String, remedy: &str| Err(ConfigError::flag(flag, what, remedy));
+    match overrides {
+        Overrides { machine: Some(machine), .. } if *machine != MachineKind::Kvm => refuse(
+            "--machine",
+            format!("this version has no machine \"{}\"", machine.name()),
+            "use --machine kvm",
+        ),
+        Overrides { mediate: Some(mode), .. } if *mode != Mediation::Trace => refuse(
+            "--mediate",
+            format!("this version has no mediation \"{}\"", mode.name()),
+            "use --mediate trace",
+        ),
+        Overrides { step_from: Some(_), .. } => refuse(
+            "--step-from",
+            "it belongs to --mediate step, which this version does not have".into(),
+            "leave it out",
+        ),
+        Overrides { step_to: Some(_), .. } => refuse(
+            "--step-to",
+            "it belongs to --mediate step, which this version does not have".into(),
+            "leave it out",
+        ),
+        Overrides { record: true, .. } => refuse(
+            "--record",
+            "this version makes no recordings".into(),
+            "use --out DIR, which keeps report, guest log and events",
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// The faults of these names, each once.
+pub(super) fn faults(names: &[String]) -> Result<Vec<Fault>, ConfigError> {
+    let mut faults = Vec::new();
+    for name in names {
+        let fault = Fault::from_name(name).ok_or_else(|| {
+            let known: Vec<_> = Fault::ALL.iter().map(|fault| fault.name()).collect();
+            let what = format!("there is no fault {name:?}");
+            ConfigError::flag("--inject", what, format!("the faults are {}", known.join(", ")))
+        })?;
+        if !faults.contains(&fault) {
+            faults.push(fault);
+        }
+    }
+    Ok(faults)
+}
+
+/// A folder that exists or can be made later.
+pub(super) fn folder(path: &Path) -> Result<PathBuf, ConfigError> {
+    if path.exists() && !path.is_dir() {
+        let what = format!("{} is no directory", path.display());
+        return Err(ConfigError::flag("--out", what, "name a directory, or one to be made"));
+    }
+    Ok(path.to_owned())
+}

@@ -1,0 +1,209 @@
+//! From what stands in the file, and on the command line, to a complete configuration.
+
+use super::error::ConfigError;
+use super::fields::{self, EVENTS_MIB, GUEST_LOG_KIB, MAX_FILL_MIB, MEMORY_MIB, TIMEOUT_S};
+use super::raw::{self, Number, Raw};
+use super::source::Source;
+use super::{
+    Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, Output, Overrides,
+    ReportFormat, Seal, SecondStage, flags, input,
+};
+use crate::audit::Rule;
+use lacuna_abi::MAX_CPUS;
+use std::ops::{Range, RangeInclusive};
+use std::path::{Path, PathBuf};
+use toml::Spanned;
+
+/// What [`Expect`] calls an access to a sealed frame.
+const SEALED_ACCESS: &str = "sealed-access";
+
+pub(super) fn resolve(
+    source: &Source<'_>,
+    raw: &Raw,
+    overrides: &Overrides,
+) -> Result<Config, ConfigError> {
+    let resolver = Resolver { source };
+    flags::refuse_what_is_missing(overrides)?;
+    let mut guest = resolver.guest(&raw.guest)?;
+    guest.seed = overrides.seed.unwrap_or(guest.seed);
+    let mut second_stage = resolver.second_stage(&raw.second_stage)?;
+    second_stage.seal = overrides.seal.unwrap_or(second_stage.seal);
+    Ok(Config {
+        file: source.file().to_owned(),
+        machine: overrides.machine.unwrap_or(MachineKind::Kvm),
+        mediation: overrides.mediate.unwrap_or(Mediation::Trace),
+        guest,
+        workload: resolver.workload(&raw.workload, overrides.input.as_deref())?,
+        second_stage,
+        audit: resolver.audit(&raw.audit)?,
+        limits: resolver.limits(&raw.limits)?,
+        inject: flags::faults(&overrides.inject)?,
+        output: Output {
+            report: overrides.report.unwrap_or(ReportFormat::Text),
+            out: overrides.out.as_deref().map(flags::folder).transpose()?,
+        },
+    })
+}
+
+/// Turns what stands in the file into settings, section by section.
+pub(super) struct Resolver<'a> {
+    pub(super) source: &'a Source<'a>,
+}
+
+impl Resolver<'_> {
+    fn guest(&self, raw: &raw::Guest) -> Result<Guest, ConfigError> {
+        let memory_mib = self.number(("guest", "memory_mib"), &raw.memory_mib, MEMORY_MIB)?;
+        let memory_mib = memory_mib.unwrap_or(64);
+        if memory_mib % 2 != 0 {
+            let what = format!("{memory_mib} is odd");
+            return Err(self.refuse(("guest", "memory_mib"), None, what));
+        }
+        let fill = self.number(("guest", "fill"), &raw.fill, 0..=u8::MAX.into())?;
+        if fill.is_some() && memory_mib > MAX_FILL_MIB {
+            let what = format!("{memory_mib} MiB are too many to be filled");
+            return Err(self.refuse(("guest", "fill"), None, what));
+        }
+        Ok(Guest {
+            memory_mib,
+            vcpus: self.vcpus(&raw.vcpus)?,
+            image: match &raw.image {
+                Some(image) => Some(self.file(("guest", "image"), image)?),
+                None => None,
+            },
+            fill: fill.and_then(|fill| u8::try_from(fill).ok()),
+            prezero: raw.prezero.unwrap_or(true),
+            seed: self.number(("guest", "seed"), &raw.seed, 0..=u64::MAX)?.unwrap_or(0),
+        })
+    }
+
+    fn vcpus(&self, raw: &Number) -> Result<u8, ConfigError> {
+        let Some(vcpus) = raw else { return Ok(1) };
+        let count = usize::try_from(*vcpus.get_ref()).unwrap_or(0);
+        let what = match count {
+            1 => return Ok(1),
+            2..=MAX_CPUS => "this version runs one vCPU".to_owned(),
+            _ => format!("{} vCPUs are impossible", vcpus.get_ref()),
+        };
+        Err(self.refuse(("guest", "vcpus"), Some(vcpus.span()), what))
+    }
+
+    fn second_stage(&self, raw: &raw::SecondStage) -> Result<SecondStage, ConfigError> {
+        let budget = ("second_stage", "vma_budget");
+        let budget = self.number(budget, &raw.vma_budget, 1..=u32::MAX.into())?;
+        Ok(SecondStage {
+            seal: match &raw.seal {
+                Some(seal) => self.named(("second_stage", "seal"), seal, Seal::from_name)?,
+                None => Seal::Auto,
+            },
+            guard: match &raw.guard {
+                Some(how) => self.named(("second_stage", "guard"), how, GuardChoice::from_name)?,
+                None => GuardChoice::Auto,
+            },
+            vma_budget: budget.and_then(|budget| u32::try_from(budget).ok()),
+        })
+    }
+
+    fn audit(&self, raw: &raw::Audit) -> Result<Audit, ConfigError> {
+        let every = ("audit", "quiesce_every");
+        let every = self.number(every, &raw.quiesce_every, 1..=u64::MAX)?;
+        let mut expect = Expect::default();
+        for name in &raw.expect {
+            if name.get_ref() == SEALED_ACCESS {
+                expect.sealed_access = true;
+            } else {
+                self.add_rule("expect", name, &mut expect.rules)?;
+            }
+        }
+        let mut require = Vec::new();
+        for name in &raw.require {
+            self.add_rule("require", name, &mut require)?;
+        }
+        Ok(Audit { quiesce_every: every.unwrap_or(1000), require, expect })
+    }
+
+    fn add_rule(
+        &self,
+        field: &str,
+        name: &Spanned<String>,
+        rules: &mut Vec<Rule>,
+    ) -> Result<(), ConfigError> {
+        let Some(rule) = Rule::from_name(name.get_ref()) else {
+            let mut known: Vec<_> = Rule::ALL.iter().map(|rule| rule.name()).collect();
+            if field == "expect" {
+                known.push(SEALED_ACCESS);
+            }
+            let what = format!("there is no rule {:?}", name.get_ref());
+            let remedy = format!("known: {}", known.join(", "));
+            return Err(self.source.error("audit", field, Some(name.span()), what, remedy));
+        };
+        if !rules.contains(&rule) {
+            rules.push(rule);
+        }
+        Ok(())
+    }
+
+    fn limits(&self, raw: &raw::Limits) -> Result<Limits, ConfigError> {
+        let number = |name, raw, range| self.number(("limits", name), raw, range);
+        Ok(Limits {
+            timeout_s: number("timeout_s", &raw.timeout_s, TIMEOUT_S)?.unwrap_or(60),
+            guest_log_kib: number("guest_log_kib", &raw.guest_log_kib, GUEST_LOG_KIB)?
+                .unwrap_or(1024),
+            events_mib: number("events_mib", &raw.events_mib, EVENTS_MIB)?.unwrap_or(64),
+        })
+    }
+
+    pub(super) fn number(
+        &self,
+        field: (&str, &str),
+        raw: &Number,
+        range: RangeInclusive<u64>,
+    ) -> Result<Option<u64>, ConfigError> {
+        let Some(raw) = raw else { return Ok(None) };
+        match u64::try_from(*raw.get_ref()) {
+            Ok(number) if range.contains(&number) => Ok(Some(number)),
+            _ => {
+                let what = format!("{} is out of range", raw.get_ref());
+                Err(self.refuse(field, Some(raw.span()), what))
+            }
+        }
+    }
+
+    pub(super) fn named<T>(
+        &self,
+        field: (&str, &str),
+        raw: &Spanned<String>,
+        from_name: impl Fn(&str) -> Option<T>,
+    ) -> Result<T, ConfigError> {
+        from_name(raw.get_ref()).ok_or_else(|| {
+            self.refuse(field, Some(raw.span()), format!("{:?} is not known", raw.get_ref()))
+        })
+    }
+
+    pub(super) fn file(
+        &self,
+        field: (&str, &str),
+        raw: &Spanned<String>,
+    ) -> Result<PathBuf, ConfigError> {
+        let path = self.relative(raw.get_ref());
+        input::check(&path, u64::MAX).map_err(|(what, remedy)| {
+            self.source.error(field.0, field.1, Some(raw.span()), what, remedy)
+        })?;
+        Ok(path)
+    }
+
+    /// A path of the file, which is relative to the file's folder.
+    pub(super) fn relative(&self, path: &str) -> PathBuf {
+        self.source.file().parent().unwrap_or(Path::new("")).join(path)
+    }
+
+    /// A mistake whose remedy is to give what the field takes.
+    pub(super) fn refuse(
+        &self,
+        (section, field): (&str, &str),
+        span: Option<Range<usize>>,
+        what: impl Into<String>,
+    ) -> ConfigError {
+        let takes = fields::find(section, field).map_or("another value", |field| field.takes);
+        self.source.error(section, field, span, what, format!("give {takes}"))
+    }
+}

@@ -1,0 +1,154 @@
+//! One CPU's event ring as the host reads it.
+
+use crate::machine::memory::{Memory, MemoryError};
+use lacuna_abi::event::{
+    INTENT_WORDS, Intent, RECORD_BYTES, RECORD_WORDS, RING_HEAD_WORD, RING_INTENT_WORD,
+    RING_RECORDS, RING_TAIL_WORD, Record,
+};
+use lacuna_abi::addr::{Gpa, PAGE_SIZE};
+use lacuna_abi::layout::ring_offset;
+
+/// The host's side of a ring. The tail is the host's own: what the guest writes over the copy in
+/// shared memory changes only the guest's view.
+#[derive(Debug)]
+pub struct RingReader {
+    cpu: u8,
+    control: Gpa,
+    tail: u64,
+}
+
+/// What one look at a ring brought.
+#[derive(Debug, Default)]
+pub struct Drained {
+    /// Records in the order of the ring.
+    pub records: Vec<Record>,
+    /// Why records are missing, if any are.
+    pub lost: Vec<String>,
+}
+
+impl RingReader {
+    /// The ring of `cpu`.
+    #[must_use]
+    pub fn new(memory: &Memory, cpu: u8) -> Self {
+        let control = memory.layout().shared.gpa.wrapping_add(ring_offset(usize::from(cpu)));
+        Self { cpu, control, tail: 0 }
+    }
+
+    /// Takes everything that the guest has published: at most one ring's worth.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the shared region cannot be read: a fault of the VMM.
+    pub fn drain(&mut self, memory: &Memory) -> Result<Drained, MemoryError> {
+        let mut drained = Drained::default();
+        let head = memory.load(self.word(RING_HEAD_WORD))?;
+        let published = head.wrapping_sub(self.tail);
+        if published > RING_RECORDS {
+            drained.lost.push(format!(
+                "CPU {}'s event ring jumped from record {} to {head}",
+                self.cpu, self.tail
+            ));
+            self.tail = head;
+        }
+        while self.tail != head {
+            match self.record(memory, self.tail)? {
+                Ok(record) => drained.records.push(record),
+                Err(why) => drained.lost.push(why),
+            }
+            self.tail = self.tail.wrapping_add(1);
+        }
+        memory.store(self.word(RING_TAIL_WORD), self.tail)?;
+        Ok(drained)
+    }
+
+    /// The write that the CPU has under way, if any.
+    ///
+    /// # Errors
+    /// [`MemoryError`] as [`Self::drain`]; an intent that makes no sense is the inner error.
+    pub fn intent(&self, memory: &Memory) -> Result<Result<Option<Intent>, String>, MemoryError> {
+        let mut words = [0; INTENT_WORDS];
+        for (index, word) in words.iter_mut().enumerate() {
+            *word = memory.load(self.word(RING_INTENT_WORD + index))?;
+        }
+        Ok(Intent::from_words(&words)
+            .map_err(|bad| format!("CPU {}'s intent makes no sense: {bad:?}", self.cpu)))
+    }
+
+    fn record(
+        &self,
+        memory: &Memory,
+        index: u64,
+    ) -> Result<Result<Record, String>, MemoryError> {
+        let offset = PAGE_SIZE + (index % RING_RECORDS) * RECORD_BYTES;
+        let mut words = [0; RECORD_WORDS];
+        let mut at = self.control.wrapping_add(offset);
+        for word in &mut words {
+            *word = memory.load(at)?;
+            at = at.wrapping_add(8);
+        }
+        Ok(match Record::from_words(&words) {
+            Ok(record) if record.cpu == self.cpu => Ok(record),
+            Ok(record) => Err(format!(
+                "record {index} in CPU {}'s event ring says it is CPU {}'s",
+                self.cpu, record.cpu
+            )),
+            Err(bad) => {
+                Err(format!("record {index} in CPU {}'s event ring: {bad:?}", self.cpu))
+            }
+        })
+    }
+
+    const fn word(&self, word: usize) -> Gpa {
+        self.control.wrapping_add(8 * word as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_abi::event::{Event, Flush};
+    use lacuna_abi::layout::{Layout, Needs};
+
+    fn memory() -> Memory {
+        let needs = Needs { image: 4096, memory_mib: 16, cpus: 2, input: 0, scratch: 0 };
+        Memory::new(Layout::new(&needs).unwrap()).unwrap()
+    }
+
+    fn put(memory: &Memory, reader: &RingReader, index: u64, record: &Record) {
+        let at = reader.control.wrapping_add(PAGE_SIZE + index % RING_RECORDS * RECORD_BYTES);
+        memory.store_words(at, &record.to_words()).unwrap();
+        memory.store(reader.word(RING_HEAD_WORD), index + 1).unwrap();
+    }
+
+    fn flush(seq: u64, cpu: u8) -> Record {
+        Record { seq, cpu, event: Event::Flush(Flush::Everything) }
+    }
+
+    #[test]
+    fn records_come_out_once_and_in_order_across_the_wrap() {
+        let memory = memory();
+        let mut reader = RingReader::new(&memory, 1);
+        let mut got = Vec::new();
+        for index in 0..RING_RECORDS + 5 {
+            put(&memory, &reader, index, &flush(index + 1, 1));
+            if index % 7 == 0 {
+                got.extend(reader.drain(&memory).unwrap().records);
+            }
+        }
+        got.extend(reader.drain(&memory).unwrap().records);
+        assert!(got.iter().map(|r| r.seq).eq(1..=RING_RECORDS + 5));
+        assert!(reader.drain(&memory).unwrap().records.is_empty());
+    }
+
+    #[test]
+    fn a_jump_garbage_and_a_foreign_record_are_said() {
+        let memory = memory();
+        let mut reader = RingReader::new(&memory, 0);
+        put(&memory, &reader, 0, &flush(1, 1));
+        assert!(reader.drain(&memory).unwrap().lost[0].contains("says it is CPU 1's"));
+        memory.store(reader.word(RING_HEAD_WORD), 2).unwrap();
+        assert!(reader.drain(&memory).unwrap().lost[0].contains("Torn"));
+        memory.store(reader.word(RING_HEAD_WORD), u64::MAX).unwrap();
+        assert!(reader.drain(&memory).unwrap().lost[0].contains("jumped"));
+        assert!(reader.drain(&memory).unwrap().lost.is_empty());
+    }
+}

@@ -1,0 +1,535 @@
+//! The host's side of the gate: serves calls, feeds the audit, keeps the second stage in step.
+//!
+//! One gate serves all vCPUs of a machine, behind a lock. Whatever a guest asks, the answer is a
+//! status or a finding; only the host's own failures are errors.
+
+mod leaks;
+#[cfg(test)]
+mod tests;
+mod world;
+
+use crate::audit::{Audit, AuditConfig, AuditResult, ControlPolicy, CpuState};
+use crate::events::{RingReader, Sequencer};
+use crate::leak::LeakScanner;
+use crate::machine::kvm::KvmError;
+use crate::machine::memory::{Memory, MemoryError};
+use crate::machine::state::Registers;
+use crate::second_stage::{SecondStage, SecondStageError};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, PAGE_SIZE};
+use lacuna_abi::counter::Counters;
+use lacuna_abi::event::{EntryWrite, Event, HostAct, Intent, Record};
+use lacuna_abi::gate::{
+    ARGS_WORD, COUNT_WORD, Call, CpuRegistration, ExceptionReport, LOG_BYTES, Op, OpKind,
+    PAGE_WORDS, STATUS_WORD, Status, read_ops,
+};
+use lacuna_abi::layout::{call_page_offset, report_page_offset};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use world::LiveWorld;
+
+/// The host failed; the run ends without a judgement.
+#[derive(Debug, thiserror::Error)]
+pub enum GateFailure {
+    /// Guest memory could not be reached.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM failed.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The second stage could not be changed.
+    #[error(transparent)]
+    SecondStage(#[from] SecondStageError),
+    /// Guest memory could not be searched.
+    #[error("cannot search guest memory for the secret input: {0}")]
+    Search(std::io::Error),
+}
+
+/// Those who follow a run. All methods are called on the thread of the vCPU that left for the
+/// host, so they should be quick.
+pub trait Observer: Send {
+    /// An event, in the order of numbers, after the audit has judged it.
+    fn event(&mut self, _record: &Record) {}
+
+    /// A line of the guest's log, control characters replaced.
+    fn log(&mut self, _line: &str) {}
+}
+
+/// The vCPU that makes a call, stopped.
+pub trait StoppedCpu {
+    /// Completes a pending access, so that registers and memory are one consistent picture.
+    fn complete(&mut self);
+
+    /// The registers.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    fn registers(&self) -> Result<Registers, KvmError>;
+}
+
+/// What a served call means for the vCPU.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Served {
+    /// Run on.
+    Resume,
+    /// The program is done, with this status and these counters.
+    Exit(u64, Box<Counters>),
+    /// The guest reports an exception.
+    Exception(Box<ExceptionReport>),
+    /// The guest panicked, with this message.
+    Panic(String),
+}
+
+/// What the gate counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GateCounters {
+    /// Calls, of any kind.
+    pub calls: u64,
+    /// Calls or operations that were refused.
+    pub refused: u64,
+    /// Seal operations on one range each.
+    pub seals: u64,
+    /// Open operations on one range each.
+    pub opens: u64,
+    /// Release operations on one range each.
+    pub releases: u64,
+    /// Events taken from the rings.
+    pub events: u64,
+    /// Points at which everything was checked.
+    pub quiesces: u64,
+}
+
+/// How a gate is set up.
+pub struct GateSetup {
+    /// Guest memory.
+    pub memory: Arc<Memory>,
+    /// What closes frames.
+    pub stage: Box<dyn SecondStage>,
+    /// Root that all CPUs start with.
+    pub boot_root: Gpa,
+    /// Events between two complete checks.
+    pub quiesce_every: u64,
+    /// Most findings that are kept in words.
+    pub max_findings: usize,
+    /// Knows the secret input of the program, if it has one.
+    pub scanner: Option<LeakScanner>,
+    /// Those who follow the run.
+    pub observers: Vec<Box<dyn Observer>>,
+}
+
+/// The gate of one machine.
+pub struct Gate {
+    memory: Arc<Memory>,
+    stage: Box<dyn SecondStage>,
+    audit: Audit,
+    rings: Vec<RingReader>,
+    sequencer: Sequencer,
+    intents: Vec<Option<EntryWrite>>,
+    cpus: Vec<Option<Registers>>,
+    scanner: Option<LeakScanner>,
+    input_done: bool,
+    quiesce_every: u64,
+    events_at_quiesce: u64,
+    counters: GateCounters,
+    ready_at: Option<Instant>,
+    audit_time: Duration,
+    observers: Vec<Box<dyn Observer>>,
+}
+
+impl Gate {
+    /// The gate of a machine that is about to start.
+    #[must_use]
+    pub fn new(setup: GateSetup) -> Self {
+        let GateSetup { memory, stage, boot_root, quiesce_every, max_findings, scanner, observers } =
+            setup;
+        let layout = *memory.layout();
+        let config = AuditConfig {
+            layout,
+            boot_root,
+            seal_closes: stage.closes(),
+            control: ControlPolicy::default(),
+            max_findings,
+        };
+        let cpus = vec![None; layout.cpus];
+        let intents = vec![None; layout.cpus];
+        let world = LiveWorld { memory: &memory, stage: &*stage, cpus: &cpus, intents: &intents };
+        let audit = Audit::new(config, &world);
+        let rings = (0..=u8::MAX).take(layout.cpus).map(|cpu| RingReader::new(&memory, cpu));
+        let rings = rings.collect();
+        Self {
+            memory,
+            stage,
+            audit,
+            rings,
+            sequencer: Sequencer::default(),
+            intents,
+            cpus,
+            scanner,
+            input_done: false,
+            quiesce_every,
+            events_at_quiesce: 0,
+            counters: GateCounters::default(),
+            ready_at: None,
+            audit_time: Duration::ZERO,
+            observers,
+        }
+    }
+
+    /// Serves a call of `cpu`.
+    ///
+    /// # Errors
+    /// [`GateFailure`] if the host failed; nothing that the guest passes leads there.
+    pub fn serve(
+        &mut self,
+        call: Call,
+        cpu: u8,
+        vcpu: &mut dyn StoppedCpu,
+    ) -> Result<Served, GateFailure> {
+        self.counters.calls += 1;
+        self.drain()?;
+        let page = self.memory.shared_page(call_page_offset(cpu.into()))?;
+        let mut index = 0;
+        let status = match call {
+            Call::Ready => {
+                let args = arguments::<{ CpuRegistration::WORDS }>(&page, ARGS_WORD);
+                self.audit.register_cpu(cpu, CpuRegistration::from_words(&args));
+                self.ready_at.get_or_insert_with(Instant::now);
+                Status::Ok
+            }
+            Call::Ops => {
+                let (status, failed) = self.operations(cpu, &page)?;
+                index = failed;
+                status
+            }
+            Call::RegisterRoot => {
+                let pcid = u16::try_from(page[ARGS_WORD + 1]).unwrap_or(u16::MAX);
+                let root = Gpa(page[ARGS_WORD]);
+                self.with_audit(|audit, world| audit.register_root(root, pcid, world)).err().unwrap_or(Status::Ok)
+            }
+            Call::UnregisterRoot => {
+                self.audit.unregister_root(Gpa(page[ARGS_WORD])).err().unwrap_or(Status::Ok)
+            }
+            Call::Drain => Status::Ok,
+            Call::InputDone => self.input_done()?,
+            Call::Log => self.log(&page),
+            Call::Checkpoint => {
+                self.quiesce(cpu, vcpu)?;
+                Status::Ok
+            }
+            Call::Exit => {
+                let counters = arguments::<{ Counters::WORDS }>(&page, ARGS_WORD + 1);
+                let counters = Box::new(Counters::from_words(&counters));
+                return Ok(Served::Exit(page[ARGS_WORD], counters));
+            }
+            Call::Exception => {
+                let page = self.memory.shared_page(report_page_offset(cpu.into()))?;
+                let words = arguments::<{ ExceptionReport::WORDS }>(&page, ARGS_WORD);
+                return Ok(Served::Exception(Box::new(ExceptionReport::from_words(&words))));
+            }
+            Call::Panic => {
+                let page = self.memory.shared_page(report_page_offset(cpu.into()))?;
+                let text = text(&page).unwrap_or_default();
+                return Ok(Served::Panic(self.withhold("the guest's panic message", text)));
+            }
+        };
+        self.answer(cpu, status, index)?;
+        if self.counters.events - self.events_at_quiesce >= self.quiesce_every {
+            self.quiesce(cpu, vcpu)?;
+        }
+        Ok(Served::Resume)
+    }
+
+    /// Answers a call with a number that no call has.
+    ///
+    /// # Errors
+    /// [`GateFailure::Memory`].
+    pub fn refuse(&mut self, cpu: u8) -> Result<(), GateFailure> {
+        self.counters.calls += 1;
+        self.answer(cpu, Status::BadCall, 0)
+    }
+
+    /// Takes what the rings hold and has it judged. No vCPU runs meanwhile, so a number that is
+    /// missing now is lost.
+    ///
+    /// # Errors
+    /// [`GateFailure::Memory`].
+    pub fn drain(&mut self) -> Result<(), GateFailure> {
+        let mut standing: Vec<Intent> = Vec::new();
+        for (cpu, ring) in self.rings.iter_mut().enumerate() {
+            let drained = ring.drain(&self.memory)?;
+            self.sequencer.count_lost(drained.lost.len() as u64);
+            for why in drained.lost {
+                self.audit.inconclusive(why);
+            }
+            for record in drained.records {
+                if let Err(why) = self.sequencer.push(record) {
+                    self.audit.inconclusive(why);
+                }
+            }
+            let intent = match ring.intent(&self.memory)? {
+                Ok(intent) => intent,
+                Err(why) => {
+                    self.audit.inconclusive(why);
+                    None
+                }
+            };
+            self.intents[cpu] = intent.map(|intent| intent.write);
+            standing.extend(intent);
+        }
+        let last = self.memory.last_event_number()?;
+        let (records, gaps) = self.sequencer.settle(last, standing);
+        for gap in gaps {
+            self.audit.inconclusive(gap);
+        }
+        for record in records {
+            self.counters.events += 1;
+            self.with_audit(|audit, world| audit.event(&record, world));
+            self.tell(&record);
+        }
+        Ok(())
+    }
+
+    /// Checks everything. No vCPU runs meanwhile.
+    ///
+    /// # Errors
+    /// [`GateFailure`].
+    pub fn quiesce(&mut self, cpu: u8, vcpu: &mut dyn StoppedCpu) -> Result<(), GateFailure> {
+        vcpu.complete();
+        self.drain()?;
+        let registers = vcpu.registers()?;
+        if let Some(place) = self.cpus.get_mut(usize::from(cpu)) {
+            *place = Some(registers);
+        }
+        let seq = self.host_record(cpu, HostAct::Quiesced, self.memory.layout().zone_frames())?;
+        self.with_audit(|audit, world| audit.quiesce(seq, world));
+        self.search(seq)?;
+        self.counters.quiesces += 1;
+        self.events_at_quiesce = self.counters.events;
+        Ok(())
+    }
+
+    /// Carries out a list of operations; the status, and the index of the one that failed.
+    fn operations(
+        &mut self,
+        cpu: u8,
+        page: &[u64; PAGE_WORDS],
+    ) -> Result<(Status, usize), GateFailure> {
+        let mut ops: Vec<Op> = Vec::new();
+        // The list is checked as a whole first: one that makes no sense has no effect.
+        if read_ops(page, |op| ops.push(op)).is_err() {
+            return Ok((Status::BadArguments, 0));
+        }
+        for (index, op) in ops.into_iter().enumerate() {
+            if let Err(status) = self.operation(cpu, op)? {
+                return Ok((status, index));
+            }
+        }
+        Ok((Status::Ok, 0))
+    }
+
+    fn operation(&mut self, cpu: u8, op: Op) -> Result<Result<(), Status>, GateFailure> {
+        // An open takes its number before its effect, a seal and a release after theirs. On
+        // arrival a seal is judged at the number of the last event.
+        let opening = op.kind == OpKind::Open;
+        let before = if opening {
+            self.host_number()?
+        } else {
+            self.memory.last_event_number()?
+        };
+        if let Err(status) =
+            self.with_audit(|audit, world| audit.arrival(cpu, op, before, world))
+        {
+            if opening {
+                self.told(cpu, before, HostAct::Refused, op.frames);
+            }
+            return Ok(Err(status));
+        }
+        let frames = self.audit.frames();
+        let releasing = op.kind == OpKind::Release;
+        self.stage.update(op.frames, &|frame: Gfn| {
+            frames.may_close(frame) && !(releasing && op.frames.contains(frame))
+        })?;
+        let (seq, act) = match op.kind {
+            OpKind::Open => {
+                self.counters.opens += 1;
+                (before, HostAct::Opened)
+            }
+            OpKind::Seal => {
+                self.counters.seals += 1;
+                let sealed = op.frames.iter().all(|frame| self.stage.denies(frame));
+                let act = if sealed { HostAct::Sealed } else { HostAct::HeldOpen };
+                (self.host_number()?, act)
+            }
+            OpKind::Release => {
+                self.counters.releases += 1;
+                (self.host_number()?, HostAct::Released)
+            }
+        };
+        self.with_audit(|audit, world| audit.done(cpu, op, seq, world));
+        self.told(cpu, seq, act, op.frames);
+        Ok(Ok(()))
+    }
+
+    fn host_number(&mut self) -> Result<u64, GateFailure> {
+        Ok(self.memory.next_event_number()?)
+    }
+
+    /// Takes a number for something that the host does, and records it.
+    fn host_record(
+        &mut self,
+        cpu: u8,
+        act: HostAct,
+        frames: FrameRange,
+    ) -> Result<u64, GateFailure> {
+        let seq = self.host_number()?;
+        self.told(cpu, seq, act, frames);
+        Ok(seq)
+    }
+
+    /// Puts the host's own event in its place among the guest's.
+    fn told(&mut self, cpu: u8, seq: u64, act: HostAct, frames: FrameRange) {
+        let record = Record { seq, cpu, event: Event::Host(act, frames) };
+        if let Err(why) = self.sequencer.push(record) {
+            self.audit.inconclusive(why);
+        }
+        for record in self.sequencer.ready() {
+            self.tell(&record);
+        }
+    }
+
+    fn tell(&mut self, record: &Record) {
+        for observer in &mut self.observers {
+            observer.event(record);
+        }
+    }
+
+    fn with_audit<R>(&mut self, f: impl FnOnce(&mut Audit, &LiveWorld<'_>) -> R) -> R {
+        let started = Instant::now();
+        let Self { memory, stage, cpus, intents, audit, .. } = self;
+        let result = f(audit, &LiveWorld { memory, stage: &**stage, cpus, intents });
+        self.audit_time += started.elapsed();
+        result
+    }
+
+    fn answer(&mut self, cpu: u8, status: Status, index: usize) -> Result<(), GateFailure> {
+        if status != Status::Ok {
+            self.counters.refused += 1;
+        }
+        let page = self.memory.layout().shared.gpa.wrapping_add(call_page_offset(cpu.into()));
+        let at = page.wrapping_add(8 * STATUS_WORD as u64);
+        Ok(self.memory.store(at, status.to_word(index))?)
+    }
+
+    fn log(&mut self, page: &[u64; PAGE_WORDS]) -> Status {
+        let Some(text) = text(page) else { return Status::BadArguments };
+        let text = self.withhold("the guest's log", text);
+        for observer in &mut self.observers {
+            observer.log(&text);
+        }
+        Status::Ok
+    }
+}
+
+/// What is left of a gate after its run.
+impl Gate {
+    /// What the audit found.
+    #[must_use]
+    pub fn result(&self) -> AuditResult {
+        self.audit.result()
+    }
+
+    /// Notes why the run cannot be called passed.
+    pub fn inconclusive(&mut self, reason: String) {
+        self.audit.inconclusive(reason);
+    }
+
+    /// What the gate counted.
+    #[must_use]
+    pub const fn counters(&self) -> GateCounters {
+        self.counters
+    }
+
+    /// Events that were lost.
+    #[must_use]
+    pub const fn events_lost(&self) -> u64 {
+        self.sequencer.lost()
+    }
+
+    /// When the guest said that its allocator is ready.
+    #[must_use]
+    pub const fn ready_at(&self) -> Option<Instant> {
+        self.ready_at
+    }
+
+    /// Time that the audit took.
+    #[must_use]
+    pub const fn audit_time(&self) -> Duration {
+        self.audit_time
+    }
+
+    /// The second stage.
+    #[must_use]
+    pub fn stage(&self) -> &dyn SecondStage {
+        &*self.stage
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Guest memory, shared.
+    #[must_use]
+    pub fn shared_memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.memory)
+    }
+
+    /// Registers of a CPU at the last complete check.
+    #[must_use]
+    pub fn last_registers(&self, cpu: u8) -> Option<Registers> {
+        *self.cpus.get(usize::from(cpu))?
+    }
+
+    /// Number of the last event, for findings that no event leads to.
+    #[must_use]
+    pub fn last_event(&self) -> u64 {
+        self.memory.last_event_number().unwrap_or(0)
+    }
+}
+
+/// `N` words of a page, from `start`.
+fn arguments<const N: usize>(page: &[u64; PAGE_WORDS], start: usize) -> [u64; N] {
+    let mut words = [0; N];
+    for (word, source) in words.iter_mut().zip(page.iter().skip(start)) {
+        *word = *source;
+    }
+    words
+}
+
+/// The text in a page; `None` if its length makes no sense. Control characters are replaced, so
+/// that a guest cannot steer a terminal.
+fn text(page: &[u64; PAGE_WORDS]) -> Option<String> {
+    let len = usize::try_from(page[COUNT_WORD]).ok().filter(|len| *len <= LOG_BYTES)?;
+    let bytes: Vec<u8> =
+        page[ARGS_WORD..].iter().flat_map(|word| word.to_le_bytes()).take(len).collect();
+    let clean = |c: char| if c.is_control() && c != '\n' { '\u{fffd}' } else { c };
+    Some(String::from_utf8_lossy(&bytes).chars().map(clean).collect())
+}
+
+impl From<&Registers> for CpuState {
+    fn from(registers: &Registers) -> Self {
+        Self {
+            cr0: registers.cr0,
+            cr3: registers.cr3,
+            cr4: registers.cr4,
+            efer: registers.efer,
+            idt_base: registers.idt_base,
+            idt_limit: registers.idt_limit,
+            gdt_base: registers.gdt_base,
+            gdt_limit: registers.gdt_limit,
+        }
+    }
+}
+
+const _: () = assert!(PAGE_WORDS as u64 * 8 == PAGE_SIZE);
+const _: () = assert!(ARGS_WORD + 1 + Counters::WORDS <= PAGE_WORDS);

@@ -1,0 +1,302 @@
+//! The gate with guests made by hand: no KVM, the words of a call page and of a ring.
+
+use super::*;
+use crate::audit::Rule;
+use crate::image::Image;
+use crate::machine::boot;
+use crate::second_stage::{Guard, Mechanism, Off};
+use lacuna_abi::boot::BootInfo;
+use lacuna_abi::event::{Flush, RECORD_BYTES, RING_HEAD_WORD};
+use lacuna_abi::gate::OpWriter;
+use lacuna_abi::layout::{Layout, Needs, SEQUENCE_OFFSET, ring_offset};
+use lacuna_abi::paging::Level;
+use lacuna_abi::walk::locate;
+use std::sync::Mutex;
+
+/// A vCPU that stands still with the registers that every vCPU starts with.
+struct Still(Registers);
+
+impl StoppedCpu for Still {
+    fn complete(&mut self) {}
+
+    fn registers(&self) -> Result<Registers, KvmError> {
+        Ok(self.0)
+    }
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<String>>>);
+
+impl Observer for Lines {
+    fn log(&mut self, line: &str) {
+        self.0.lock().unwrap().push(line.to_owned());
+    }
+}
+
+struct Guest {
+    gate: Gate,
+    memory: Arc<Memory>,
+    root: Gpa,
+    still: Still,
+    lines: Lines,
+    ring_head: u64,
+}
+
+const SECRET: &[u8] = b"correct horse battery staple";
+
+impl Guest {
+    fn new(closes: bool) -> Self {
+        let image = Image::parse(crate::image::ORDINARY).unwrap();
+        let needs = Needs { image: image.len(), memory_mib: 16, cpus: 1, input: 100, scratch: 0 };
+        let layout = Layout::new(&needs).unwrap();
+        let memory = Arc::new(Memory::new(layout).unwrap());
+        let info = boot::prepare(&memory, &image, BootInfo::for_layout(&layout)).unwrap();
+        let root = Gpa(info.root);
+        let stage: Box<dyn SecondStage> = if closes {
+            Box::new(Guard::new(Arc::clone(&memory), Mechanism::best()))
+        } else {
+            Box::new(Off)
+        };
+        let lines = Lines::default();
+        let gate = Gate::new(GateSetup {
+            memory: Arc::clone(&memory),
+            stage,
+            boot_root: root,
+            quiesce_every: 1000,
+            max_findings: 10,
+            scanner: Some(LeakScanner::new(SECRET)),
+            observers: vec![Box::new(lines.clone())],
+        });
+        let (cr0, cr4, efer) =
+            (crate::machine::kvm::CR0, crate::machine::kvm::CR4, crate::machine::kvm::EFER);
+        let still = Still(Registers { cr0, cr3: root.0, cr4, efer, ..Registers::default() });
+        Self { gate, memory, root, still, lines, ring_head: 0 }
+    }
+
+    fn call(&mut self, call: Call) -> (Served, Status) {
+        let served = self.gate.serve(call, 0, &mut self.still).unwrap();
+        let status = self.memory.load(self.page(STATUS_WORD)).unwrap();
+        (served, Status::from_number(status as u32).unwrap())
+    }
+
+    fn page(&self, word: usize) -> Gpa {
+        let offset = call_page_offset(0) + 8 * word as u64;
+        self.memory.layout().shared.gpa.wrapping_add(offset)
+    }
+
+    fn put(&self, word: usize, value: u64) {
+        self.memory.store(self.page(word), value).unwrap();
+    }
+
+    fn ops(&mut self, ops: &[(OpKind, FrameRange)]) -> Status {
+        let mut words = Vec::new();
+        let mut writer = OpWriter::new(|word, value| words.push((word, value)));
+        for (kind, frames) in ops {
+            writer.push(*kind, *frames).unwrap();
+        }
+        for (word, value) in words {
+            self.put(word, value);
+        }
+        self.call(Call::Ops).1
+    }
+
+    fn frames(&self, first: u64, count: u64) -> FrameRange {
+        let start = self.memory.layout().zone_frames().start();
+        FrameRange::new(start.wrapping_add(first), count).unwrap()
+    }
+
+    fn record(&mut self, event: Event) -> u64 {
+        let seq = self.memory.next_event_number().unwrap();
+        let ring = self.memory.layout().shared.gpa.wrapping_add(ring_offset(0));
+        let at = ring.wrapping_add(PAGE_SIZE + self.ring_head * RECORD_BYTES);
+        self.memory.store_words(at, &Record { seq, cpu: 0, event }.to_words()).unwrap();
+        self.ring_head += 1;
+        self.memory.store(ring.wrapping_add(8 * RING_HEAD_WORD as u64), self.ring_head).unwrap();
+        seq
+    }
+
+    /// Takes the first block out of the direct map, as a well-behaved guest does, or without the
+    /// flush.
+    fn unmap_first_block(&mut self, flush: bool) {
+        let zone = self.memory.layout().zone;
+        let at = locate(&*self.memory, self.root, zone.va, Level::Pd).unwrap();
+        let old = lacuna_abi::paging::Entry(self.memory.load(at).unwrap());
+        let new = lacuna_abi::paging::Entry::EMPTY;
+        self.memory.store(at, 0).unwrap();
+        self.record(Event::EntryWrite(EntryWrite {
+            root: self.root,
+            pcid: 0,
+            va: zone.va,
+            level: Level::Pd,
+            count: 1,
+            old,
+            new,
+            grant: 0,
+        }));
+        if flush {
+            self.record(Event::Flush(Flush::Everything));
+        }
+    }
+
+    fn violations(&self, rule: Rule) -> u64 {
+        self.gate.result().tally(rule).violations
+    }
+}
+
+#[test]
+fn a_flip_seals_opens_and_releases() {
+    let mut guest = Guest::new(true);
+    let block = guest.frames(0, 512);
+    guest.unmap_first_block(true);
+    assert_eq!(guest.ops(&[(OpKind::Seal, block), (OpKind::Open, block)]), Status::Ok);
+    assert!(!guest.gate.stage().denies(block.start()));
+    assert_eq!(guest.ops(&[(OpKind::Seal, block)]), Status::Ok);
+    assert!(guest.gate.stage().denies(block.start()));
+    let page = guest.frames(7, 1);
+    assert_eq!(guest.ops(&[(OpKind::Open, page)]), Status::Ok);
+    assert!(!guest.gate.stage().denies(page.start()) && guest.gate.stage().denies(block.start()));
+    assert_eq!(guest.ops(&[(OpKind::Release, page)]), Status::StillOpen);
+    assert_eq!(guest.ops(&[(OpKind::Seal, page), (OpKind::Release, block)]), Status::Ok);
+    assert!(!guest.gate.stage().denies(block.start()));
+    let (_, status) = guest.call(Call::Checkpoint);
+    assert_eq!(status, Status::Ok);
+    let result = guest.gate.result();
+    assert_eq!(result.findings, [], "{:?}", result.inconclusive);
+    assert_eq!(result.inconclusive, Vec::<String>::new());
+    assert_eq!(guest.gate.events_lost(), 0);
+}
+
+#[test]
+fn a_flip_without_its_flush_is_found_when_the_seal_arrives() {
+    let mut guest = Guest::new(true);
+    guest.unmap_first_block(false);
+    assert_eq!(guest.ops(&[(OpKind::Seal, guest.frames(0, 512))]), Status::Ok);
+    assert_eq!(guest.violations(Rule::StaleDirectMap), 1);
+    assert_eq!(guest.violations(Rule::DirectMapAlias), 0);
+}
+
+#[test]
+fn a_seal_of_a_mapped_block_is_an_alias() {
+    let mut guest = Guest::new(true);
+    let page = guest.frames(3, 1);
+    assert_eq!(guest.ops(&[(OpKind::Seal, page)]), Status::Ok);
+    let result = guest.gate.result();
+    let finding = result.findings.iter().find(|f| f.rule == Rule::DirectMapAlias).unwrap();
+    assert_eq!(finding.frame, Some(page.start()));
+}
+
+#[test]
+fn refused_operations_leave_no_gap_in_the_numbers() {
+    let mut guest = Guest::new(true);
+    let page = guest.frames(3, 1);
+    assert_eq!(guest.ops(&[(OpKind::Open, page)]), Status::NotSecret);
+    assert_eq!(guest.ops(&[(OpKind::Release, page)]), Status::NotSecret);
+    let outside = FrameRange::new(Gfn(5), 1).unwrap();
+    assert_eq!(guest.ops(&[(OpKind::Seal, outside)]), Status::NotInZone);
+    guest.call(Call::Checkpoint);
+    assert_eq!(guest.gate.events_lost(), 0);
+    assert_eq!(guest.gate.counters().refused, 3);
+}
+
+#[test]
+fn a_missing_event_is_lost_and_said() {
+    let mut guest = Guest::new(true);
+    guest.memory.next_event_number().unwrap();
+    guest.record(Event::Flush(Flush::Everything));
+    guest.call(Call::Drain);
+    assert_eq!(guest.gate.events_lost(), 1);
+    assert!(guest.gate.result().inconclusive[0].contains("missing"));
+}
+
+#[test]
+fn a_counter_that_the_guest_moved_is_said() {
+    let mut guest = Guest::new(true);
+    let at = guest.memory.layout().shared.gpa.wrapping_add(SEQUENCE_OFFSET);
+    guest.memory.store(at, u64::MAX - 3).unwrap();
+    guest.call(Call::Drain);
+    guest.call(Call::Checkpoint);
+    guest.memory.store(at, 0).unwrap();
+    guest.call(Call::Checkpoint);
+    assert!(!guest.gate.result().inconclusive.is_empty());
+    assert!(guest.gate.events_lost() > 0);
+}
+
+#[test]
+fn nonsense_is_answered() {
+    let mut guest = Guest::new(false);
+    guest.put(COUNT_WORD, u64::MAX);
+    assert_eq!(guest.call(Call::Ops).1, Status::BadArguments);
+    assert_eq!(guest.call(Call::Log).1, Status::BadArguments);
+    guest.put(ARGS_WORD, 0x1234_5678);
+    assert_eq!(guest.call(Call::RegisterRoot).1, Status::BadRoot);
+    assert_eq!(guest.call(Call::UnregisterRoot).1, Status::BadRoot);
+    guest.gate.refuse(0).unwrap();
+    assert_eq!(guest.memory.load(guest.page(STATUS_WORD)).unwrap() as u32, Status::BadCall as u32);
+}
+
+#[test]
+fn a_log_line_cannot_steer_a_terminal() {
+    let mut guest = Guest::new(false);
+    let text = b"\x1b[2Jhi\n";
+    let mut words = [0_u8; 8];
+    words[..text.len()].copy_from_slice(text);
+    guest.put(ARGS_WORD, u64::from_le_bytes(words));
+    guest.put(COUNT_WORD, text.len() as u64);
+    assert_eq!(guest.call(Call::Log).1, Status::Ok);
+    assert_eq!(*guest.lines.0.lock().unwrap(), ["\u{fffd}[2Jhi\n"]);
+}
+
+#[test]
+fn a_log_line_that_holds_the_secret_is_withheld() {
+    let mut guest = Guest::new(false);
+    for (index, chunk) in SECRET.chunks(8).enumerate() {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        guest.put(ARGS_WORD + index, u64::from_le_bytes(word));
+    }
+    guest.put(COUNT_WORD, SECRET.len() as u64);
+    assert_eq!(guest.call(Call::Log).1, Status::Ok);
+    assert!(guest.lines.0.lock().unwrap()[0].contains("withheld"));
+    assert_eq!(guest.violations(Rule::InputLeak), 1);
+}
+
+#[test]
+fn the_input_is_wiped_once_and_its_bytes_are_found_outside_secret_frames() {
+    let mut guest = Guest::new(true);
+    let (input, scratch) = (guest.memory.layout().input, guest.memory.layout().metadata);
+    guest.memory.write(input.gpa, SECRET).unwrap();
+    guest.call(Call::Checkpoint);
+    assert_eq!(guest.violations(Rule::InputLeak), 0, "not yet taken over");
+    assert_eq!(guest.call(Call::InputDone).1, Status::Ok);
+    assert_eq!(guest.call(Call::InputDone).1, Status::BadState);
+    guest.call(Call::Checkpoint);
+    assert_eq!(guest.violations(Rule::InputLeak), 0);
+    assert!(guest.gate.result().tally(Rule::InputLeak).checked > 0);
+    guest.memory.write(scratch.gpa.wrapping_add(0x1ff8), &SECRET[2..20]).unwrap();
+    guest.call(Call::Checkpoint);
+    let result = guest.gate.result();
+    let finding = result.findings.iter().find(|f| f.rule == Rule::InputLeak).unwrap();
+    assert_eq!(finding.frame, Some(scratch.gpa.wrapping_add(0x2000).frame()));
+    assert!(finding.detail.contains("metadata"), "{}", finding.detail);
+    assert!(guest.gate.leaks_into("a log", &[b"x: ", SECRET].concat()));
+    assert!(!guest.gate.leaks_into("a log", b"nothing to see"));
+}
+
+#[test]
+fn a_program_without_a_secret_has_no_input_to_hand_over() {
+    let mut guest = Guest::new(false);
+    guest.gate.scanner = None;
+    assert_eq!(guest.call(Call::InputDone).1, Status::BadState);
+}
+
+#[test]
+fn the_final_calls_carry_what_the_guest_wrote() {
+    let mut guest = Guest::new(false);
+    guest.put(ARGS_WORD, 3);
+    guest.put(ARGS_WORD + 1, 17);
+    let (served, _) = guest.call(Call::Exit);
+    assert!(matches!(served, Served::Exit(3, counters) if counters.alloc == 17));
+    let (served, _) = guest.call(Call::Panic);
+    assert_eq!(served, Served::Panic(String::new()));
+    assert!(matches!(guest.call(Call::Exception).0, Served::Exception(_)));
+}

@@ -1,0 +1,50 @@
+//! The live machine as the audit sees it.
+
+use crate::audit::{CpuState, Denial, World};
+use crate::machine::memory::Memory;
+use crate::machine::state::Registers;
+use crate::second_stage::SecondStage;
+use lacuna_abi::addr::{Gfn, Gpa};
+use lacuna_abi::event::EntryWrite;
+use lacuna_abi::paging::Entry;
+use lacuna_abi::walk::Tables;
+
+/// Memory, second stage and registers of a machine whose vCPUs stand still.
+pub(super) struct LiveWorld<'a> {
+    pub(super) memory: &'a Memory,
+    pub(super) stage: &'a dyn SecondStage,
+    pub(super) cpus: &'a [Option<Registers>],
+    pub(super) intents: &'a [Option<EntryWrite>],
+}
+
+impl Tables for LiveWorld<'_> {
+    fn read_entry(&self, at: Gpa) -> Option<Entry> {
+        self.memory.read_entry(at)
+    }
+}
+
+impl World for LiveWorld<'_> {
+    fn content_is_zero(&self, frame: Gfn) -> Option<bool> {
+        self.memory.is_zero(frame)
+    }
+
+    fn denial(&self, frame: Gfn) -> Denial {
+        if !self.stage.closes() {
+            Denial::NotEnforced
+        } else if self.stage.denies(frame) {
+            Denial::Denied
+        } else if self.stage.holds_open(frame) {
+            Denial::HeldOpen
+        } else {
+            Denial::Open
+        }
+    }
+
+    fn cpu_state(&self, cpu: u8) -> Option<CpuState> {
+        self.cpus.get(usize::from(cpu))?.as_ref().map(CpuState::from)
+    }
+
+    fn intent(&self, cpu: u8) -> Option<EntryWrite> {
+        *self.intents.get(usize::from(cpu))?
+    }
+}

@@ -1,0 +1,274 @@
+//! The part that talks to KVM: the VM, its memory slots, its vCPUs.
+#![allow(unsafe_code)]
+
+use crate::doctor::{self, HostError};
+use crate::machine::exit::Exit;
+use crate::machine::memory::Memory;
+use crate::machine::state::Registers;
+use crate::second_stage::Slots;
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::layout::{CPU_DATA, MAIN_STACK};
+use std::io;
+use std::sync::Arc;
+
+/// Slot of the kernel image.
+const IMAGE_SLOT: u32 = 0;
+/// Slot of the table pool.
+const POOL_SLOT: u32 = 1;
+/// Slot of the other low regions.
+const LOW_SLOT: u32 = 2;
+/// First slot of the zone; those behind it belong to the `memslot` back end.
+pub const ZONE_SLOT: u32 = 3;
+
+/// CR0: protection, extension type, numeric error, write protect, paging.
+pub const CR0: u64 = 1 << 0 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
+/// CR4: physical-address extension, global pages.
+pub const CR4: u64 = 1 << 5 | 1 << 7;
+/// EFER: long mode enabled and active, no-execute.
+pub const EFER: u64 = 1 << 8 | 1 << 10 | 1 << 11;
+
+/// KVM could not do something.
+#[derive(Debug, thiserror::Error)]
+#[error("KVM cannot {what}: {error}")]
+pub struct KvmError {
+    /// What was tried.
+    pub what: &'static str,
+    /// What KVM said.
+    pub error: io::Error,
+}
+
+trait What<T> {
+    fn what(self, what: &'static str) -> Result<T, KvmError>;
+}
+
+impl<T> What<T> for Result<T, kvm_ioctls::Error> {
+    fn what(self, what: &'static str) -> Result<T, KvmError> {
+        self.map_err(|error| KvmError { what, error: io::Error::from_raw_os_error(error.errno()) })
+    }
+}
+
+/// A virtual machine with its memory.
+pub struct Vm {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    memory: Arc<Memory>,
+}
+
+impl Vm {
+    /// Makes a VM and gives it its memory.
+    ///
+    /// # Errors
+    /// [`KvmError`] says which step KVM refused.
+    pub fn new(kvm: Kvm, memory: Arc<Memory>) -> Result<Self, KvmError> {
+        let vm = kvm.create_vm().what("create a virtual machine")?;
+        // Where KVM keeps a task-state segment of its own on Intel: between low memory and the
+        // local APIC.
+        vm.set_tss_address(0xfffb_d000).what("set the address of its task-state segment")?;
+        vm.create_irq_chip().what("create the interrupt controllers")?;
+        let vm = Self { kvm, vm: Arc::new(vm), memory };
+        let layout = *vm.memory.layout();
+        let regions = [
+            (IMAGE_SLOT, layout.image.gpa, layout.image.end()),
+            (POOL_SLOT, layout.pool.gpa, layout.pool.end()),
+            (LOW_SLOT, layout.shared.gpa, layout.scratch.end()),
+        ];
+        for (slot, start, end) in regions {
+            let region = lacuna_abi::layout::Region { gpa: start, va: Gva(0), len: end.0 - start.0 };
+            let address = vm.memory.host_address(&region);
+            set_slot(&vm.vm, slot, start, region.len, address)?;
+        }
+        vm.slots().set(ZONE_SLOT, Some(layout.zone_frames())).map_err(|error| KvmError {
+            what: "give the guest its memory",
+            error,
+        })?;
+        Ok(vm)
+    }
+
+    /// The zone's slots, for the `memslot` back end.
+    #[must_use]
+    pub fn slots(&self) -> ZoneSlots {
+        ZoneSlots { vm: Arc::clone(&self.vm), memory: Arc::clone(&self.memory) }
+    }
+
+    /// Number of slots that KVM has for the zone.
+    #[must_use]
+    pub fn zone_slots(&self) -> u32 {
+        u32::try_from(self.kvm.get_nr_memslots()).unwrap_or(32).saturating_sub(ZONE_SLOT)
+    }
+
+    /// Checks that the VM has what guests need; the VM may have less than `/dev/kvm`.
+    ///
+    /// # Errors
+    /// [`HostError`] names the capability and the remedy.
+    pub fn require(&self) -> Result<(), HostError> {
+        doctor::require(&self.vm)
+    }
+
+    /// Makes vCPU `cpu`, ready to start at `entry` with the tables of `root`.
+    ///
+    /// # Errors
+    /// [`KvmError`] says which step KVM refused.
+    pub fn vcpu(&self, cpu: u8, entry: Gva, root: Gpa) -> Result<Vcpu, KvmError> {
+        let fd = self.vm.create_vcpu(cpu.into()).what("create a vCPU")?;
+        let mut cpuid =
+            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).what("say what CPUID offers")?;
+        for entry in cpuid.as_mut_slice() {
+            match entry.function {
+                1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(cpu) << 24,
+                0xb | 0x1f => entry.edx = cpu.into(),
+                _ => {}
+            }
+        }
+        fd.set_cpuid2(&cpuid).what("set CPUID")?;
+        let mut sregs = fd.get_sregs().what("read the system registers")?;
+        long_mode(&mut sregs, cpu, root);
+        fd.set_sregs(&sregs).what("start the vCPU in long mode")?;
+        let regs = kvm_regs {
+            rip: entry.0,
+            // As behind a CALL: the return address' place lies below an aligned stack.
+            rsp: MAIN_STACK.top(cpu.into()).0 - 8,
+            rdi: cpu.into(),
+            rflags: 2,
+            ..kvm_regs::default()
+        };
+        fd.set_regs(&regs).what("set the registers")?;
+        Ok(Vcpu { fd })
+    }
+}
+
+/// System registers of a CPU in 64-bit mode (SDM volume 3, "IA-32e Mode Operation").
+fn long_mode(sregs: &mut kvm_sregs, cpu: u8, root: Gpa) {
+    let code = kvm_segment {
+        limit: u32::MAX,
+        selector: 0x08,
+        type_: 0xb,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..kvm_segment::default()
+    };
+    let data = kvm_segment { selector: 0x10, type_: 0x3, l: 0, db: 1, ..code };
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.ss, sregs.fs) = (data, data, data, data);
+    sregs.gs = kvm_segment { base: CPU_DATA.start(cpu.into()).0, ..data };
+    // The task register must hold a busy task-state segment; the guest loads its own.
+    sregs.tr = kvm_segment {
+        limit: 103,
+        type_: 0xb,
+        present: 1,
+        ..kvm_segment::default()
+    };
+    sregs.cr0 = CR0;
+    sregs.cr3 = root.0;
+    sregs.cr4 = CR4;
+    sregs.efer = EFER;
+}
+
+/// The zone's memory slots.
+pub struct ZoneSlots {
+    vm: Arc<VmFd>,
+    memory: Arc<Memory>,
+}
+
+impl Slots for ZoneSlots {
+    fn set(&mut self, slot: u32, frames: Option<FrameRange>) -> io::Result<()> {
+        let zone = self.memory.layout().zone;
+        let (start, len) = match frames {
+            Some(frames) => (frames.start().gpa(), frames.count() * PAGE_SIZE),
+            None => (zone.gpa, 0),
+        };
+        let offset = start.offset_from(zone.gpa).filter(|o| o.saturating_add(len) <= zone.len);
+        let offset = offset.ok_or(io::ErrorKind::InvalidInput)?;
+        let address = self.memory.zone_mapping().address() + offset;
+        set_slot(&self.vm, slot, start, len, address).map_err(|error| error.error)
+    }
+}
+
+/// Puts memory of this process behind a slot; a length of 0 deletes it. All callers pass parts of
+/// [`Memory`]'s mappings.
+fn set_slot(vm: &VmFd, slot: u32, gpa: Gpa, len: u64, address: u64) -> Result<(), KvmError> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: gpa.0,
+        memory_size: len,
+        userspace_addr: address,
+    };
+    // SAFETY: the callers, all in this module, pass memory that `Memory` maps, and every owner of
+    // the VM's descriptor also owns the `Memory`, so that the mapping outlives the slot. No Rust
+    // reference into that memory exists; the guest may write it at any time.
+    unsafe { vm.set_user_memory_region(region) }.what("change a memory slot")
+}
+
+/// One virtual CPU.
+pub struct Vcpu {
+    fd: VcpuFd,
+}
+
+impl Vcpu {
+    /// Runs the vCPU until it leaves for the VMM.
+    pub fn run(&mut self) -> Exit {
+        match self.fd.run() {
+            Ok(exit) => match exit {
+                VcpuExit::IoOut(port, data) => {
+                    let mut value = [0; 4];
+                    let len = data.len().min(4);
+                    value[..len].copy_from_slice(&data[..len]);
+                    Exit::PortOut { port, value: u32::from_le_bytes(value), len: data.len() }
+                }
+                VcpuExit::IoIn(port, data) => {
+                    data.fill(0xff);
+                    Exit::PortIn { port }
+                }
+                VcpuExit::MmioRead(gpa, data) => {
+                    data.fill(0xff);
+                    Exit::MmioRead { gpa: Gpa(gpa) }
+                }
+                VcpuExit::MmioWrite(gpa, _) => Exit::MmioWrite { gpa: Gpa(gpa) },
+                VcpuExit::Hlt => Exit::Halt,
+                VcpuExit::Shutdown => Exit::Shutdown,
+                VcpuExit::InternalError => Exit::InternalError { suberror: self.suberror() },
+                VcpuExit::FailEntry(reason, _) => Exit::FailEntry { reason },
+                VcpuExit::MemoryFault { gpa, .. } => Exit::MemoryFault { gpa: Gpa(gpa) },
+                VcpuExit::SystemEvent(kind, _) => Exit::SystemEvent { kind },
+                VcpuExit::Intr => Exit::Interrupted,
+                _ => Exit::Unexpected(self.fd.get_kvm_run().exit_reason),
+            },
+            Err(error) => match error.errno() {
+                libc::EINTR | libc::EAGAIN => Exit::Interrupted,
+                libc::EFAULT => Exit::Fault,
+                number => Exit::Error(number),
+            },
+        }
+    }
+
+    /// Completes a pending port or memory access without running the guest: registers and memory
+    /// are then one consistent picture.
+    pub fn complete(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
+    /// The registers.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn registers(&self) -> Result<Registers, KvmError> {
+        let regs = self.fd.get_regs().what("read the registers")?;
+        let sregs = self.fd.get_sregs().what("read the system registers")?;
+        Ok(Registers::from_kvm(&regs, &sregs))
+    }
+
+    fn suberror(&mut self) -> u32 {
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, so this is the member that KVM
+        // filled in; it is plain data.
+        unsafe { run.__bindgen_anon_1.internal.suberror }
+    }
+}

@@ -1,0 +1,340 @@
+//! Guest memory as the VMM sees it.
+//!
+//! Two files back it. The *low* one holds everything but the zone (image, tables, shared pages,
+//! input, stacks, metadata), is mapped into this process and is never sealed. The *zone* is mapped
+//! for KVM only; this process reads it by file offset, whether sealed or not, so that closing the
+//! mapping can never fault the VMM itself.
+
+use crate::machine::sys::{self, HostMapping};
+use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
+use lacuna_abi::gate::PAGE_WORDS;
+use lacuna_abi::layout::{Layout, Region, SEQUENCE_OFFSET};
+use lacuna_abi::paging::Entry;
+use lacuna_abi::walk::Tables;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::atomic::{AtomicU64, Ordering};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion,
+    VolatileMemory,
+};
+
+/// Bytes that are read or written at once.
+const CHUNK: usize = 1 << 20;
+
+/// Guest memory could not be made or reached.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The kernel gives no memory file or mapping.
+    #[error("cannot set up {mib} MiB of guest memory: {error}; lower [guest] memory_mib or free memory")]
+    Create {
+        /// Size.
+        mib: u64,
+        /// Why.
+        error: io::Error,
+    },
+    /// An access of the VMM itself went outside the memory: a fault of the VMM, reported as such.
+    #[error("cannot access guest memory at {0}: {1}")]
+    Access(Gpa, String),
+}
+
+/// The memory of one guest.
+#[derive(Debug)]
+pub struct Memory {
+    layout: Layout,
+    low_file: File,
+    low: GuestMemoryMmap,
+    low_address: u64,
+    zone_file: File,
+    zone: HostMapping,
+}
+
+impl Memory {
+    /// Memory for this layout, all zero, none of it touched.
+    ///
+    /// # Errors
+    /// [`MemoryError::Create`].
+    pub fn new(layout: Layout) -> Result<Self, MemoryError> {
+        let low_len = layout.scratch.end().0;
+        let failed = |error| MemoryError::Create { mib: (layout.zone.len + low_len) >> 20, error };
+        let low_file = sys::memory_file(c"lacuna-low", low_len).map_err(failed)?;
+        let zone_file = sys::memory_file(c"lacuna-zone", layout.zone.len).map_err(failed)?;
+        let size = |len| usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()));
+        let offset = FileOffset::new(low_file.try_clone().map_err(failed)?, 0);
+        let region = MmapRegion::from_file(offset, size(low_len)?)
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let low_address = region.as_ptr() as u64;
+        let region = vm_memory::GuestRegionMmap::new(region, GuestAddress(0))
+            .ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
+        let low = GuestMemoryMmap::from_regions(vec![region])
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let zone = HostMapping::new(&zone_file, size(layout.zone.len)?).map_err(failed)?;
+        Ok(Self { layout, low_file, low, low_address, zone_file, zone })
+    }
+
+    /// Where everything lies.
+    #[must_use]
+    pub const fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Address in this process at which KVM finds a low region.
+    #[must_use]
+    pub const fn host_address(&self, region: &Region) -> u64 {
+        self.low_address + region.gpa.0
+    }
+
+    /// The mapping of the zone, which the second stage closes and opens.
+    #[must_use]
+    pub const fn zone_mapping(&self) -> &HostMapping {
+        &self.zone
+    }
+
+    /// Reads bytes of low memory.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`] if they do not all lie there.
+    pub fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
+        self.low.read_slice(into, GuestAddress(at.0)).map_err(|e| access(at, &e))
+    }
+
+    /// Writes bytes of low memory.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`] if they do not all lie there.
+    pub fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
+        self.low.write_slice(bytes, GuestAddress(at.0)).map_err(|e| access(at, &e))
+    }
+
+    /// Reads an aligned word of low memory by one load: what the guest wrote, once, by value.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`] outside low memory or if not aligned.
+    pub fn load(&self, at: Gpa) -> Result<u64, MemoryError> {
+        self.low.load(GuestAddress(at.0), Ordering::Acquire).map_err(|e| access(at, &e))
+    }
+
+    /// Writes an aligned word of low memory by one store.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`] outside low memory or if not aligned.
+    pub fn store(&self, at: Gpa, value: u64) -> Result<(), MemoryError> {
+        self.low.store(value, GuestAddress(at.0), Ordering::Release).map_err(|e| access(at, &e))
+    }
+
+    /// Writes consecutive words of low memory.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`].
+    pub fn store_words(&self, at: Gpa, words: &[u64]) -> Result<(), MemoryError> {
+        let mut next = at;
+        for word in words {
+            self.store(next, *word)?;
+            next = next.wrapping_add(8);
+        }
+        Ok(())
+    }
+
+    /// A copy of a page of words in the shared region, at this offset.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`].
+    pub fn shared_page(&self, offset: u64) -> Result<[u64; PAGE_WORDS], MemoryError> {
+        let mut words = [0; PAGE_WORDS];
+        let mut at = self.layout.shared.gpa.wrapping_add(offset);
+        for word in &mut words {
+            *word = self.load(at)?;
+            at = at.wrapping_add(8);
+        }
+        Ok(words)
+    }
+
+    /// Takes the next event number from the counter that guest and host share.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`].
+    pub fn next_event_number(&self) -> Result<u64, MemoryError> {
+        let at = self.layout.shared.gpa.wrapping_add(SEQUENCE_OFFSET);
+        let slice = self.low.get_slice(GuestAddress(at.0), 8).map_err(|e| access(at, &e))?;
+        let counter = slice.get_atomic_ref::<AtomicU64>(0).map_err(|e| access(at, &e))?;
+        Ok(counter.fetch_add(1, Ordering::AcqRel).wrapping_add(1))
+    }
+
+    /// Number of the last event, as the shared counter says; the guest can write there.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`].
+    pub fn last_event_number(&self) -> Result<u64, MemoryError> {
+        self.load(self.layout.shared.gpa.wrapping_add(SEQUENCE_OFFSET))
+    }
+
+    /// Units of work that CPU `cpu` says it has done.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`].
+    pub fn progress(&self, cpu: usize) -> Result<u64, MemoryError> {
+        let word = SEQUENCE_OFFSET + 8 * (1 + cpu as u64);
+        self.load(self.layout.shared.gpa.wrapping_add(word))
+    }
+
+    /// Zeroes a low region.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`].
+    pub fn wipe(&self, region: &Region) -> Result<(), MemoryError> {
+        let zeroes = vec![0; CHUNK];
+        let mut done = 0;
+        while done < region.len {
+            let left = usize::try_from(region.len - done).unwrap_or(CHUNK).min(CHUNK);
+            self.write(region.gpa.wrapping_add(done), &zeroes[..left])?;
+            done += left as u64;
+        }
+        Ok(())
+    }
+
+    /// Fills the whole zone with `byte`.
+    ///
+    /// # Errors
+    /// [`MemoryError::Create`] when memory runs out.
+    pub fn fill_zone(&self, byte: u8) -> Result<(), MemoryError> {
+        let chunk = vec![byte; CHUNK];
+        let mut done = 0;
+        while done < self.layout.zone.len {
+            self.zone_file.write_all_at(&chunk, done).map_err(|error| MemoryError::Create {
+                mib: self.layout.zone.len >> 20,
+                error,
+            })?;
+            done += chunk.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Reads bytes anywhere in guest memory, sealed or not: the one way by which the VMM looks at
+    /// contents. `false` if they lie nowhere.
+    #[must_use]
+    pub fn inspect(&self, at: Gpa, into: &mut [u8]) -> bool {
+        let len = into.len() as u64;
+        match at.offset_from(self.layout.zone.gpa) {
+            Some(offset) if offset.saturating_add(len) <= self.layout.zone.len => {
+                self.zone_file.read_exact_at(into, offset).is_ok()
+            }
+            Some(_) => false,
+            None => self.read(at, into).is_ok(),
+        }
+    }
+
+    /// Whether a zone frame is all zero; `None` outside the zone or where it cannot be read.
+    #[must_use]
+    pub fn is_zero(&self, frame: Gfn) -> Option<bool> {
+        let mut page = [0_u8; PAGE_SIZE as usize];
+        self.layout.zone.contains(frame.gpa()).then_some(())?;
+        self.inspect(frame.gpa(), &mut page).then(|| page.iter().all(|byte| *byte == 0))
+    }
+
+    /// Bytes of guest memory that were ever written: what the host really spends on the guest.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn touched_bytes(&self) -> io::Result<u64> {
+        let blocks = self.low_file.metadata()?.blocks() + self.zone_file.metadata()?.blocks();
+        Ok(blocks * 512)
+    }
+
+    /// Calls `each` with every part of guest memory that was ever written, in order, in pieces of
+    /// at most a page that do not cross a page's end.
+    ///
+    /// # Errors
+    /// What the kernel says while seeking or reading.
+    pub fn for_each_page_with_data(&self, mut each: impl FnMut(Gpa, &[u8])) -> io::Result<()> {
+        let mut page = [0; PAGE_SIZE as usize];
+        for (file, start) in [(&self.low_file, 0), (&self.zone_file, self.layout.zone.gpa.0)] {
+            let mut from = 0;
+            while let Some((begin, end)) = sys::next_data(file, from)? {
+                let mut at = begin & !(PAGE_SIZE - 1);
+                while at < end {
+                    file.read_exact_at(&mut page, at)?;
+                    each(Gpa(start + at), &page);
+                    at += PAGE_SIZE;
+                }
+                from = end;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Tables for Memory {
+    /// Entries lie in the table pool and nowhere else.
+    fn read_entry(&self, at: Gpa) -> Option<Entry> {
+        if !self.layout.pool.contains(at) {
+            return None;
+        }
+        self.load(at).ok().map(Entry)
+    }
+}
+
+fn access(at: Gpa, error: &impl ToString) -> MemoryError {
+    MemoryError::Access(at, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_abi::layout::Needs;
+
+    fn memory() -> Memory {
+        let needs = Needs { image: 4096, memory_mib: 16, cpus: 1, input: 4096, scratch: 0 };
+        Memory::new(Layout::new(&needs).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn event_numbers_start_at_one_and_count_up() {
+        let memory = memory();
+        assert_eq!(memory.next_event_number().unwrap(), 1);
+        assert_eq!(memory.next_event_number().unwrap(), 2);
+        assert_eq!(memory.last_event_number().unwrap(), 2);
+    }
+
+    #[test]
+    fn tables_are_read_in_the_pool_only() {
+        let memory = memory();
+        let layout = *memory.layout();
+        memory.store(layout.pool.gpa, 7).unwrap();
+        assert_eq!(memory.read_entry(layout.pool.gpa), Some(Entry(7)));
+        assert_eq!(memory.read_entry(layout.image.gpa), None);
+        assert_eq!(memory.read_entry(layout.pool.end()), None);
+        assert_eq!(memory.read_entry(Gpa(u64::MAX)), None);
+    }
+
+    #[test]
+    fn a_written_zone_is_seen_and_an_untouched_one_is_zero() {
+        let memory = memory();
+        let first = memory.layout().zone_frames().start();
+        assert_eq!(memory.is_zero(first), Some(true));
+        assert_eq!(memory.is_zero(Gfn(1)), None);
+        memory.fill_zone(0xa5).unwrap();
+        assert_eq!(memory.is_zero(first), Some(false));
+        let mut pages = 0;
+        memory.for_each_page_with_data(|_, _| pages += 1).unwrap();
+        assert_eq!(pages, 16 << 8);
+    }
+
+    #[test]
+    fn inspection_outside_memory_is_refused() {
+        let memory = memory();
+        let mut byte = [0];
+        assert!(!memory.inspect(Gpa(3 << 30), &mut byte));
+        assert!(!memory.inspect(memory.layout().zone.end(), &mut byte));
+        assert!(!memory.inspect(Gpa(u64::MAX), &mut byte));
+    }
+
+    #[test]
+    fn a_wiped_region_is_zero() {
+        let memory = memory();
+        let input = memory.layout().input;
+        memory.write(input.gpa, b"secret").unwrap();
+        memory.wipe(&input).unwrap();
+        assert_eq!(memory.load(input.gpa).unwrap(), 0);
+    }
+}

@@ -1,0 +1,147 @@
+//! The system calls of the machine that no crate wraps.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+
+/// `MADV_GUARD_INSTALL`, Linux 6.13; for file-backed mappings 6.15.
+const MADV_GUARD_INSTALL: i32 = 102;
+/// `MADV_GUARD_REMOVE`.
+const MADV_GUARD_REMOVE: i32 = 103;
+
+/// A part of this process's address space that backs guest memory and that this process itself
+/// never reads or writes through: only KVM does, and an access of KVM to a closed part fails
+/// harmlessly.
+#[derive(Debug)]
+pub struct HostMapping {
+    region: vm_memory::MmapRegion,
+}
+
+/// What may be done with closed memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Closed or opened with `madvise(2)` guards.
+    Guard,
+    /// Closed or opened with `mprotect(2)`.
+    Protection,
+}
+
+impl HostMapping {
+    /// Maps `len` bytes of `file` from its start, shared, without reserving memory.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn new(file: &File, len: usize) -> io::Result<Self> {
+        let offset = vm_memory::FileOffset::new(file.try_clone()?, 0);
+        let region = vm_memory::MmapRegion::from_file(offset, len).map_err(io::Error::other)?;
+        Ok(Self { region })
+    }
+
+    /// Address of the mapping in this process, as KVM takes it.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.region.as_ptr() as u64
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.region.size()
+    }
+
+    /// Whether the mapping has no bytes; one that was made always has.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Closes or opens `len` bytes from `offset`, both multiples of the page size.
+    ///
+    /// # Errors
+    /// What the kernel says; `InvalidInput` for a part outside the mapping.
+    pub fn set(&self, how: Access, offset: usize, len: usize, closed: bool) -> io::Result<()> {
+        if offset.checked_add(len).is_none_or(|end| end > self.region.size()) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the part lies in the mapping that `self` owns; the offset was checked.
+        let start = unsafe { self.region.as_ptr().add(offset) }.cast();
+        // SAFETY: the part lies in the mapping that `self` owns. No reference into it exists and
+        // this process never accesses it, so taking access away breaks nothing; the contents stay
+        // in the file.
+        let result = unsafe {
+            match (how, closed) {
+                (Access::Guard, true) => libc::madvise(start, len, MADV_GUARD_INSTALL),
+                (Access::Guard, false) => libc::madvise(start, len, MADV_GUARD_REMOVE),
+                (Access::Protection, true) => libc::mprotect(start, len, libc::PROT_NONE),
+                (Access::Protection, false) => {
+                    libc::mprotect(start, len, libc::PROT_READ | libc::PROT_WRITE)
+                }
+            }
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+/// An anonymous file of `len` bytes that take up no memory until they are written.
+///
+/// # Errors
+/// What the kernel says.
+pub fn memory_file(name: &std::ffi::CStr, len: u64) -> io::Result<File> {
+    // SAFETY: the name is a C string; the flags are valid.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was made just now and belongs to nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len)?;
+    Ok(file)
+}
+
+/// The next part of `file` from `from` on that holds data: start and end. `None` if only holes
+/// follow.
+///
+/// # Errors
+/// What the kernel says.
+pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
+    let seek = |offset: u64, whence| {
+        let offset = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the descriptor is open; seeking touches no memory. Nobody relies on the file's
+        // position: all other accesses carry an offset.
+        let at = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+        u64::try_from(at).map_err(|_| io::Error::last_os_error())
+    };
+    match seek(from, libc::SEEK_DATA) {
+        Ok(start) => Ok(Some((start, seek(start, libc::SEEK_HOLE)?))),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn data_is_found_between_holes() {
+        let file = memory_file(c"test", 64 << 10).unwrap();
+        assert_eq!(next_data(&file, 0).unwrap(), None);
+        file.write_all_at(b"x", 0x3000).unwrap();
+        assert_eq!(next_data(&file, 0).unwrap(), Some((0x3000, 0x4000)));
+        assert_eq!(next_data(&file, 0x4000).unwrap(), None);
+    }
+
+    #[test]
+    fn a_part_outside_the_mapping_is_refused() {
+        let file = memory_file(c"test", 8192).unwrap();
+        let mapping = HostMapping::new(&file, 8192).unwrap();
+        for (offset, len) in [(8192, 4096), (0, 12288), (usize::MAX, 4096)] {
+            let error = mapping.set(Access::Protection, offset, len, true).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        }
+        mapping.set(Access::Protection, 4096, 4096, true).unwrap();
+        mapping.set(Access::Protection, 4096, 4096, false).unwrap();
+    }
+}

@@ -1,0 +1,17 @@
+//! The command `lacuna`.
+#![forbid(unsafe_code)]
+
+use clap::Parser;
+use lacuna::cli::{self, Cli, Command};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli::init_log(cli.verbose);
+    match &cli.command {
+        Command::Run(args) => cli::run(args),
+        Command::Doctor(args) => cli::doctor(args),
+        Command::Bench(args) => cli::bench(args),
+    }
+    .into()
+}

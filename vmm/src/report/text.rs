@@ -1,0 +1,267 @@
+//! The text form of a report.
+
+use super::layout::{grouped, labelled, milliseconds, paragraph};
+use super::{Address, Report, Verdict};
+use std::fmt::{Display, Write};
+
+/// Most violations, and most sealed accesses, that are shown one by one.
+const SHOWN: usize = 20;
+/// Width of the names in front of a line.
+const LABEL: usize = 15;
+
+/// Counters that belong together. What is not listed here follows under "other".
+const GROUPS: &[(&str, &[&str])] = &[
+    (
+        "allocations",
+        &[
+            "alloc",
+            "alloc_secret",
+            "free",
+            "free_secret",
+            "alloc_fail",
+            "alloc_fail_noblock",
+            "alloc_fail_no_block",
+            "alloc_fallback",
+        ],
+    ),
+    ("zeroed pages", &["zeroed_mapped", "zeroed_flip", "zeroed_alloc", "zeroed_scrub"]),
+    (
+        "mapping",
+        &[
+            "flip_to_unmapped",
+            "flip_to_mapped",
+            "shootdowns",
+            "windows",
+            "windows_reserved",
+            "window_flushes",
+        ],
+    ),
+    ("gate", &["gate_calls", "gate_refused", "seals", "opens", "releases"]),
+    ("events", &["events", "events_lost", "quiesces"]),
+    ("pages at end", &["nr_free_mapped", "nr_free_unmapped", "nr_allocated", "nr_fresh"]),
+];
+
+pub(super) fn render(report: &Report) -> String {
+    let mut out = String::new();
+    headline(&mut out, report);
+    setting(&mut out, report);
+    verdict_reasons(&mut out, report);
+    findings(&mut out, report);
+    sealed_accesses(&mut out, report);
+    rules(&mut out, report);
+    counters(&mut out, report);
+    timing(&mut out, report);
+    out
+}
+
+fn headline(out: &mut String, report: &Report) {
+    let sentence = match report.verdict {
+        Verdict::Pass => "every rule that was exercised holds",
+        Verdict::Violation => "a rule was violated",
+        Verdict::Inconclusive => "not everything that had to be checked could be checked",
+        Verdict::GuestError => "the guest failed",
+    };
+    let name = report.verdict.name().to_uppercase();
+    paragraph(out, 0, &format!("{name}: {sentence}"));
+    out.push('\n');
+}
+
+fn setting(out: &mut String, report: &Report) {
+    let Report { machine, second_stage, guest, .. } = report;
+    if let Some(config) = &report.config {
+        line(out, "config", config);
+    }
+    if !report.inject.is_empty() {
+        line(out, "planted faults", &report.inject.join(", "));
+    }
+    let cpu = &machine.cpu;
+    line(
+        out,
+        "machine",
+        &format!(
+            "{}, {} translation, Linux {}, {cpu}; mediation: {}",
+            machine.kind, machine.translation, machine.kernel, machine.mediation
+        ),
+    );
+    if second_stage.granule == 0 {
+        line(out, "second stage", &format!("{}: {}", second_stage.backend, second_stage.detail));
+        line(
+            out,
+            "WARNING",
+            "nothing is closed: the second stage denies the guest no secret frame",
+        );
+    } else {
+        let granule = grouped(second_stage.granule);
+        let text =
+            format!("{}, granule {granule} bytes: {}", second_stage.backend, second_stage.detail);
+        line(out, "second stage", &text);
+    }
+    let boot = guest.boot_us.map_or_else(
+        || "it did not get as far as its allocator".to_owned(),
+        |us| format!("allocator ready after {}", milliseconds(us)),
+    );
+    let vcpus = if guest.vcpus == 1 { "vCPU" } else { "vCPUs" };
+    line(
+        out,
+        "guest",
+        &format!(
+            "program {}, {} MiB, {} {vcpus}; {boot}",
+            guest.program,
+            grouped(guest.memory_mib),
+            guest.vcpus
+        ),
+    );
+    if let (Some(us), Some(each)) = (guest.work_us, guest.us_per_event) {
+        let unit = match guest.program.as_str() {
+            "replay" => "trace events",
+            "secrets" => "pages",
+            _ => "units of work",
+        };
+        let work = grouped(guest.work);
+        line(out, "work", &format!("{work} {unit} in {}, {each:.2} us each", milliseconds(us)));
+    }
+    for warning in &report.warnings {
+        line(out, "warning", warning);
+    }
+    out.push('\n');
+}
+
+fn verdict_reasons(out: &mut String, report: &Report) {
+    if let Some(error) = &report.guest_error {
+        let mut place = vec![error.kind.clone()];
+        place.extend(error.vcpu.map(|vcpu| format!("vCPU {vcpu}")));
+        place.extend(error.rip.map(|rip| at(rip, error.symbol.as_deref())));
+        labelled(out, 0, "Guest error: ", &place.join(", "));
+        paragraph(out, 2, &error.message);
+        for (index, frame) in error.backtrace.iter().enumerate() {
+            let symbol = frame.symbol.as_deref().unwrap_or("?");
+            labelled(out, 2, &format!("#{index:<3}"), &format!("{}  {symbol}", frame.rip));
+        }
+        out.push('\n');
+    }
+    if !report.inconclusive.is_empty() {
+        out.push_str("Inconclusive, because:\n");
+        for reason in &report.inconclusive {
+            labelled(out, 0, "- ", reason);
+        }
+        out.push('\n');
+    }
+}
+
+fn findings(out: &mut String, report: &Report) {
+    for (index, violation) in report.violations.iter().take(SHOWN).enumerate() {
+        let expected = if violation.expected { " (expected)" } else { "" };
+        let head = format!("Violation {}{expected}: ", index + 1);
+        labelled(out, 0, &head, &violation.rule);
+        let known =
+            |name: &str, value: Option<&dyn Display>| value.map(|value| format!("{name} {value}"));
+        let facts: Vec<_> = [
+            known("frame", violation.frame.as_ref().map(|v| v as _)),
+            known("at", violation.va.as_ref().map(|v| v as _)),
+            known("vCPU", violation.vcpu.as_ref().map(|v| v as _)),
+            known("root", violation.root.as_ref().map(|v| v as _)),
+            known("event", Some(&violation.seq)),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        paragraph(out, 2, &facts.join(", "));
+        paragraph(out, 2, &violation.detail);
+        out.push('\n');
+    }
+    // The list itself may be cut short; the counts are exact.
+    let total: u64 = report.checks.iter().map(|check| check.violations).sum();
+    let listed = report.violations.len().min(SHOWN) as u64;
+    more(out, "violations", total.max(report.violations.len() as u64) - listed);
+}
+
+fn sealed_accesses(out: &mut String, report: &Report) {
+    if report.sealed_accesses.is_empty() {
+        return;
+    }
+    out.push_str("Accesses to sealed frames:\n");
+    for access in report.sealed_accesses.iter().take(SHOWN) {
+        let mut text = access.kind.clone();
+        match access.gpa {
+            Some(gpa) => _ = write!(text, " of {gpa}"),
+            None => text.push_str(" of an unknown address"),
+        }
+        if let Some(va) = access.va {
+            _ = write!(text, " through {va}");
+        }
+        _ = write!(text, ", vCPU {}", access.vcpu);
+        if let Some(rip) = access.rip {
+            _ = write!(text, ", {}", at(rip, access.symbol.as_deref()));
+        }
+        if access.expected {
+            text.push_str(" (expected)");
+        }
+        labelled(out, 0, "- ", &text);
+    }
+    more(out, "accesses", report.sealed_accesses.len().saturating_sub(SHOWN) as u64);
+    out.push('\n');
+}
+
+fn rules(out: &mut String, report: &Report) {
+    if report.checks.is_empty() {
+        return;
+    }
+    _ = writeln!(out, "{:20}{:>14}{:>14}{:>12}", "Rule", "checked", "not checked", "violations");
+    for check in &report.checks {
+        let note = match (check.checked, check.violations) {
+            (_, 1..) => "  VIOLATED",
+            (0, _) if check.not_checked > 0 => "  could not be checked",
+            (0, _) => "  never exercised",
+            _ => "",
+        };
+        let [checked, not_checked, violations] =
+            [check.checked, check.not_checked, check.violations].map(grouped);
+        let row = format!("{:20}{checked:>14}{not_checked:>14}{violations:>12}", check.rule);
+        paragraph(out, 0, &format!("{row}{note}"));
+    }
+    out.push('\n');
+}
+
+fn counters(out: &mut String, report: &Report) {
+    let grouped_names: Vec<_> = GROUPS.iter().flat_map(|(_, names)| *names).copied().collect();
+    let others: Vec<_> =
+        report.counters.keys().map(String::as_str).filter(|n| !grouped_names.contains(n)).collect();
+    let all = GROUPS.iter().map(|(title, names)| (*title, *names)).chain([("other", &*others)]);
+    for (title, names) in all {
+        let value = |name: &&str| {
+            let value = report.counters.get(*name)?;
+            // A space that does not break keeps the value beside its name.
+            Some(format!("{name}\u{a0}{}", grouped(*value)))
+        };
+        let values: Vec<_> = names.iter().filter_map(value).collect();
+        if !values.is_empty() {
+            line(out, title, &values.join(", "));
+        }
+    }
+}
+
+fn timing(out: &mut String, report: &Report) {
+    let timing = &report.timing;
+    let [setup, guest, gate, audit, total] =
+        [timing.setup_us, timing.guest_us, timing.gate_us, timing.audit_us, timing.total_us]
+            .map(milliseconds);
+    line(
+        out,
+        "time",
+        &format!("{total}: set-up {setup}, guest {guest}, gate {gate}, audit {audit}"),
+    );
+}
+
+fn line(out: &mut String, label: &str, text: &str) {
+    labelled(out, 0, &format!("{label:LABEL$}"), text);
+}
+
+fn at(rip: Address, symbol: Option<&str>) -> String {
+    symbol.map_or_else(|| format!("at {rip}"), |symbol| format!("at {rip} in {symbol}"))
+}
+
+fn more(out: &mut String, what: &str, count: u64) {
+    if count > 0 {
+        paragraph(out, 0, &format!("… and {} more {what}", grouped(count)));
+    }
+}

@@ -1,0 +1,320 @@
+//! Runs one guest: open everything, then start, then wait.
+//!
+//! Nothing here is global: several machines may run in one process. A machine can be followed
+//! (observers), looked at while it runs (progress) and cancelled.
+
+mod end;
+mod plan;
+mod report;
+mod vcpu;
+
+pub use end::{End, GuestEnd, Place, Stopped};
+pub use plan::{Plan, PlanError};
+pub use report::{Surroundings, report};
+
+use crate::config::{GuardChoice, Seal};
+use crate::doctor::HostError;
+use crate::gate::{Gate, GateFailure, GateSetup, Observer};
+use crate::image::Image;
+use crate::leak::LeakScanner;
+use crate::machine::boot::{self, BootError};
+use crate::machine::kvm::{KvmError, Vcpu, Vm, ZONE_SLOT};
+use crate::machine::memory::{Memory, MemoryError};
+use crate::second_stage::{Guard, MemSlot, Mechanism, Off, SecondStage};
+use kvm_ioctls::Kvm;
+use lacuna_abi::addr::Gpa;
+use lacuna_abi::boot::BootInfo;
+use lacuna_abi::layout::{Layout, LayoutError, Needs};
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, Once};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use zeroize::Zeroize;
+
+/// How often a waiting machine is looked at.
+const TICK: Duration = Duration::from_millis(20);
+
+/// A machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The guest does not fit: the configuration is checked before, so that this names the rest.
+    #[error("the guest cannot be laid out: {0:?}; lower [guest] memory_mib or the input's size")]
+    Layout(LayoutError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// First tables.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// KVM lacks something that a guest needs.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The seal that was asked for does not work here.
+    #[error("the seal `{seal}` does not work on this host: {error}; try --seal auto")]
+    Seal {
+        /// The seal.
+        seal: &'static str,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// No thread for a vCPU.
+    #[error("cannot start the vCPU's thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// A machine with everything open that it will need, not yet started: the point at which a jail
+/// can drop privileges.
+pub struct Machine {
+    image: Arc<Image>,
+    memory: Arc<Memory>,
+    vcpu: Vcpu,
+    gate: Arc<Mutex<Gate>>,
+    timeout: Duration,
+    opened: Instant,
+}
+
+impl Machine {
+    /// Makes a machine.
+    ///
+    /// # Errors
+    /// [`OpenError`] says which part, and what to do.
+    pub fn open(
+        kvm: Kvm,
+        mut plan: Plan,
+        observers: Vec<Box<dyn Observer>>,
+    ) -> Result<Self, OpenError> {
+        let opened = Instant::now();
+        let needs = Needs {
+            image: plan.image.len(),
+            memory_mib: plan.memory_mib,
+            cpus: 1,
+            input: plan.input.len() as u64,
+            scratch: plan.scratch,
+        };
+        let layout = Layout::new(&needs).map_err(OpenError::Layout)?;
+        let memory = Arc::new(Memory::new(layout)?);
+        if let Some(byte) = plan.fill {
+            memory.fill_zone(byte)?;
+        }
+        let [arg0, arg1, arg2] = plan.args;
+        let info = BootInfo {
+            features: plan.features,
+            faults: plan.faults,
+            seed: plan.seed,
+            program: plan.program as u64,
+            arg0,
+            arg1,
+            arg2,
+            ..BootInfo::for_layout(&layout)
+        };
+        let info = boot::prepare(&memory, &plan.image, info)?;
+        memory.write(layout.input.gpa, &plan.input)?;
+        let scanner = plan.secret_input.then(|| LeakScanner::new(&plan.input));
+        plan.input.zeroize();
+        let vm = Vm::new(kvm, Arc::clone(&memory))?;
+        vm.require()?;
+        let stage = second_stage(&plan, &vm, &memory)?;
+        let root = Gpa(info.root);
+        let vcpu = vm.vcpu(0, plan.image.entry, root)?;
+        let gate = Gate::new(GateSetup {
+            memory: Arc::clone(&memory),
+            stage,
+            boot_root: root,
+            quiesce_every: plan.quiesce_every,
+            max_findings: plan.max_findings,
+            scanner,
+            observers,
+        });
+        let gate = Arc::new(Mutex::new(gate));
+        Ok(Self { image: Arc::new(plan.image), memory, vcpu, gate, timeout: plan.timeout, opened })
+    }
+
+    /// Starts the vCPU.
+    ///
+    /// # Errors
+    /// [`OpenError::Thread`].
+    pub fn start(self) -> Result<Running, OpenError> {
+        register_kick();
+        let Self { image, memory, vcpu, gate, timeout, opened } = self;
+        let stop = Arc::new(Stop::default());
+        let runner = vcpu::Runner {
+            cpu: 0,
+            vcpu,
+            gate: Arc::clone(&gate),
+            stop: Arc::clone(&stop),
+            image,
+        };
+        let started = Instant::now();
+        let thread = std::thread::Builder::new()
+            .name("vcpu0".into())
+            .spawn(move || runner.run())
+            .map_err(OpenError::Thread)?;
+        Ok(Running { thread, gate, memory, stop, deadline: started + timeout, opened, started })
+    }
+}
+
+fn second_stage(
+    plan: &Plan,
+    vm: &Vm,
+    memory: &Arc<Memory>,
+) -> Result<Box<dyn SecondStage>, OpenError> {
+    let budgeted = || match (Mechanism::mprotect(), plan.vma_budget) {
+        (Mechanism::Mprotect { .. }, Some(budget)) => Mechanism::Mprotect { budget: budget.into() },
+        (mechanism, _) => mechanism,
+    };
+    let guard = |mechanism| Box::new(Guard::new(Arc::clone(memory), mechanism));
+    Ok(match plan.seal {
+        Seal::Off => Box::new(Off),
+        Seal::Memslot => {
+            let zone = memory.layout().zone_frames();
+            Box::new(MemSlot::new(vm.slots(), zone, ZONE_SLOT, vm.zone_slots()))
+        }
+        Seal::Auto | Seal::Guard => match plan.guard {
+            GuardChoice::Mprotect => guard(budgeted()),
+            GuardChoice::Madvise => match Mechanism::probe_madvise() {
+                Ok(()) => guard(Mechanism::Madvise),
+                Err(error) => {
+                    return Err(OpenError::Seal { seal: "guard with madvise", error });
+                }
+            },
+            GuardChoice::Auto => match Mechanism::best() {
+                Mechanism::Madvise => guard(Mechanism::Madvise),
+                Mechanism::Mprotect { .. } => guard(budgeted()),
+            },
+        },
+    })
+}
+
+/// Why a machine was told to stop.
+#[derive(Default)]
+pub(crate) struct Stop(AtomicU8);
+
+impl Stop {
+    const TIMEOUT: u8 = 1;
+    const CANCELLED: u8 = 2;
+
+    fn tell(&self, why: u8) {
+        // The first reason stays.
+        let _ = self.0.compare_exchange(0, why, Ordering::AcqRel, Ordering::Acquire);
+    }
+
+    pub(crate) fn told(&self) -> Option<Stopped> {
+        match self.0.load(Ordering::Acquire) {
+            0 => None,
+            Self::TIMEOUT => Some(Stopped::Timeout),
+            _ => Some(Stopped::Cancelled),
+        }
+    }
+}
+
+/// A machine that runs.
+pub struct Running {
+    thread: JoinHandle<vcpu::Finished>,
+    gate: Arc<Mutex<Gate>>,
+    memory: Arc<Memory>,
+    stop: Arc<Stop>,
+    deadline: Instant,
+    opened: Instant,
+    started: Instant,
+}
+
+/// Cancels a machine from anywhere.
+#[derive(Clone)]
+pub struct CancelHandle(Arc<Stop>);
+
+impl CancelHandle {
+    /// Ends the run as soon as the vCPU can be stopped.
+    pub fn cancel(&self) {
+        self.0.tell(Stop::CANCELLED);
+    }
+}
+
+impl Running {
+    /// A handle that cancels this machine.
+    #[must_use]
+    pub fn cancel_handle(&self) -> CancelHandle {
+        CancelHandle(Arc::clone(&self.stop))
+    }
+
+    /// Waits for the end. `tick` is called now and then with the work done so far, and may break
+    /// off the run.
+    pub fn wait(self, mut tick: impl FnMut(u64) -> ControlFlow<()>) -> Outcome {
+        while !self.thread.is_finished() {
+            std::thread::sleep(TICK);
+            if tick(self.memory.progress(0).unwrap_or(0)).is_break() {
+                self.stop.tell(Stop::CANCELLED);
+            }
+            if Instant::now() >= self.deadline {
+                self.stop.tell(Stop::TIMEOUT);
+            }
+            if self.stop.told().is_some() {
+                // The signal makes KVM_RUN return. It may arrive just before KVM_RUN is entered;
+                // the next tick sends another.
+                let _ = self.thread.kill(SIGRTMIN());
+            }
+        }
+        let ended = Instant::now();
+        let Self { thread, gate, opened, started, .. } = self;
+        let finished = thread.join().unwrap_or_else(|_| vcpu::Finished {
+            end: End::Host("the VMM's vCPU thread panicked; this is a fault of the VMM".into()),
+            in_guest: Duration::ZERO,
+            exits: 0,
+        });
+        Outcome {
+            end: finished.end,
+            gate,
+            opening: started - opened,
+            running: ended - started,
+            in_guest: finished.in_guest,
+            exits: finished.exits,
+            started,
+        }
+    }
+}
+
+/// A machine that has ended.
+pub struct Outcome {
+    /// Why.
+    pub end: End,
+    gate: Arc<Mutex<Gate>>,
+    /// Time from the start of opening to the first instruction.
+    pub opening: Duration,
+    /// Time from the first instruction to the end.
+    pub running: Duration,
+    /// Part of it inside `KVM_RUN`.
+    pub in_guest: Duration,
+    /// Times that the vCPU left for the VMM.
+    pub exits: u64,
+    /// When the first instruction ran.
+    pub started: Instant,
+}
+
+impl Outcome {
+    /// Looks at the gate, and with it the audit.
+    pub fn with_gate<R>(&self, f: impl FnOnce(&mut Gate) -> R) -> R {
+        // A panic under the lock has ended the run; what the gate holds can still be read.
+        f(&mut self.gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+}
+
+/// A signal handler that does nothing: the signal's arrival is what makes `KVM_RUN` return.
+fn register_kick() {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if let Err(error) = register_signal_handler(SIGRTMIN(), nothing) {
+            log::error!("cannot register the signal that stops vCPUs: {error}");
+        }
+    });
+}
+
+impl From<GateFailure> for End {
+    fn from(failure: GateFailure) -> Self {
+        Self::Host(failure.to_string())
+    }
+}

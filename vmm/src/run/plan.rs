@@ -1,0 +1,162 @@
+//! What a machine is to be and to do: plain data, made from a configuration.
+
+use crate::config::{Config, GuardChoice, Seal, Workload};
+use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
+use crate::trace::{self, Selection, TraceError};
+use lacuna_abi::boot::{FEATURE_FLIP, FEATURE_PREZERO};
+use lacuna_abi::workload::{Program, SLOT_BYTES, secrets_scratch};
+use std::num::NonZeroU8;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Most findings that are kept in words; the counts stay exact.
+const MAX_FINDINGS: usize = 100;
+
+/// A file that the configuration names cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The recording.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// The secret input.
+    #[error("cannot read the input {0}: {1}; check [workload] input")]
+    Input(PathBuf, std::io::Error),
+    /// The secret input does not fit into the guest's memory.
+    #[error(
+        "the input {path} has {len} bytes, and half of the guest's {memory_mib} MiB must hold it; raise [guest] memory_mib"
+    )]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        len: u64,
+        /// The guest's memory.
+        memory_mib: u64,
+    },
+    /// Faults cannot be planted in a user's own image.
+    #[error("--inject plants faults in the embedded image only; remove [guest] image or --inject")]
+    ForeignFaults,
+}
+
+
+/// One machine and its program.
+#[derive(Debug)]
+pub struct Plan {
+    /// Kernel image.
+    pub image: Image,
+    /// Memory for the guest's allocator.
+    pub memory_mib: u64,
+    /// Byte that the allocator's memory is filled with before the start.
+    pub fill: Option<u8>,
+    /// `FEATURE_*` bits of the boot information.
+    pub features: u64,
+    /// Bits of the faults to plant.
+    pub faults: u64,
+    /// Seed for the guest.
+    pub seed: u64,
+    /// Program.
+    pub program: Program,
+    /// Its arguments.
+    pub args: [u64; 3],
+    /// Contents of the input region; wiped from the VMM's memory once the guest has them.
+    pub input: Vec<u8>,
+    /// Whether the input is secret, to be searched for.
+    pub secret_input: bool,
+    /// Bytes of workload memory.
+    pub scratch: u64,
+    /// Back end of the second stage.
+    pub seal: Seal,
+    /// How the guard seal closes memory.
+    pub guard: GuardChoice,
+    /// Borders between closed and open memory that `mprotect` may make.
+    pub vma_budget: Option<u32>,
+    /// Events between two complete checks.
+    pub quiesce_every: u64,
+    /// Most findings that are kept in words.
+    pub max_findings: usize,
+    /// Longest time from the first instruction to the end.
+    pub timeout: Duration,
+}
+
+/// What the program of a configuration is given.
+struct Work {
+    args: [u64; 3],
+    input: Vec<u8>,
+    scratch: u64,
+    warnings: Vec<String>,
+}
+
+impl Plan {
+    /// The plan of a configuration: reads the files that it names. Also returns what is odd about
+    /// them, as sentences.
+    ///
+    /// # Errors
+    /// [`PlanError`] names the file and the remedy.
+    pub fn new(config: &Config) -> Result<(Self, Vec<String>), PlanError> {
+        let image = match &config.guest.image {
+            Some(_) if !config.inject.is_empty() => return Err(PlanError::ForeignFaults),
+            Some(path) => {
+                let file = std::fs::read(path);
+                Image::parse(&file.map_err(|error| ImageError::Read(path.clone(), error))?)?
+            }
+            None if config.inject.is_empty() => Image::parse(ORDINARY)?,
+            None => Image::parse(WITH_FAULTS)?,
+        };
+        let work = work(config)?;
+        let prezero = if config.guest.prezero { FEATURE_PREZERO } else { 0 };
+        let plan = Self {
+            image,
+            memory_mib: config.guest.memory_mib,
+            fill: config.guest.fill,
+            features: FEATURE_FLIP | prezero,
+            faults: config.inject.iter().fold(0, |bits, fault| bits | fault.bit()),
+            seed: config.guest.seed,
+            program: config.workload.program(),
+            args: work.args,
+            input: work.input,
+            secret_input: config.workload.program() == Program::Secrets,
+            scratch: work.scratch,
+            seal: config.second_stage.seal,
+            guard: config.second_stage.guard,
+            vma_budget: config.second_stage.vma_budget,
+            quiesce_every: config.audit.quiesce_every,
+            max_findings: MAX_FINDINGS,
+            timeout: Duration::from_secs(config.limits.timeout_s),
+        };
+        Ok((plan, work.warnings))
+    }
+}
+
+fn work(config: &Config) -> Result<Work, PlanError> {
+    let nothing = Work { args: [0; 3], input: Vec::new(), scratch: 0, warnings: Vec::new() };
+    Ok(match &config.workload {
+        Workload::Idle => nothing,
+        Workload::Touch { touch } => Work { args: [*touch as u64, 0, 0], ..nothing },
+        Workload::Crash { crash } => Work { args: [*crash as u64, 0, 0], ..nothing },
+        Workload::Replay { input, events, secret } => {
+            let cpus = NonZeroU8::new(config.guest.vcpus).unwrap_or(NonZeroU8::MIN);
+            let selection = Selection { events: *events, secret: secret.clone(), cpus };
+            let replay = trace::load(input, &selection)?;
+            let words = replay.ops.iter().flat_map(|op| op.to_words());
+            Work {
+                args: [replay.ops.len() as u64, replay.slots.into(), 0],
+                input: words.flat_map(u64::to_le_bytes).collect(),
+                scratch: u64::from(replay.slots) * SLOT_BYTES,
+                warnings: replay.stats.warnings,
+            }
+        }
+        Workload::Secrets { input } => secret(input, config.guest.memory_mib)?,
+    })
+}
+
+fn secret(path: &Path, memory_mib: u64) -> Result<Work, PlanError> {
+    let input = std::fs::read(path).map_err(|error| PlanError::Input(path.to_owned(), error))?;
+    let len = input.len() as u64;
+    if len > (memory_mib << 20) / 2 {
+        return Err(PlanError::TooLarge { path: path.to_owned(), len, memory_mib });
+    }
+    Ok(Work { args: [len, 0, 0], input, scratch: secrets_scratch(len), warnings: Vec::new() })
+}

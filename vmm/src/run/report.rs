@@ -1,0 +1,170 @@
+//! From the end of a run to its report.
+
+use super::end::{End, Place, Stopped};
+use super::Outcome;
+use crate::config::Config;
+use crate::machine::decode::SealedAccess;
+use crate::report::{self, Address, Check, Frame, GuestError, Report, Violation};
+use lacuna_abi::counter::Counters;
+use std::time::Duration;
+
+/// What a report says of the host, and of the time around the run.
+pub struct Surroundings {
+    /// The host.
+    pub machine: report::Machine,
+    /// What is odd about the configuration's files, as sentences.
+    pub warnings: Vec<String>,
+    /// Last line of the guest's log.
+    pub last_line: Option<String>,
+    /// Time from the start of the process' work to now.
+    pub total: Duration,
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The report of a run, judged.
+#[must_use]
+pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) -> Report {
+    let Surroundings { machine, mut warnings, last_line, total } = surroundings;
+    let mut report = Report::new();
+    report.config = Some(config.file.display().to_string());
+    report.inject = config.inject.iter().map(|fault| fault.name().to_owned()).collect();
+    report.machine = machine;
+    report.guest.vcpus = config.guest.vcpus;
+    report.guest.memory_mib = config.guest.memory_mib;
+    report.guest.program = config.workload.program().name().to_owned();
+    outcome.with_gate(|gate| {
+        let stage = gate.stage();
+        report.second_stage.backend = stage.name().to_owned();
+        report.second_stage.granule = stage.granule();
+        report.second_stage.detail = stage.detail();
+        if !stage.closes() {
+            warnings.push(
+                "the seal is off: secret frames are not closed, and second-stage-open is not checked".into(),
+            );
+        }
+        let counted = gate.counters();
+        for (name, value) in [
+            ("gate_calls", counted.calls),
+            ("gate_refused", counted.refused),
+            ("seals", counted.seals),
+            ("opens", counted.opens),
+            ("releases", counted.releases),
+            ("events", counted.events),
+            ("events_lost", gate.events_lost()),
+            ("quiesces", counted.quiesces),
+            ("exits", outcome.exits),
+        ] {
+            report.counters.insert(name.to_owned(), value);
+        }
+        let result = gate.result();
+        report.checks = result
+            .tallies
+            .iter()
+            .map(|(rule, tally)| Check {
+                rule: rule.name().to_owned(),
+                checked: tally.checked,
+                not_checked: tally.not_checked,
+                violations: tally.violations,
+            })
+            .collect();
+        report.violations = result
+            .findings
+            .into_iter()
+            .map(|finding| Violation {
+                rule: finding.rule.name().to_owned(),
+                frame: finding.frame.map(|frame| Address(frame.gpa().0)),
+                va: finding.va.map(|va| Address(va.0)),
+                vcpu: finding.cpu,
+                root: finding.root.map(|root| Address(root.0)),
+                seq: finding.seq,
+                detail: finding.detail,
+                expected: false,
+            })
+            .collect();
+        report.inconclusive = result.inconclusive;
+        if gate.input_is_outstanding() && matches!(outcome.end, End::Exit(0, _)) {
+            report.inconclusive.push("the guest never took over its secret input".into());
+        }
+        let boot = gate.ready_at().map(|ready| ready.saturating_duration_since(outcome.started));
+        report.guest.boot_us = boot.map(micros);
+        let audit = gate.audit_time();
+        report.timing = report::Timing {
+            setup_us: micros(outcome.opening),
+            guest_us: micros(outcome.in_guest),
+            gate_us: micros(outcome.running.saturating_sub(outcome.in_guest + audit)),
+            audit_us: micros(audit),
+            total_us: micros(total),
+        };
+        end(&mut report, &outcome.end, config, last_line);
+        if let End::Exit(_, counters) = &outcome.end {
+            add_counters(&mut report, counters);
+            let work = outcome.in_guest.saturating_sub(boot.unwrap_or_default());
+            report.guest.set_work(counters.work, micros(work));
+        }
+    });
+    report.warnings = warnings;
+    report.judge(&config.audit);
+    report
+}
+
+/// The guest's own counters; where the host counts the same thing, the host's number stands.
+fn add_counters(report: &mut Report, counters: &Counters) {
+    for (name, value) in Counters::FIELDS.iter().zip(counters.to_words()) {
+        report.counters.entry((*name).to_owned()).or_insert(value);
+    }
+}
+
+fn end(report: &mut Report, end: &End, config: &Config, last_line: Option<String>) {
+    let error = |kind: &str, message: String, place: Option<&Place>| GuestError {
+        kind: kind.to_owned(),
+        message,
+        vcpu: place.map(|place| place.cpu),
+        rip: place.map(|place| Address(place.rip)),
+        symbol: place.and_then(|place| place.symbol.clone()),
+        backtrace: place.map(frames).unwrap_or_default(),
+    };
+    match end {
+        End::Exit(0, _) => {}
+        End::Exit(status, _) => {
+            let why = last_line.unwrap_or_else(|| "it left no line in its log".into());
+            let message = format!("the program failed with status {status}: {why}");
+            report.guest_error = Some(error("program", message, None));
+        }
+        End::Sealed(access, place) => report.sealed_accesses.push(sealed(access, place)),
+        End::Guest(end) => {
+            report.guest_error = Some(error(end.kind, end.message.clone(), Some(&end.place)));
+        }
+        End::Stopped(Stopped::Timeout, place) => {
+            let message = format!(
+                "the guest did not end within {} s ([limits] timeout_s)",
+                config.limits.timeout_s
+            );
+            report.guest_error = Some(error("timeout", message, Some(place)));
+        }
+        End::Stopped(Stopped::Cancelled, place) => {
+            let place = place.symbol.clone().unwrap_or_else(|| format!("{:#x}", place.rip));
+            report.inconclusive.push(format!("the run was interrupted, the guest was at {place}"));
+        }
+        End::Host(message) => report.inconclusive.push(format!("the host failed: {message}")),
+    }
+}
+
+fn sealed(access: &SealedAccess, place: &Place) -> report::SealedAccess {
+    report::SealedAccess {
+        gpa: Some(Address(access.gpa.0)),
+        kind: access.kind.name().to_owned(),
+        vcpu: place.cpu,
+        rip: Some(Address(access.rip)),
+        va: access.va.map(|va| Address(va.0)),
+        symbol: place.symbol.clone(),
+        expected: false,
+    }
+}
+
+fn frames(place: &Place) -> Vec<Frame> {
+    let frames = place.backtrace.iter();
+    frames.map(|(rip, symbol)| Frame { rip: Address(*rip), symbol: symbol.clone() }).collect()
+}

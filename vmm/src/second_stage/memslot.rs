@@ -1,0 +1,247 @@
+//! `memslot`: a sealed pageblock has no memory slot.
+//!
+//! The zone starts as one slot. Closing a block splits the slot that holds it: delete, then create
+//! what remains on either side, which is not atomic, so that no vCPU may run meanwhile. A block
+//! that opens gets a slot of its own; adjacent slots are merged when there are too many.
+
+use super::pagemap::PageMap;
+use super::{SecondStage, SecondStageError};
+use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_SIZE, FrameRange, Gfn};
+use std::collections::BTreeMap;
+use std::io;
+
+/// What the back end needs of KVM: set the memory behind a slot, or none.
+pub trait Slots: Send {
+    /// Makes `slot` cover `frames`, or nothing.
+    ///
+    /// # Errors
+    /// What KVM says.
+    fn set(&mut self, slot: u32, frames: Option<FrameRange>) -> io::Result<()>;
+}
+
+/// The `memslot` back end.
+pub struct MemSlot<S> {
+    slots: S,
+    map: PageMap,
+    /// Slots by the number of their first frame.
+    covered: BTreeMap<u64, (FrameRange, u32)>,
+    free: Vec<u32>,
+    next: u32,
+    limit: u32,
+}
+
+impl<S: Slots> MemSlot<S> {
+    /// Takes over the zone, which slot `first` covers as a whole. Slots from `first` on, `limit` of
+    /// them, belong to the back end.
+    #[must_use]
+    pub fn new(slots: S, zone: FrameRange, first: u32, limit: u32) -> Self {
+        let covered = BTreeMap::from([(zone.start().0, (zone, first))]);
+        let map = PageMap::new(zone);
+        Self { slots, map, covered, free: Vec::new(), next: first + 1, limit: first + limit }
+    }
+
+    fn add(&mut self, frames: FrameRange) -> io::Result<()> {
+        let slot = match self.free.pop() {
+            Some(slot) => slot,
+            None if self.next < self.limit => {
+                self.next += 1;
+                self.next - 1
+            }
+            None => return Err(io::Error::other("KVM has no memory slots left")),
+        };
+        self.slots.set(slot, Some(frames))?;
+        self.covered.insert(frames.start().0, (frames, slot));
+        Ok(())
+    }
+
+    /// Deletes the slot that starts at this frame.
+    fn remove(&mut self, start: u64) -> io::Result<()> {
+        if let Some((_, slot)) = self.covered.remove(&start) {
+            self.slots.set(slot, None)?;
+            self.free.push(slot);
+        }
+        Ok(())
+    }
+
+    /// Takes the memory of `run` away.
+    fn close(&mut self, run: FrameRange) -> io::Result<()> {
+        while let Some((frames, _)) = self
+            .covered
+            .range(..run.end().0)
+            .next_back()
+            .map(|(_, slot)| *slot)
+            .filter(|(frames, _)| frames.intersection(run).is_some())
+        {
+            self.remove(frames.start().0)?;
+            let left = run.start().0.saturating_sub(frames.start().0);
+            let right = frames.end().0.saturating_sub(run.end().0);
+            if let Some(rest) = FrameRange::new(frames.start(), left) {
+                self.add(rest)?;
+            }
+            if let Some(rest) = FrameRange::new(run.end(), right) {
+                self.add(rest)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives `run`, which no slot covers, its memory back.
+    fn open(&mut self, run: FrameRange) -> io::Result<()> {
+        if self.free.is_empty() && self.next + 2 >= self.limit {
+            self.merge()?;
+        }
+        self.add(run)
+    }
+
+    /// Makes one slot of each run of adjacent ones.
+    fn merge(&mut self) -> io::Result<()> {
+        let all: Vec<_> = self.covered.values().map(|(frames, _)| *frames).collect();
+        let mut runs: Vec<FrameRange> = Vec::new();
+        for frames in all {
+            match runs.last_mut() {
+                Some(last) if last.end() == frames.start() => {
+                    if let Some(longer) = FrameRange::new(last.start(), last.count() + frames.count()) {
+                        *last = longer;
+                    }
+                }
+                _ => runs.push(frames),
+            }
+        }
+        for run in runs {
+            let parts: Vec<_> =
+                self.covered.range(run.start().0..run.end().0).map(|(start, _)| *start).collect();
+            if parts.len() > 1 {
+                for start in parts {
+                    self.remove(start)?;
+                }
+                self.add(run)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<S: Slots> SecondStage for MemSlot<S> {
+    fn name(&self) -> &'static str {
+        "memslot"
+    }
+
+    fn detail(&self) -> String {
+        format!("sealed pageblocks have no memory slot; {} slots now", self.covered.len())
+    }
+
+    fn granule(&self) -> u64 {
+        BLOCK_SIZE
+    }
+
+    fn update(
+        &mut self,
+        frames: FrameRange,
+        may_close: &dyn Fn(Gfn) -> bool,
+    ) -> Result<(), SecondStageError> {
+        for part in frames.by_block() {
+            let Some(block) = self.map.block(part.start()) else { continue };
+            let closed = block.count() == BLOCK_FRAMES && block.iter().all(may_close);
+            self.map.note_block(block, closed);
+            if self.map.is_closed(block.start()) == closed {
+                continue;
+            }
+            let what = if closed { "close" } else { "open" };
+            let result = if closed { self.close(block) } else { self.open(block) };
+            result
+                .and_then(|()| {
+                    self.map.apply(block, |_| closed, |_, _| Ok(())).map_err(|(_, _, e)| e)
+                })
+                .map_err(|error| SecondStageError { what, frames: block, error })?;
+        }
+        Ok(())
+    }
+
+    fn denies(&self, frame: Gfn) -> bool {
+        self.map.is_closed(frame)
+    }
+
+    fn holds_open(&self, frame: Gfn) -> bool {
+        self.map.is_held(frame)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::{Arc, Mutex};
+
+    /// Slots that check what KVM would: none overlap, and only existing ones are deleted.
+    #[derive(Clone, Default)]
+    struct Fake(Arc<Mutex<BTreeMap<u32, FrameRange>>>);
+
+    impl Slots for Fake {
+        fn set(&mut self, slot: u32, frames: Option<FrameRange>) -> io::Result<()> {
+            let mut slots = self.0.lock().unwrap();
+            match frames {
+                None => assert!(slots.remove(&slot).is_some(), "slot {slot} does not exist"),
+                Some(new) => {
+                    assert!(!slots.contains_key(&slot), "slot {slot} exists");
+                    assert!(slots.values().all(|old| old.intersection(new).is_none()));
+                    slots.insert(slot, new);
+                }
+            }
+            Ok(())
+        }
+    }
+
+    const START: u64 = 1 << 20;
+
+    fn back_end(blocks: u64, limit: u32) -> (MemSlot<Fake>, Fake) {
+        let zone = FrameRange::new(Gfn(START), blocks * BLOCK_FRAMES).unwrap();
+        let mut fake = Fake::default();
+        fake.set(3, Some(zone)).unwrap();
+        (MemSlot::new(fake.clone(), zone, 3, limit), fake)
+    }
+
+    fn covered(fake: &Fake, frame: Gfn) -> bool {
+        fake.0.lock().unwrap().values().any(|frames| frames.contains(frame))
+    }
+
+    proptest! {
+        #[test]
+        fn exactly_the_closed_blocks_have_no_slot(
+            ops in prop::collection::vec((0u64..16, any::<bool>()), 1..80), limit in 12u32..40,
+        ) {
+            let (mut stage, fake) = back_end(16, limit);
+            let mut closed = [false; 16];
+            for (block, close) in ops {
+                closed[block as usize] = close;
+                let frames = FrameRange::new(Gfn(START + block * BLOCK_FRAMES), 1).unwrap();
+                let wanted = closed;
+                let may = |f: Gfn| wanted[((f.0 - START) / BLOCK_FRAMES) as usize];
+                stage.update(frames, &may).unwrap();
+                for (block, closed) in closed.iter().enumerate() {
+                    let frame = Gfn(START + block as u64 * BLOCK_FRAMES + 17);
+                    prop_assert_eq!(stage.denies(frame), *closed);
+                    prop_assert_eq!(covered(&fake, frame), !closed);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_with_one_open_frame_stays_open() {
+        let (mut stage, fake) = back_end(4, 20);
+        let block = FrameRange::new(Gfn(START), BLOCK_FRAMES).unwrap();
+        stage.update(block, &|f| f.0 != START + 5).unwrap();
+        assert!(!stage.denies(Gfn(START)) && covered(&fake, Gfn(START)));
+        assert!(stage.holds_open(Gfn(START)));
+        stage.update(block, &|_| true).unwrap();
+        assert!(stage.denies(Gfn(START + 5)) && !covered(&fake, Gfn(START)));
+    }
+
+    #[test]
+    fn without_slots_the_error_says_so() {
+        let (mut stage, _) = back_end(8, 2);
+        let block = |i| FrameRange::new(Gfn(START + i * BLOCK_FRAMES), 1).unwrap();
+        let result = [1, 3, 5].into_iter().try_for_each(|i| stage.update(block(i), &|_| true));
+        assert!(result.unwrap_err().to_string().contains("no memory slots left"));
+    }
+}
