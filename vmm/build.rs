@@ -45,7 +45,8 @@ fn variable(name: &str) -> String {
 /// Whether rustc has a `core` for `target`.
 fn is_installed(target: &str) -> bool {
     let rustc = env::var("RUSTC").unwrap_or_else(|_| "rustc".into());
-    let output = Command::new(rustc).args(["--print", "target-libdir", "--target", target]).output();
+    let output =
+        Command::new(rustc).args(["--print", "target-libdir", "--target", target]).output();
     output.is_ok_and(|o| {
         o.status.success() && Path::new(String::from_utf8_lossy(&o.stdout).trim()).is_dir()
     })

@@ -244,8 +244,8 @@ impl<P: Platform> PageAllocator<'_, P> {
         for (op, chunk) in ops.iter_mut().zip(chunks) {
             op.1 = self.map.frames(*chunk);
         }
-        // An index of an operation of the list.
-        self.platform.gate(&ops[..chunks.len()]).map_err(|e| (e.index as usize, e))
+        let refused = |error: GateError| ((error.index as usize).min(chunks.len()), error);
+        self.platform.gate(&ops[..chunks.len()]).map_err(refused)
     }
 
     fn no_pageblock(&self) -> AllocError {

@@ -255,8 +255,8 @@ impl<'a, P: Platform> Mermap<'a, P> {
         }
     }
 
-    /// The window of `cpu`. That it is ready is looked at under its lock, so that none is taken into
-    /// use once [`Self::teardown`] has looked at it.
+    /// The window of `cpu`. That it is ready is looked at under its lock, so that none is taken
+    /// into use once [`Self::teardown`] has looked at it.
     fn lock(&self, cpu: usize) -> Result<IrqGuard<'_, Window, P>, MermapError> {
         let window = self.windows.get(cpu).ok_or(MermapError::NotReady)?.lock(self.platform);
         if self.ready() { Ok(window) } else { Err(MermapError::NotReady) }

@@ -127,8 +127,8 @@ const ZERO_WORDS: usize = BLOCK_FRAMES as usize / 64;
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct BlockMeta {
-    /// One bit a page: its contents are known to be zero. Clear on the mapped side. Pages of one block may belong to several
-    /// CPUs, so that these words alone are changed by read-modify-write.
+    /// One bit a page: its contents are known to be zero. Clear on the mapped side. Pages of one
+    /// block may belong to several CPUs, so that these words are changed by read-modify-write.
     zero: [AtomicU64; ZERO_WORDS],
     /// For each CPU, the generation of its window when it last lay over this block; 0 for never.
     windows: [AtomicU32; MAX_CPUS],

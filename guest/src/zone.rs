@@ -187,12 +187,13 @@ impl Zone {
 
     /// Lets the next memory that was never used enter the lists, movable; whether there was any.
     fn enter_fresh(&mut self, map: &MemMap<'_>) -> bool {
+        // The zone consists of whole pageblocks.
         let left = map.len() - self.fresh;
-        let order = if left >= 1 << MAX_ORDER { MAX_ORDER } else { BLOCK };
-        let chunk = Chunk { index: self.fresh, order };
-        if left < chunk.pages() {
+        if left == 0 {
             return false;
         }
+        let order = if left >= 1 << MAX_ORDER { MAX_ORDER } else { BLOCK };
+        let chunk = Chunk { index: self.fresh, order };
         let movable = Freetype::mapped(Migratetype::Movable);
         map.blocks_of(chunk).iter().for_each(|block| block.set_freetype(movable));
         self.fresh += chunk.pages();

@@ -24,7 +24,7 @@ const ABI_SECTION: &[u8] = b".lacuna.abi";
 /// Why an image cannot be started.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// cannot read the guest image {0}: {1}; check [guest] image
+    /// The file cannot be read.
     #[error("cannot read the guest image {0}: {1}; check [guest] image")]
     Read(PathBuf, std::io::Error),
     /// It is no ELF file that can be read.
@@ -241,7 +241,9 @@ mod tests {
         let start = image.functions().find(|(_, _, name)| *name == "lacuna_start").unwrap();
         assert_eq!(start.0, image.entry.0);
         assert!(!start.1.is_empty());
-        assert!(image.functions().any(|(_, code, name)| name == "exception_stubs" && !code.is_empty()));
+        assert!(
+            image.functions().any(|(_, code, name)| name == "exception_stubs" && !code.is_empty())
+        );
     }
 
     #[test]
@@ -254,7 +256,10 @@ mod tests {
     #[test]
     fn damaged_images_are_refused() {
         assert!(matches!(Image::parse(b""), Err(ImageError::Elf(_))));
-        assert!(matches!(Image::parse(b"#!/bin/sh\necho this is no ELF file at all, though it is long enough"), Err(ImageError::Elf(_))));
+        assert!(matches!(
+            Image::parse(b"#!/bin/sh\necho this is no ELF file at all, though it is long enough"),
+            Err(ImageError::Elf(_))
+        ));
         let mut other = ORDINARY.to_vec();
         other[18] = 0xb7; // EM_AARCH64
         assert!(matches!(Image::parse(&other), Err(ImageError::Kind)));

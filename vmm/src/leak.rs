@@ -30,7 +30,8 @@ impl LeakScanner {
             Self { key, filter: vec![0; 1 << (FILTER_BITS - 6)], hashes: HashSet::new() };
         for run in input.windows(RUN) {
             let mut seen = [false; 256];
-            let distinct = run.iter().filter(|b| !std::mem::replace(&mut seen[usize::from(**b)], true));
+            let distinct =
+                run.iter().filter(|b| !std::mem::replace(&mut seen[usize::from(**b)], true));
             if distinct.count() >= MIN_DISTINCT {
                 let value = run.iter().fold(0, |value, byte| value << 8 | u128::from(*byte));
                 let hash = scanner.hash(value);

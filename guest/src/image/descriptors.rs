@@ -116,10 +116,7 @@ fn build_idt() {
 fn build_gdt_and_tss(cpu: usize) {
     let data = CPU_DATA.start(cpu).0;
     let tss = data + TSS_OFFSET;
-    let low = (TSS_BYTES - 1)
-        | (tss & 0x00ff_ffff) << 16
-        | TSS_TYPE
-        | (tss & 0xff00_0000) << 32;
+    let low = (TSS_BYTES - 1) | (tss & 0x00ff_ffff) << 16 | TSS_TYPE | (tss & 0xff00_0000) << 32;
     let gdt = [0, CODE_SEGMENT, DATA_SEGMENT, low, tss >> 32];
     for (index, word) in (0..).zip(gdt) {
         store(data + GDT_OFFSET + 8 * index, word);

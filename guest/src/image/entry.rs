@@ -36,12 +36,15 @@ macro_rules! stubs {
 // The frame that `exception` gets is `report::Frame`. Interrupt gates turn interrupts off.
 global_asm!(
     ".balign 16",
+    ".type exception_stubs, @function",
     "exception_stubs:",
     stubs! {
         0 none 1 none 2 none 3 none 4 none 5 none 6 none 7 none 8 code 9 none 10 code 11 code
         12 code 13 code 14 code 15 none 16 none 17 code 18 none 19 none 20 none 21 code 22 none
         23 none 24 none 25 none 26 none 27 none 28 none 29 code 30 code 31 none
     },
+    ".size exception_stubs, . - exception_stubs",
+    ".type exception_common, @function",
     "exception_common:",
     "push r15",
     "push r14",
@@ -64,6 +67,7 @@ global_asm!(
     "and rsp, -16",
     "call {handler}",
     "ud2",
+    ".size exception_common, . - exception_common",
     handler = sym crate::report::exception,
 );
 

@@ -1,7 +1,7 @@
 //! Gate calls from this CPU.
 
-use crate::shared::{WordPage, call_page};
 use crate::cpu;
+use crate::shared::{WordPage, call_page};
 use core::fmt::{self, Write};
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
@@ -48,7 +48,8 @@ pub(crate) fn operations(ops: &[(OpKind, FrameRange)]) -> Result<(), GateError> 
         while done < ops.len() && writer.push(ops[done].0, ops[done].1).is_ok() {
             done += 1;
         }
-        call(Call::Ops).map_err(|error| GateError { index: error.index + first as u32, ..error })?;
+        call(Call::Ops)
+            .map_err(|error| GateError { index: error.index + first as u32, ..error })?;
     }
     Ok(())
 }

@@ -5,8 +5,8 @@ use crate::{cpu, gate, memory, shared};
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::event::{
-    EntryWrite, Event, Flush, INTENT_WORDS, Intent, RING_HEAD_WORD, RING_INTENT_WORD,
-    RING_RECORDS, RING_TAIL_WORD, Record,
+    EntryWrite, Event, Flush, INTENT_WORDS, Intent, RING_HEAD_WORD, RING_INTENT_WORD, RING_RECORDS,
+    RING_TAIL_WORD, Record,
 };
 use lacuna_abi::gate::Call;
 use lacuna_abi::layout::Region;

@@ -25,12 +25,8 @@ pub(crate) fn run(allocator: &PageAllocator<'_, Machine>, machine: &Machine, kin
     let Some(kind) = Touch::from_number(kind) else {
         panic!("there is no touch with the number {kind}");
     };
-    let request = Request {
-        order: 0,
-        migratetype: Migratetype::Unmovable,
-        zero: true,
-        noblock: false,
-    };
+    let request =
+        Request { order: 0, migratetype: Migratetype::Unmovable, zero: true, noblock: false };
     let pages = match allocator.alloc_secret(request) {
         Ok(pages) => pages,
         Err(error) => panic!("no secret page: {error:?}"),
@@ -59,7 +55,8 @@ fn operate(machine: &Machine, kind: OpKind, frames: FrameRange) {
 
 /// Where [`Touch::PageWalk`] uses the frame as a page table: the last slot of the 2 MiB part.
 fn walked() -> Gva {
-    window(cpu::number()).wrapping_add(WINDOW_LARGE_OFFSET + (WINDOW_LARGE_SLOTS - 1) * Level::Pd.span())
+    window(cpu::number())
+        .wrapping_add(WINDOW_LARGE_OFFSET + (WINDOW_LARGE_SLOTS - 1) * Level::Pd.span())
 }
 
 /// What has to be broken beforehand.

@@ -3,20 +3,20 @@
 use crate::alloc::{AllocConfig, AllocError, PageAllocator};
 use crate::freetype::Migratetype;
 use crate::platform::{CpuSet, Platform};
-use crate::secret::{Access, UseError};
+use crate::secret::Access;
 use crate::testing::{Mock, Seen, pages, zero_pages};
 use lacuna_abi::addr::{FrameRange, Gfn};
 use lacuna_abi::event::{Flush, Life};
-use lacuna_abi::gate::{OpKind, Status};
+use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::direct_map;
 use std::vec::Vec;
 
-fn frames(mock: &Mock, first: u64, count: u64) -> FrameRange {
+pub(super) fn frames(mock: &Mock, first: u64, count: u64) -> FrameRange {
     FrameRange::new(Gfn(mock.layout.zone_frames().start().0 + first), count).unwrap()
 }
 
 /// One word for each thing that happened, its direction included.
-fn steps(seen: &[Seen]) -> Vec<&'static str> {
+pub(super) fn steps(seen: &[Seen]) -> Vec<&'static str> {
     seen.iter()
         .map(|seen| match seen {
             Seen::Write(w) if w.va < lacuna_abi::layout::MERMAP => {
@@ -106,7 +106,11 @@ fn two_blocks_leave_with_one_write_and_one_shootdown() {
     assert!(matches!(seen[0], Seen::Write(w) if w.count == 2));
     assert_eq!(steps(&seen).iter().filter(|s| **s == "flush everything").count(), 1);
     assert!(!mock.in_direct_map(secret.frames()));
-    assert_eq!(allocator.counters().flip_to_unmapped, 2);
+    let counters = allocator.counters();
+    assert_eq!((counters.flip_to_unmapped, counters.zeroed_flip), (2, 1024));
+    let zeroed = [frames(&mock, 0, 512), frames(&mock, 512, 512)].map(Seen::Zero);
+    let all: Vec<_> = seen.into_iter().filter(|s| matches!(s, Seen::Zero(_))).collect();
+    assert_eq!(all, zeroed, "each block exactly once");
 }
 
 #[test]
@@ -125,6 +129,7 @@ fn blocks_come_back_in_this_order() {
     assert_eq!(steps(&seen), ["unpooled", "flush windows", "release", "add"]);
     assert_eq!(seen[1], Seen::Shootdown(Flush::NonGlobal, CpuSet::only(0)), "CPU 1 had no window");
     assert!(mock.in_direct_map(block));
+    assert_eq!(allocator.mermap().may_cache(block), CpuSet::NONE, "flushed once is enough");
     let counters = allocator.counters();
     assert_eq!((counters.flip_to_mapped, counters.nr_free_unmapped), (1, 0));
     allocator.zone().check(&mock.map());
@@ -270,134 +275,6 @@ fn buddies_on_two_sides_of_the_direct_map_stay_apart() {
     assert_eq!((counters.nr_free_unmapped, counters.nr_free_mapped), (512, 512));
     allocator.shrink().unwrap();
     assert_eq!(allocator.alloc_mapped(pages(10)).unwrap().frames(), frames(&mock, 0, 1024));
-}
-
-/// The refusal that [`Mock::refuse`] makes.
-fn refused<T>(result: Result<T, AllocError>) -> bool {
-    matches!(result.err(), Some(AllocError::Gate(error)) if error.status == Status::SecondStage)
-}
-
-#[test]
-fn a_refused_seal_leaves_the_block_mapped_and_free() {
-    for prezero in [true, false] {
-        let mock = Mock::new(16, 1);
-        let allocator = mock.allocator_with(prezero);
-        mock.refuse(0);
-        assert!(refused(allocator.alloc_secret(pages(0))));
-        assert!(mock.in_direct_map(mock.layout.zone_frames()));
-        let counters = allocator.counters();
-        assert_eq!((counters.nr_allocated, counters.nr_free_unmapped), (0, 0));
-        assert_eq!((counters.nr_free_mapped, counters.flip_to_unmapped), (1024, 0));
-        allocator.zone().check(&mock.map());
-        assert!(allocator.alloc_secret(pages(0)).is_ok(), "nothing was lost");
-    }
-}
-
-#[test]
-fn a_refused_open_leaves_the_block_in_the_pool_not_known_to_be_zero() {
-    let mock = Mock::new(16, 1);
-    let allocator = mock.allocator();
-    mock.refuse(1);
-    assert!(refused(allocator.alloc_secret(pages(0))));
-    assert_eq!(steps(&mock.seen()), ["remove", "flush everything", "seal", "pooled"]);
-    assert_eq!(allocator.counters().nr_free_unmapped, 512);
-    let secret = allocator.alloc_secret(zero_pages(0)).unwrap();
-    assert!(mock.state().frame(secret.frames().start()).contents.is_zero());
-}
-
-#[test]
-fn a_block_that_cannot_be_closed_is_withheld() {
-    let mock = Mock::new(16, 1);
-    let allocator = mock.allocator();
-    mock.refuse(2);
-    assert!(refused(allocator.alloc_secret(pages(0))));
-    let counters = allocator.counters();
-    assert_eq!((counters.nr_allocated, counters.nr_free_unmapped), (512, 0));
-    let secret = allocator.alloc_secret(pages(0)).unwrap();
-    assert_ne!(secret.frames().start().block_start(), frames(&mock, 0, 1).start());
-    allocator.zone().check(&mock.map());
-}
-
-#[test]
-fn a_refused_release_leaves_the_blocks_in_the_pool() {
-    let mock = Mock::new(32, 1);
-    let allocator = mock.allocator();
-    let mut secret: Vec<_> = (0..6).map(|_| allocator.alloc_secret(pages(9)).unwrap()).collect();
-    secret.sort_by_key(|pages| pages.frames().start());
-    let mut even = true;
-    secret.retain(|_| {
-        even = !even;
-        even
-    });
-    // The three free blocks are zero, so that their releases are the only operations.
-    mock.refuse(1);
-    assert!(matches!(allocator.shrink(), Err(UseError::Gate(error)) if error.index == 1));
-    let counters = allocator.counters();
-    assert_eq!((counters.flip_to_mapped, counters.nr_free_unmapped), (1, 1024));
-    allocator.zone().check(&mock.map());
-    allocator.shrink().unwrap();
-    assert_eq!(allocator.counters().nr_free_unmapped, 0);
-}
-
-#[test]
-fn a_refused_scrub_leaves_the_block_in_the_pool_or_withholds_what_is_open() {
-    for (nth, pooled) in [(0, 512), (1, 0)] {
-        let mock = Mock::new(16, 1);
-        let allocator = mock.allocator_with(false);
-        drop(allocator.alloc_secret(pages(0)).unwrap());
-        mock.refuse(nth);
-        assert!(allocator.shrink().is_err());
-        assert!(!mock.in_direct_map(frames(&mock, 0, 512)));
-        assert_eq!(allocator.counters().nr_free_unmapped, pooled);
-        assert_eq!(allocator.counters().nr_allocated, 512 - pooled);
-        allocator.zone().check(&mock.map());
-    }
-}
-
-#[test]
-fn a_refusal_at_hand_out_puts_the_pages_back_or_withholds_them() {
-    for (nth, free) in [(0, 512), (1, 511)] {
-        let mock = Mock::new(16, 1);
-        let allocator = mock.allocator_with(false);
-        drop(allocator.alloc_secret(pages(9)).unwrap());
-        mock.map().set_zero(frames(&mock, 0, 512), false);
-        mock.refuse(nth);
-        assert!(refused(allocator.alloc_secret(zero_pages(0))));
-        assert_eq!(allocator.counters().nr_free_unmapped, free);
-        allocator.zone().check(&mock.map());
-    }
-}
-
-#[test]
-fn a_refusal_at_a_free_keeps_the_page_unknown_or_withholds_it() {
-    for (nth, free) in [(0, 512), (1, 511)] {
-        let mock = Mock::new(16, 1);
-        let allocator = mock.allocator();
-        let secret = allocator.alloc_secret(pages(0)).unwrap();
-        let page = secret.frames();
-        let window = secret.open(0, 1, Access::Write).unwrap();
-        window.store(0, 1).unwrap();
-        window.close().unwrap();
-        mock.refuse(nth);
-        drop(secret);
-        assert_eq!(allocator.counters().nr_free_unmapped, free);
-        assert_eq!(mock.map().is_zero(page), nth == 1);
-        allocator.zone().check(&mock.map());
-    }
-}
-
-#[test]
-fn pages_whose_window_could_not_be_closed_are_withheld_when_they_are_freed() {
-    let mock = Mock::new(16, 1);
-    let allocator = mock.allocator();
-    let secret = allocator.alloc_secret(pages(0)).unwrap();
-    let window = secret.open(0, 1, Access::Read).unwrap();
-    mock.refuse(0);
-    assert!(matches!(window.close(), Err(UseError::Unsealed(_))));
-    drop(secret);
-    assert_eq!(allocator.counters().nr_allocated, 1);
-    let reported = mock.violations();
-    assert!(reported[0].starts_with("second-stage-open"), "it was freed while open: {reported:?}");
 }
 
 #[test]

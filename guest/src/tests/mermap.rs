@@ -198,13 +198,16 @@ fn a_whole_block_takes_one_entry_and_its_address_is_flushed_before_it_serves_aga
 fn a_flush_of_the_window_cleans_the_other_addresses_too() {
     let mock = Mock::new(16, 1);
     let mermap = prepared(&mock);
-    drop(mermap.get(frames(&mock, 512, 512), Protection::READ).unwrap());
-    drop(reserved(&mermap, &mock, 0).unwrap());
+    let use_all = || {
+        let block = |n: u64| mermap.get(frames(&mock, 512 * n, 512), Protection::READ).unwrap();
+        drop([block(0), block(1), block(2), block(3)]);
+        drop(reserved(&mermap, &mock, 0).unwrap());
+    };
+    use_all();
     drop(mermap.get(frames(&mock, 0, PAGES), Protection::READ).unwrap());
     drop(mermap.get(frames(&mock, 0, 1), Protection::READ).unwrap());
     assert_eq!(flushes(&mock), [Flush::NonGlobal]);
-    drop(mermap.get(frames(&mock, 512, 512), Protection::READ).unwrap());
-    drop(reserved(&mermap, &mock, 0).unwrap());
+    use_all();
     assert_eq!(flushes(&mock), []);
 }
 

@@ -7,5 +7,6 @@ mod mermap;
 mod model;
 mod page_alloc;
 mod programs;
+mod refusals;
 mod secret;
 mod zeroing;

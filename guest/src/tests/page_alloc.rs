@@ -249,6 +249,18 @@ fn stealing_whole_blocks_changes_their_migratetype_and_less_does_not() {
 }
 
 #[test]
+fn fresh_memory_is_used_before_pageblocks_are_mixed() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator();
+    let of = |migratetype| Request { migratetype, ..pages(0) };
+    let _movable = allocator.alloc_mapped(of(Migratetype::Movable)).unwrap();
+    // Both pageblocks of the first chunk are in use now, so that only less could be stolen.
+    let _half = allocator.alloc_mapped(Request { order: 9, ..of(Migratetype::Movable) }).unwrap();
+    let unmovable = allocator.alloc_mapped(of(Migratetype::Unmovable)).unwrap();
+    assert_eq!(unmovable.frames().start().0 - mock.layout.zone_frames().start().0, 1024);
+}
+
+#[test]
 fn orders_above_ten_are_refused() {
     let mock = Mock::new(16, 1);
     let allocator = mock.allocator();

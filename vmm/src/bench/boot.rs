@@ -109,7 +109,8 @@ fn one(kvm: Kvm, memory_mib: u64) -> Result<Size, BenchError> {
         let Some(ready) = gate.ready_at() else {
             return Err(BenchError::NotReady(memory_mib, format!("{:?}", outcome.end)));
         };
-        let micros = |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let micros =
+            |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(Size {
             memory_mib,
             ready_us: micros(ready.saturating_duration_since(outcome.started)),

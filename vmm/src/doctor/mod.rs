@@ -60,8 +60,10 @@ pub struct Problem {
 pub struct CapabilityState {
     /// Its name.
     pub name: &'static str,
-    /// What KVM answers; a count for some, 0 if it is not there.
+    /// What KVM answers: a count or a mask for some, 0 if it is not there.
     pub value: i32,
+    /// Smallest answer that is enough.
+    pub minimum: i32,
     /// Whether it is there, and large enough.
     pub present: bool,
     /// Whether `lacuna run` needs it.
@@ -130,6 +132,7 @@ impl Doctor {
             self.capabilities.push(CapabilityState {
                 name: capability.name,
                 value: *value,
+                minimum: capability.minimum,
                 present,
                 required: capability.required,
                 needed_for: capability.needed_for,

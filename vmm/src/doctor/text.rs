@@ -1,6 +1,6 @@
 //! The text form of what the doctor found.
 
-use super::Doctor;
+use super::{CapabilityState, Doctor};
 use crate::report::grouped;
 use crate::report::layout::{labelled, paragraph};
 use std::fmt::Write;
@@ -76,8 +76,9 @@ fn capabilities(out: &mut String, doctor: &Doctor) {
             (false, true) => "MISSING",
             (false, false) => "no",
         };
-        let count = match capability.value {
-            value if value > 1 => format!(" ({value})"),
+        // Where one is enough, the answer is no count.
+        let count = match capability {
+            CapabilityState { value, minimum: 2.., .. } => format!(" ({value})"),
             _ => String::new(),
         };
         let label = format!("  {state:9}{:27}", capability.name);

@@ -1,11 +1,11 @@
 //! One CPU's event ring as the host reads it.
 
 use crate::machine::memory::{Memory, MemoryError};
+use lacuna_abi::addr::{Gpa, PAGE_SIZE};
 use lacuna_abi::event::{
     INTENT_WORDS, Intent, RECORD_BYTES, RECORD_WORDS, RING_HEAD_WORD, RING_INTENT_WORD,
     RING_RECORDS, RING_TAIL_WORD, Record,
 };
-use lacuna_abi::addr::{Gpa, PAGE_SIZE};
 use lacuna_abi::layout::ring_offset;
 
 /// The host's side of a ring. The tail is the host's own: what the guest writes over the copy in
@@ -73,11 +73,7 @@ impl RingReader {
             .map_err(|bad| format!("CPU {}'s intent makes no sense: {bad:?}", self.cpu)))
     }
 
-    fn record(
-        &self,
-        memory: &Memory,
-        index: u64,
-    ) -> Result<Result<Record, String>, MemoryError> {
+    fn record(&self, memory: &Memory, index: u64) -> Result<Result<Record, String>, MemoryError> {
         let offset = PAGE_SIZE + (index % RING_RECORDS) * RECORD_BYTES;
         let mut words = [0; RECORD_WORDS];
         let mut at = self.control.wrapping_add(offset);
@@ -91,9 +87,7 @@ impl RingReader {
                 "record {index} in CPU {}'s event ring says it is CPU {}'s",
                 self.cpu, record.cpu
             )),
-            Err(bad) => {
-                Err(format!("record {index} in CPU {}'s event ring: {bad:?}", self.cpu))
-            }
+            Err(bad) => Err(format!("record {index} in CPU {}'s event ring: {bad:?}", self.cpu)),
         })
     }
 

@@ -203,7 +203,9 @@ impl Gate {
             Call::RegisterRoot => {
                 let pcid = u16::try_from(page[ARGS_WORD + 1]).unwrap_or(u16::MAX);
                 let root = Gpa(page[ARGS_WORD]);
-                self.with_audit(|audit, world| audit.register_root(root, pcid, world)).err().unwrap_or(Status::Ok)
+                self.with_audit(|audit, world| audit.register_root(root, pcid, world))
+                    .err()
+                    .unwrap_or(Status::Ok)
             }
             Call::UnregisterRoot => {
                 self.audit.unregister_root(Gpa(page[ARGS_WORD])).err().unwrap_or(Status::Ok)
@@ -330,14 +332,8 @@ impl Gate {
         // An open takes its number before its effect, a seal and a release after theirs. On
         // arrival a seal is judged at the number of the last event.
         let opening = op.kind == OpKind::Open;
-        let before = if opening {
-            self.host_number()?
-        } else {
-            self.memory.last_event_number()?
-        };
-        if let Err(status) =
-            self.with_audit(|audit, world| audit.arrival(cpu, op, before, world))
-        {
+        let before = if opening { self.host_number()? } else { self.memory.last_event_number()? };
+        if let Err(status) = self.with_audit(|audit, world| audit.arrival(cpu, op, before, world)) {
             if opening {
                 self.told(cpu, before, HostAct::Refused, op.frames);
             }

@@ -54,9 +54,8 @@ fn describe(image: &Image, address: u64, inside: u64) -> (u64, Option<String>) {
 /// What is special about an address that a guest faulted on: the guard below one of its stacks.
 #[must_use]
 pub fn place(layout: &Layout, va: Gva) -> Option<String> {
-    let cpu = (0..layout.cpus).find(|cpu| {
-        va.offset_from(cpu_area(*cpu)).is_some_and(|offset| offset < CPU_STRIDE)
-    })?;
+    let cpu = (0..layout.cpus)
+        .find(|cpu| va.offset_from(cpu_area(*cpu)).is_some_and(|offset| offset < CPU_STRIDE))?;
     let above = CPU_PARTS.iter().find(|part| va < part.start(cpu));
     let inside = CPU_PARTS.iter().any(|part: &CpuPart| va >= part.start(cpu) && va < part.top(cpu));
     match above {

@@ -205,8 +205,10 @@ mod tests {
     fn the_direct_map_holds_the_zone_and_nothing_else() {
         let (memory, info, _) = booted(64, 1);
         let layout = *memory.layout();
-        let zone: Vec<_> =
-            leaves(&memory, &info).into_iter().filter(|l| l.va.0 >> 39 == layout.zone.va.0 >> 39).collect();
+        let zone: Vec<_> = leaves(&memory, &info)
+            .into_iter()
+            .filter(|l| l.va.0 >> 39 == layout.zone.va.0 >> 39)
+            .collect();
         assert_eq!(zone.len(), 32);
         for leaf in zone {
             assert_eq!(leaf.level, Level::Pd);

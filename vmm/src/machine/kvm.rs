@@ -77,14 +77,14 @@ impl Vm {
             (LOW_SLOT, layout.shared.gpa, layout.scratch.end()),
         ];
         for (slot, start, end) in regions {
-            let region = lacuna_abi::layout::Region { gpa: start, va: Gva(0), len: end.0 - start.0 };
+            let region =
+                lacuna_abi::layout::Region { gpa: start, va: Gva(0), len: end.0 - start.0 };
             let address = vm.memory.host_address(&region);
             set_slot(&vm.vm, slot, start, region.len, address)?;
         }
-        vm.slots().set(ZONE_SLOT, Some(layout.zone_frames())).map_err(|error| KvmError {
-            what: "give the guest its memory",
-            error,
-        })?;
+        vm.slots()
+            .set(ZONE_SLOT, Some(layout.zone_frames()))
+            .map_err(|error| KvmError { what: "give the guest its memory", error })?;
         Ok(vm)
     }
 
@@ -157,12 +157,7 @@ fn long_mode(sregs: &mut kvm_sregs, cpu: u8, root: Gpa) {
     (sregs.ds, sregs.es, sregs.ss, sregs.fs) = (data, data, data, data);
     sregs.gs = kvm_segment { base: CPU_DATA.start(cpu.into()).0, ..data };
     // The task register must hold a busy task-state segment; the guest loads its own.
-    sregs.tr = kvm_segment {
-        limit: 103,
-        type_: 0xb,
-        present: 1,
-        ..kvm_segment::default()
-    };
+    sregs.tr = kvm_segment { limit: 103, type_: 0xb, present: 1, ..kvm_segment::default() };
     sregs.cr0 = CR0;
     sregs.cr3 = root.0;
     sregs.cr4 = CR4;

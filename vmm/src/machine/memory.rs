@@ -27,7 +27,9 @@ const CHUNK: usize = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// The kernel gives no memory file or mapping.
-    #[error("cannot set up {mib} MiB of guest memory: {error}; lower [guest] memory_mib or free memory")]
+    #[error(
+        "cannot set up {mib} MiB of guest memory: {error}; lower [guest] memory_mib or free memory"
+    )]
     Create {
         /// Size.
         mib: u64,
@@ -60,7 +62,8 @@ impl Memory {
         let failed = |error| MemoryError::Create { mib: (layout.zone.len + low_len) >> 20, error };
         let low_file = sys::memory_file(c"lacuna-low", low_len).map_err(failed)?;
         let zone_file = sys::memory_file(c"lacuna-zone", layout.zone.len).map_err(failed)?;
-        let size = |len| usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()));
+        let size =
+            |len| usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()));
         let offset = FileOffset::new(low_file.try_clone().map_err(failed)?, 0);
         let region = MmapRegion::from_file(offset, size(low_len)?)
             .map_err(|error| failed(io::Error::other(error)))?;
@@ -201,10 +204,9 @@ impl Memory {
         let chunk = vec![byte; CHUNK];
         let mut done = 0;
         while done < self.layout.zone.len {
-            self.zone_file.write_all_at(&chunk, done).map_err(|error| MemoryError::Create {
-                mib: self.layout.zone.len >> 20,
-                error,
-            })?;
+            self.zone_file
+                .write_all_at(&chunk, done)
+                .map_err(|error| MemoryError::Create { mib: self.layout.zone.len >> 20, error })?;
             done += chunk.len() as u64;
         }
         Ok(())

@@ -234,7 +234,8 @@ fn counters(out: &mut String, report: &Report) {
             Some(format!("{name}\u{a0}{}", grouped(*value)))
         };
         let values: Vec<_> = names.iter().filter_map(value).collect();
-        if !values.is_empty() {
+        let zero = |name: &&str| report.counters.get(*name).is_none_or(|value| *value == 0);
+        if !names.iter().all(zero) {
             line(out, title, &values.join(", "));
         }
     }

@@ -20,7 +20,7 @@ use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::{KvmError, Vcpu, Vm, ZONE_SLOT};
 use crate::machine::memory::{Memory, MemoryError};
-use crate::second_stage::{Guard, MemSlot, Mechanism, Off, SecondStage};
+use crate::second_stage::{Guard, Mechanism, MemSlot, Off, SecondStage};
 use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
@@ -142,13 +142,8 @@ impl Machine {
         register_kick();
         let Self { image, memory, vcpu, gate, timeout, opened } = self;
         let stop = Arc::new(Stop::default());
-        let runner = vcpu::Runner {
-            cpu: 0,
-            vcpu,
-            gate: Arc::clone(&gate),
-            stop: Arc::clone(&stop),
-            image,
-        };
+        let runner =
+            vcpu::Runner { cpu: 0, vcpu, gate: Arc::clone(&gate), stop: Arc::clone(&stop), image };
         let started = Instant::now();
         let thread = std::thread::Builder::new()
             .name("vcpu0".into())

@@ -41,7 +41,6 @@ pub enum PlanError {
     ForeignFaults,
 }
 
-
 /// One machine and its program.
 #[derive(Debug)]
 pub struct Plan {

@@ -1,7 +1,7 @@
 //! From the end of a run to its report.
 
-use super::end::{End, Place, Stopped};
 use super::Outcome;
+use super::end::{End, Place, Stopped};
 use crate::config::Config;
 use crate::machine::decode::SealedAccess;
 use crate::report::{self, Address, Check, Frame, GuestError, Report, Violation};

@@ -1,7 +1,7 @@
 //! The thread of one vCPU: run, decide, act, until there is an end.
 
-use super::end::{End, GuestEnd, Place, Stopped};
 use super::Stop;
+use super::end::{End, GuestEnd, Place, Stopped};
 use crate::gate::{Gate, GateFailure, Served, StoppedCpu};
 use crate::image::Image;
 use crate::machine::backtrace::{backtrace, place};
@@ -194,11 +194,7 @@ impl Runner {
 
     /// An exception that the guest reports about itself. Behind a page fault there may be a walk
     /// through a sealed frame: some hosts turn that into a fault of the guest.
-    fn exception(
-        &mut self,
-        memory: &Memory,
-        report: &ExceptionReport,
-    ) -> Result<End, GateFailure> {
+    fn exception(&mut self, memory: &Memory, report: &ExceptionReport) -> Result<End, GateFailure> {
         let now = self.vcpu.registers()?;
         let mut registers = Registers { rip: report.rip, rflags: report.rflags, ..now };
         registers.general = [

@@ -100,7 +100,9 @@ impl<S: Slots> MemSlot<S> {
         for frames in all {
             match runs.last_mut() {
                 Some(last) if last.end() == frames.start() => {
-                    if let Some(longer) = FrameRange::new(last.start(), last.count() + frames.count()) {
+                    if let Some(longer) =
+                        FrameRange::new(last.start(), last.count() + frames.count())
+                    {
                         *last = longer;
                     }
                 }

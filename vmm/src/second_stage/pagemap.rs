@@ -38,9 +38,7 @@ impl PageMap {
     }
 
     fn set(&mut self, index: u64, closed: bool) {
-        if let Some(word) =
-            usize::try_from(index / WORD).ok().and_then(|i| self.words.get_mut(i))
-        {
+        if let Some(word) = usize::try_from(index / WORD).ok().and_then(|i| self.words.get_mut(i)) {
             let bit = 1 << (index % WORD);
             *word = if closed { *word | bit } else { *word & !bit };
         }

@@ -35,7 +35,7 @@ impl<'a> Flags<'a> {
 
     /// Whether the caller must not block: the flags do not contain `__GFP_DIRECT_RECLAIM`.
     ///
-    /// Single bits contain it if they say so. Of the combinations, those in [`lacks_reclaim`] do
+    /// Single bits contain it if they say so. Of the combinations, those in `lacks_reclaim` do
     /// not. All others do, including combinations that this version does not know: a caller that
     /// blocks is the ordinary case. `GFP_NOWAIT` and `GFP_ATOMIC` decide against other
     /// combinations, but not against the bit itself: the kernel prints `__GFP_RECLAIM` alone as

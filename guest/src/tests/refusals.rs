@@ -1,0 +1,137 @@
+//! What a refusal of the host leaves behind: nothing lost, nothing half done, and nothing handed
+//! out that the host would not close.
+
+use super::flip::{frames, steps};
+use crate::alloc::AllocError;
+use crate::secret::{Access, UseError};
+use crate::testing::{Mock, pages, zero_pages};
+use lacuna_abi::gate::Status;
+use std::vec::Vec;
+
+/// The refusal that [`Mock::refuse`] makes.
+fn refused<T>(result: Result<T, AllocError>) -> bool {
+    matches!(result.err(), Some(AllocError::Gate(error)) if error.status == Status::SecondStage)
+}
+
+#[test]
+fn a_refused_seal_leaves_the_block_mapped_and_free() {
+    for prezero in [true, false] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator_with(prezero);
+        mock.refuse(0);
+        assert!(refused(allocator.alloc_secret(pages(0))));
+        assert!(mock.in_direct_map(mock.layout.zone_frames()));
+        let counters = allocator.counters();
+        assert_eq!((counters.nr_allocated, counters.nr_free_unmapped), (0, 0));
+        assert_eq!((counters.nr_free_mapped, counters.flip_to_unmapped), (1024, 0));
+        allocator.zone().check(&mock.map());
+        assert!(allocator.alloc_secret(pages(0)).is_ok(), "nothing was lost");
+    }
+}
+
+#[test]
+fn a_refused_open_leaves_the_block_in_the_pool_not_known_to_be_zero() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator();
+    mock.refuse(1);
+    assert!(refused(allocator.alloc_secret(pages(0))));
+    assert_eq!(steps(&mock.seen()), ["remove", "flush everything", "seal", "pooled"]);
+    assert_eq!(allocator.counters().nr_free_unmapped, 512);
+    let secret = allocator.alloc_secret(zero_pages(0)).unwrap();
+    assert!(mock.state().frame(secret.frames().start()).contents.is_zero());
+}
+
+#[test]
+fn a_block_that_cannot_be_closed_is_withheld() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator();
+    mock.refuse(2);
+    assert!(refused(allocator.alloc_secret(pages(0))));
+    let counters = allocator.counters();
+    assert_eq!((counters.nr_allocated, counters.nr_free_unmapped), (512, 0));
+    let secret = allocator.alloc_secret(pages(0)).unwrap();
+    assert_ne!(secret.frames().start().block_start(), frames(&mock, 0, 1).start());
+    allocator.zone().check(&mock.map());
+}
+
+#[test]
+fn a_refused_release_leaves_the_blocks_in_the_pool() {
+    let mock = Mock::new(32, 1);
+    let allocator = mock.allocator();
+    let mut secret: Vec<_> = (0..6).map(|_| allocator.alloc_secret(pages(9)).unwrap()).collect();
+    secret.sort_by_key(|pages| pages.frames().start());
+    let mut even = true;
+    secret.retain(|_| {
+        even = !even;
+        even
+    });
+    // The three free blocks are zero, so that their releases are the only operations.
+    mock.refuse(1);
+    assert!(matches!(allocator.shrink(), Err(UseError::Gate(error)) if error.index == 1));
+    let counters = allocator.counters();
+    assert_eq!((counters.flip_to_mapped, counters.nr_free_unmapped), (1, 1024));
+    allocator.zone().check(&mock.map());
+    allocator.shrink().unwrap();
+    assert_eq!(allocator.counters().nr_free_unmapped, 0);
+}
+
+#[test]
+fn a_refused_scrub_leaves_the_block_in_the_pool_or_withholds_what_is_open() {
+    for (nth, pooled) in [(0, 512), (1, 0)] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator_with(false);
+        drop(allocator.alloc_secret(pages(0)).unwrap());
+        mock.refuse(nth);
+        assert!(allocator.shrink().is_err());
+        assert!(!mock.in_direct_map(frames(&mock, 0, 512)));
+        assert_eq!(allocator.counters().nr_free_unmapped, pooled);
+        assert_eq!(allocator.counters().nr_allocated, 512 - pooled);
+        allocator.zone().check(&mock.map());
+    }
+}
+
+#[test]
+fn a_refusal_at_hand_out_puts_the_pages_back_or_withholds_them() {
+    for (nth, free) in [(0, 512), (1, 511)] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator_with(false);
+        drop(allocator.alloc_secret(pages(9)).unwrap());
+        mock.map().set_zero(frames(&mock, 0, 512), false);
+        mock.refuse(nth);
+        assert!(refused(allocator.alloc_secret(zero_pages(0))));
+        assert_eq!(allocator.counters().nr_free_unmapped, free);
+        allocator.zone().check(&mock.map());
+    }
+}
+
+#[test]
+fn a_refusal_at_a_free_keeps_the_page_unknown_or_withholds_it() {
+    for (nth, free) in [(0, 512), (1, 511)] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator();
+        let secret = allocator.alloc_secret(pages(0)).unwrap();
+        let page = secret.frames();
+        let window = secret.open(0, 1, Access::Write).unwrap();
+        window.store(0, 1).unwrap();
+        window.close().unwrap();
+        mock.refuse(nth);
+        drop(secret);
+        assert_eq!(allocator.counters().nr_free_unmapped, free);
+        assert_eq!(mock.map().is_zero(page), nth == 1);
+        allocator.zone().check(&mock.map());
+    }
+}
+
+#[test]
+fn pages_whose_window_could_not_be_closed_are_withheld_when_they_are_freed() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator();
+    let secret = allocator.alloc_secret(pages(0)).unwrap();
+    let window = secret.open(0, 1, Access::Read).unwrap();
+    mock.refuse(0);
+    assert!(matches!(window.close(), Err(UseError::Unsealed(_))));
+    drop(secret);
+    assert_eq!(allocator.counters().nr_allocated, 1);
+    let reported = mock.violations();
+    assert!(reported[0].starts_with("second-stage-open"), "it was freed while open: {reported:?}");
+}
