@@ -33,7 +33,8 @@ words_struct! {
         flip_to_unmapped,
         /// Pageblocks that came back to the direct map.
         flip_to_mapped,
-        /// Flushes sent to every CPU.
+        /// Flushes sent to a set of CPUs: of everything when a block leaves the direct map, of
+        /// what is not global before a block is released.
         shootdowns,
         /// Flushes of a window because its addresses were used up.
         window_flushes,

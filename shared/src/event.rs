@@ -145,7 +145,7 @@ pub enum Flush {
     Pages {
         /// First address.
         va: Gva,
-        /// Number of INVLPGs, [`Flush::stride`] apart.
+        /// Number of INVLPGs, each one page of `level` further on.
         count: u32,
         /// Level of the pages: 1 steps by 4 KiB, 2 by 2 MiB.
         level: Level,

@@ -17,7 +17,7 @@ macro_rules! words_struct {
 
             /// One word a field, in order.
             #[must_use]
-            pub const fn to_words(&self) -> [u64; Self::WORDS] {
+            pub const fn to_words(self) -> [u64; Self::WORDS] {
                 [$(self.$field),*]
             }
 

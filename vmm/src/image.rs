@@ -230,7 +230,7 @@ mod tests {
     fn the_embedded_images_can_be_started() {
         for bytes in [ORDINARY, WITH_FAULTS] {
             let image = Image::parse(bytes).unwrap();
-            assert!(image.len() > 0 && image.len() < 1 << 20);
+            assert!((1..1 << 20).contains(&image.len()));
             assert!(image.symbolise(image.entry.0).unwrap().starts_with("lacuna_start+0x0"));
         }
     }

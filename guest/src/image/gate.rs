@@ -106,7 +106,7 @@ impl<'a> PageText<'a> {
 
     /// Stores what is left and the length.
     pub(crate) fn finish(self) {
-        if self.len % 8 != 0 {
+        if !self.len.is_multiple_of(8) {
             self.page[ARGS_WORD + self.len / 8].store(self.word, Relaxed);
         }
         self.page[COUNT_WORD].store(self.len as u64, Relaxed);
@@ -121,7 +121,7 @@ impl Write for PageText<'_> {
             }
             self.word |= u64::from(byte) << (8 * (self.len % 8));
             self.len += 1;
-            if self.len % 8 == 0 {
+            if self.len.is_multiple_of(8) {
                 self.page[ARGS_WORD + self.len / 8 - 1].store(self.word, Relaxed);
                 self.word = 0;
             }

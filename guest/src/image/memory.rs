@@ -136,7 +136,8 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, len: usize) -> *mut u
 /// As C's `memset`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn memset(to: *mut u8, byte: i32, len: usize) -> *mut u8 {
-    let word = u64::from(byte as u8) * 0x0101_0101_0101_0101;
+    let [byte, ..] = byte.to_le_bytes();
+    let word = u64::from(byte) * 0x0101_0101_0101_0101;
     // SAFETY: the caller's promise.
     unsafe {
         asm!(

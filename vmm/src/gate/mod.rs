@@ -4,17 +4,20 @@
 //! status or a finding; only the host's own failures are errors.
 
 mod leaks;
+mod state;
 #[cfg(test)]
 mod tests;
+mod types;
 mod world;
 
-use crate::audit::{Audit, AuditConfig, AuditResult, ControlPolicy, CpuState};
+pub use types::{GateCounters, GateFailure, GateSetup, Observer, Served, StoppedCpu};
+
+use crate::audit::{Audit, AuditConfig, ControlPolicy};
 use crate::events::{RingReader, Sequencer};
 use crate::leak::LeakScanner;
-use crate::machine::kvm::KvmError;
-use crate::machine::memory::{Memory, MemoryError};
+use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
-use crate::second_stage::{SecondStage, SecondStageError};
+use crate::second_stage::SecondStage;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
 use lacuna_abi::event::{EntryWrite, Event, HostAct, Intent, Record};
@@ -26,95 +29,6 @@ use lacuna_abi::layout::{call_page_offset, report_page_offset};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use world::LiveWorld;
-
-/// The host failed; the run ends without a judgement.
-#[derive(Debug, thiserror::Error)]
-pub enum GateFailure {
-    /// Guest memory could not be reached.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// KVM failed.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
-    /// The second stage could not be changed.
-    #[error(transparent)]
-    SecondStage(#[from] SecondStageError),
-    /// Guest memory could not be searched.
-    #[error("cannot search guest memory for the secret input: {0}")]
-    Search(std::io::Error),
-}
-
-/// Those who follow a run. All methods are called on the thread of the vCPU that left for the
-/// host, so they should be quick.
-pub trait Observer: Send {
-    /// An event, in the order of numbers, after the audit has judged it.
-    fn event(&mut self, _record: &Record) {}
-
-    /// A line of the guest's log, control characters replaced.
-    fn log(&mut self, _line: &str) {}
-}
-
-/// The vCPU that makes a call, stopped.
-pub trait StoppedCpu {
-    /// Completes a pending access, so that registers and memory are one consistent picture.
-    fn complete(&mut self);
-
-    /// The registers.
-    ///
-    /// # Errors
-    /// [`KvmError`].
-    fn registers(&self) -> Result<Registers, KvmError>;
-}
-
-/// What a served call means for the vCPU.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Served {
-    /// Run on.
-    Resume,
-    /// The program is done, with this status and these counters.
-    Exit(u64, Box<Counters>),
-    /// The guest reports an exception.
-    Exception(Box<ExceptionReport>),
-    /// The guest panicked, with this message.
-    Panic(String),
-}
-
-/// What the gate counts.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct GateCounters {
-    /// Calls, of any kind.
-    pub calls: u64,
-    /// Calls or operations that were refused.
-    pub refused: u64,
-    /// Seal operations on one range each.
-    pub seals: u64,
-    /// Open operations on one range each.
-    pub opens: u64,
-    /// Release operations on one range each.
-    pub releases: u64,
-    /// Events taken from the rings.
-    pub events: u64,
-    /// Points at which everything was checked.
-    pub quiesces: u64,
-}
-
-/// How a gate is set up.
-pub struct GateSetup {
-    /// Guest memory.
-    pub memory: Arc<Memory>,
-    /// What closes frames.
-    pub stage: Box<dyn SecondStage>,
-    /// Root that all CPUs start with.
-    pub boot_root: Gpa,
-    /// Events between two complete checks.
-    pub quiesce_every: u64,
-    /// Most findings that are kept in words.
-    pub max_findings: usize,
-    /// Knows the secret input of the program, if it has one.
-    pub scanner: Option<LeakScanner>,
-    /// Those who follow the run.
-    pub observers: Vec<Box<dyn Observer>>,
-}
 
 /// The gate of one machine.
 pub struct Gate {
@@ -425,74 +339,6 @@ impl Gate {
     }
 }
 
-/// What is left of a gate after its run.
-impl Gate {
-    /// What the audit found.
-    #[must_use]
-    pub fn result(&self) -> AuditResult {
-        self.audit.result()
-    }
-
-    /// Notes why the run cannot be called passed.
-    pub fn inconclusive(&mut self, reason: String) {
-        self.audit.inconclusive(reason);
-    }
-
-    /// What the gate counted.
-    #[must_use]
-    pub const fn counters(&self) -> GateCounters {
-        self.counters
-    }
-
-    /// Events that were lost.
-    #[must_use]
-    pub const fn events_lost(&self) -> u64 {
-        self.sequencer.lost()
-    }
-
-    /// When the guest said that its allocator is ready.
-    #[must_use]
-    pub const fn ready_at(&self) -> Option<Instant> {
-        self.ready_at
-    }
-
-    /// Time that the audit took.
-    #[must_use]
-    pub const fn audit_time(&self) -> Duration {
-        self.audit_time
-    }
-
-    /// The second stage.
-    #[must_use]
-    pub fn stage(&self) -> &dyn SecondStage {
-        &*self.stage
-    }
-
-    /// Guest memory.
-    #[must_use]
-    pub fn memory(&self) -> &Memory {
-        &self.memory
-    }
-
-    /// Guest memory, shared.
-    #[must_use]
-    pub fn shared_memory(&self) -> Arc<Memory> {
-        Arc::clone(&self.memory)
-    }
-
-    /// Registers of a CPU at the last complete check.
-    #[must_use]
-    pub fn last_registers(&self, cpu: u8) -> Option<Registers> {
-        *self.cpus.get(usize::from(cpu))?
-    }
-
-    /// Number of the last event, for findings that no event leads to.
-    #[must_use]
-    pub fn last_event(&self) -> u64 {
-        self.memory.last_event_number().unwrap_or(0)
-    }
-}
-
 /// `N` words of a page, from `start`.
 fn arguments<const N: usize>(page: &[u64; PAGE_WORDS], start: usize) -> [u64; N] {
     let mut words = [0; N];
@@ -510,21 +356,6 @@ fn text(page: &[u64; PAGE_WORDS]) -> Option<String> {
         page[ARGS_WORD..].iter().flat_map(|word| word.to_le_bytes()).take(len).collect();
     let clean = |c: char| if c.is_control() && c != '\n' { '\u{fffd}' } else { c };
     Some(String::from_utf8_lossy(&bytes).chars().map(clean).collect())
-}
-
-impl From<&Registers> for CpuState {
-    fn from(registers: &Registers) -> Self {
-        Self {
-            cr0: registers.cr0,
-            cr3: registers.cr3,
-            cr4: registers.cr4,
-            efer: registers.efer,
-            idt_base: registers.idt_base,
-            idt_limit: registers.idt_limit,
-            gdt_base: registers.gdt_base,
-            gdt_limit: registers.gdt_limit,
-        }
-    }
 }
 
 const _: () = assert!(PAGE_WORDS as u64 * 8 == PAGE_SIZE);

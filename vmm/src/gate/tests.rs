@@ -4,6 +4,7 @@ use super::*;
 use crate::audit::Rule;
 use crate::image::Image;
 use crate::machine::boot;
+use crate::machine::kvm::KvmError;
 use crate::second_stage::{Guard, Mechanism, Off};
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::event::{Flush, RECORD_BYTES, RING_HEAD_WORD};

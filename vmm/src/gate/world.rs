@@ -48,3 +48,18 @@ impl World for LiveWorld<'_> {
         *self.intents.get(usize::from(cpu))?
     }
 }
+
+impl From<&Registers> for CpuState {
+    fn from(registers: &Registers) -> Self {
+        Self {
+            cr0: registers.cr0,
+            cr3: registers.cr3,
+            cr4: registers.cr4,
+            efer: registers.efer,
+            idt_base: registers.idt_base,
+            idt_limit: registers.idt_limit,
+            gdt_base: registers.gdt_base,
+            gdt_limit: registers.gdt_limit,
+        }
+    }
+}
