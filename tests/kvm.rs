@@ -37,6 +37,7 @@ fn trials() -> Vec<Trial> {
         trial("a_small_guest_gives_unmapped_blocks_back_under_pressure", pressure),
         trial("two_runs_find_and_count_the_same", determinism),
         trial("secrets_leave_no_trace", secrets),
+        trial("a_secret_too_plain_to_recognise_is_inconclusive", plain_secret),
         trial("a_required_rule_that_did_not_run_is_inconclusive", required_rule),
         trial("an_expected_access_that_does_not_happen_is_inconclusive", expected_access),
         trial("a_hang_ends_with_its_timeout", hang),
@@ -344,6 +345,15 @@ fn secrets() -> Check {
         }
     }
     Ok(())
+}
+
+fn plain_secret() -> Check {
+    let folder = tempfile::tempdir()?;
+    let input = folder.path().join("plain.bin");
+    std::fs::write(&input, [7; 64])?;
+    let run = lacuna(&dirty(&format!("program = \"secrets\"\ninput = {input:?}\n")), &[])?;
+    run.expect(5, "inconclusive")?;
+    ensure(run.check("input-leak", "not_checked") > 0, "it does not count as not checked")
 }
 
 fn required_rule() -> Check {

@@ -23,6 +23,11 @@ impl Gate {
             return Ok(());
         };
         if scanner.runs() == 0 {
+            self.audit.inconclusive(
+                "the secret input has no run of 16 bytes that could be recognised in memory: give a \
+                 longer or less uniform one"
+                    .into(),
+            );
             // Too short or too plain to be recognised anywhere.
             self.audit.count_leak_search(0, 1);
             return Ok(());
