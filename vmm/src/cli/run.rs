@@ -185,7 +185,6 @@ impl GuestLog {
 
 impl Observer for GuestLog {
     fn log(&mut self, line: &str) {
-        log::info!("guest: {line}");
         self.with(|state| {
             let needed = line.len() + 1;
             if needed > state.left {
@@ -193,6 +192,7 @@ impl Observer for GuestLog {
                 return;
             }
             state.left -= needed;
+            log::info!("guest: {line}");
             state.text.push_str(line);
             state.text.push('\n');
         });

@@ -30,6 +30,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use world::LiveWorld;
 
+/// How often one call may name all of a guest's frames.
+const MAX_PASSES: u64 = 4;
+
 /// The gate of one machine.
 pub struct Gate {
     memory: Arc<Memory>,
@@ -39,6 +42,7 @@ pub struct Gate {
     sequencer: Sequencer,
     intents: Vec<Option<EntryWrite>>,
     cpus: Vec<Option<Registers>>,
+    registered: Vec<bool>,
     scanner: Option<LeakScanner>,
     input_done: bool,
     quiesce_every: u64,
@@ -77,6 +81,7 @@ impl Gate {
             sequencer: Sequencer::default(),
             intents,
             cpus,
+            registered: vec![false; layout.cpus],
             scanner,
             input_done: false,
             quiesce_every,
@@ -103,12 +108,7 @@ impl Gate {
         let page = self.memory.shared_page(call_page_offset(cpu.into()))?;
         let mut index = 0;
         let status = match call {
-            Call::Ready => {
-                let args = arguments::<{ CpuRegistration::WORDS }>(&page, ARGS_WORD);
-                self.audit.register_cpu(cpu, CpuRegistration::from_words(&args));
-                self.ready_at.get_or_insert_with(Instant::now);
-                Status::Ok
-            }
+            Call::Ready => self.ready(cpu, &page),
             Call::Ops => {
                 let (status, failed) = self.operations(cpu, &page)?;
                 index = failed;
@@ -223,6 +223,21 @@ impl Gate {
         Ok(())
     }
 
+    /// Registers the CPU's descriptor tables. Once: a guest that breaks them could otherwise have
+    /// the broken ones registered.
+    fn ready(&mut self, cpu: u8, page: &[u64; PAGE_WORDS]) -> Status {
+        let Some(registered) = self.registered.get_mut(usize::from(cpu)) else {
+            return Status::BadState;
+        };
+        if std::mem::replace(registered, true) {
+            return Status::BadState;
+        }
+        let args = arguments::<{ CpuRegistration::WORDS }>(page, ARGS_WORD);
+        self.audit.register_cpu(cpu, CpuRegistration::from_words(&args));
+        self.ready_at.get_or_insert_with(Instant::now);
+        Status::Ok
+    }
+
     /// Carries out a list of operations; the status, and the index of the one that failed.
     fn operations(
         &mut self,
@@ -232,6 +247,12 @@ impl Gate {
         let mut ops: Vec<Op> = Vec::new();
         // The list is checked as a whole first: one that makes no sense has no effect.
         if read_ops(page, |op| ops.push(op)).is_err() {
+            return Ok((Status::BadArguments, 0));
+        }
+        // A list may name each frame a few times (seal, open, seal), not a few hundred times: the
+        // host's work for one call is bounded by the guest's memory.
+        let frames = ops.iter().fold(0_u64, |sum, op| sum.saturating_add(op.frames.count()));
+        if frames > MAX_PASSES * self.memory.layout().zone_frames().count() {
             return Ok((Status::BadArguments, 0));
         }
         for (index, op) in ops.into_iter().enumerate() {

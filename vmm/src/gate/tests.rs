@@ -236,6 +236,28 @@ fn nonsense_is_answered() {
 }
 
 #[test]
+fn a_call_that_names_all_memory_again_and_again_is_refused() {
+    let mut guest = Guest::new(false);
+    let zone = guest.memory.layout().zone_frames();
+    assert_eq!(guest.ops(&[(OpKind::Open, zone); 5]), Status::BadArguments);
+    assert_eq!(guest.ops(&[(OpKind::Open, zone); 4]), Status::NotSecret);
+}
+
+#[test]
+fn descriptor_tables_are_registered_once() {
+    let mut guest = Guest::new(false);
+    assert_eq!(guest.call(Call::Ready).1, Status::Ok);
+    assert_eq!(guest.call(Call::Ready).1, Status::BadState);
+    guest.call(Call::Checkpoint);
+    assert_eq!(guest.violations(Rule::ControlState), 0);
+    guest.still.0.idt_base = 0x5000;
+    guest.put(ARGS_WORD, 0x5000);
+    guest.call(Call::Ready);
+    guest.call(Call::Checkpoint);
+    assert_eq!(guest.violations(Rule::ControlState), 1);
+}
+
+#[test]
 fn a_log_line_cannot_steer_a_terminal() {
     let mut guest = Guest::new(false);
     let text = b"\x1b[2Jhi\n";
