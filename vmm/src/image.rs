@@ -7,7 +7,6 @@ use lacuna_abi::paging::Entry;
 use object::elf::{ET_EXEC, FileHeader64, PF_W, PF_X, PT_LOAD};
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader, Sym};
 use object::{Endianness, read};
-use std::path::PathBuf;
 
 /// The ordinary image.
 pub const ORDINARY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
@@ -24,18 +23,15 @@ const ABI_SECTION: &[u8] = b".lacuna.abi";
 /// Why an image cannot be started.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// The file cannot be read.
-    #[error("cannot read the guest image {0}: {1}; check [guest] image")]
-    Read(PathBuf, std::io::Error),
     /// It is no ELF file that can be read.
-    #[error("the guest image is no readable 64-bit ELF file: {0}")]
+    #[error("no readable 64-bit ELF file: {0}")]
     Elf(#[from] read::Error),
     /// It is an ELF file of another kind.
-    #[error("the guest image is not a static x86-64 executable; link it as docs/guests.md says")]
+    #[error("not a static x86-64 executable")]
     Kind,
     /// A segment is not where images belong.
     #[error(
-        "a segment of the guest image, {len:#x} bytes at {va:#x}, is outside {IMAGE} and the 64 MiB behind it or not page-aligned; use guest/image.ld"
+        "a segment, {len:#x} bytes at {va:#x}, is outside {IMAGE} and the 64 MiB behind it or not page-aligned; link with guest/image.ld"
     )]
     Place {
         /// First address.
@@ -44,17 +40,17 @@ pub enum ImageError {
         len: u64,
     },
     /// A segment is writable and executable.
-    #[error("a segment of the guest image at {0:#x} is both writable and executable")]
+    #[error("the segment at {0:#x} is both writable and executable")]
     WriteExecute(u64),
     /// Two segments share a page.
-    #[error("two segments of the guest image share the page at {0:#x}")]
+    #[error("two segments share the page at {0:#x}")]
     Overlap(u64),
     /// No segment is to be loaded, or the entry point lies in none that is executable.
-    #[error("the entry point of the guest image, {0:#x}, lies in no executable segment")]
+    #[error("the entry point, {0:#x}, lies in no executable segment")]
     Entry(u64),
     /// It was built for another version of the ABI, or for none.
     #[error(
-        "the guest image was built for version {found:?} of the Lacuna ABI, this VMM has version {ABI_VERSION}; build it again"
+        "built for version {found:?} of the Lacuna ABI, this VMM has version {ABI_VERSION}; build it again"
     )]
     Abi {
         /// What the image says.

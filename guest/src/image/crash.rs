@@ -10,7 +10,9 @@ use lacuna_abi::gate::{ARGS_WORD, COUNT_WORD, Call};
 use lacuna_abi::layout::{MERMAP, WINDOW_STRIDE};
 use lacuna_abi::workload::Crash;
 
-/// Fails as `kind` says; returns only for those that are survived.
+/// Fails as `kind` says; returns only for those that are survived. Not inlined, so that reports name
+/// it.
+#[inline(never)]
 pub(crate) fn run(kind: u64) {
     let Some(kind) = Crash::from_number(kind) else {
         panic!("there is no way to fail with the number {kind}");

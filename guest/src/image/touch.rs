@@ -89,6 +89,8 @@ fn rewrite(machine: &Machine, va: Gva, level: Level, new: Entry) {
     cpu::invalidate_page(va);
 }
 
+/// Not inlined, so that reports name it.
+#[inline(never)]
 fn touch(machine: &Machine, kind: Touch, va: Gva) {
     match kind {
         Touch::Read => {

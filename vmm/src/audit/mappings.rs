@@ -91,7 +91,7 @@ pub(super) fn judge_alias(ledger: &mut Ledger, frames: &Frames, layout: &Layout,
     if let Some(frame) = frames.find_secret(mapped, stranger) {
         let (place, right) = describe(place);
         let detail = format!(
-            "mapped in {place} by an entry of level {} that holds {secret} secret frames; {right}",
+            "mapped in {place} by an entry of level {} that maps {secret} secret frame(s); {right}",
             mapping.level.number()
         );
         ledger.violation(at.finding(rule, Some(frame), detail));

@@ -54,8 +54,14 @@ pub(super) fn render(report: &Report) -> String {
     out
 }
 
+/// Whether something was found that the configuration expects.
+fn expected(report: &Report) -> bool {
+    !report.violations.is_empty() || !report.sealed_accesses.is_empty()
+}
+
 fn headline(out: &mut String, report: &Report) {
     let sentence = match report.verdict {
+        Verdict::Pass if expected(report) => "nothing was found but what is expected",
         Verdict::Pass => "every rule that was exercised holds",
         Verdict::Violation => "a rule was violated",
         Verdict::Inconclusive => "not everything that had to be checked could be checked",

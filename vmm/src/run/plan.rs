@@ -15,9 +15,15 @@ const MAX_FINDINGS: usize = 100;
 /// A file that the configuration names cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
-    /// The image.
+    /// The embedded image: a fault of the build.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The user's own image.
+    #[error("[guest] image: {0}: {1}; docs/guests.md says what an image must be")]
+    OwnImage(PathBuf, ImageError),
+    /// The user's own image cannot be read.
+    #[error("[guest] image: cannot read {0}: {1}; check the path")]
+    ReadImage(PathBuf, std::io::Error),
     /// The recording.
     #[error(transparent)]
     Trace(#[from] TraceError),
@@ -99,7 +105,8 @@ impl Plan {
             Some(_) if !config.inject.is_empty() => return Err(PlanError::ForeignFaults),
             Some(path) => {
                 let file = std::fs::read(path);
-                Image::parse(&file.map_err(|error| ImageError::Read(path.clone(), error))?)?
+                let file = file.map_err(|error| PlanError::ReadImage(path.clone(), error))?;
+                Image::parse(&file).map_err(|error| PlanError::OwnImage(path.clone(), error))?
             }
             None if config.inject.is_empty() => Image::parse(ORDINARY)?,
             None => Image::parse(WITH_FAULTS)?,
