@@ -1,66 +1,54 @@
 //! Faults that can be planted, to show that the checks find them.
 
-macro_rules! faults {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal, $rule:literal;)*) => {
-        /// A slip in the guest's code, planted on request. Only the image built with the feature
-        /// `faults` contains them.
-        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-        #[repr(u8)]
-        pub enum Fault { $($(#[$doc])* $variant,)* }
+use crate::named_enum;
 
-        impl Fault {
-            /// All faults, in the order of their bits.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
-
-            /// The name that `--inject` takes.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)* }
-            }
-
-            /// The rule that must find it.
-            #[must_use]
-            pub const fn rule(self) -> &'static str {
-                match self { $(Self::$variant => $rule,)* }
-            }
-        }
-    };
-}
-
-faults! {
-    /// No flush after a block left the direct map.
-    SkipFlipFlush = "skip-flip-flush", "stale-direct-map";
-    /// CR3 reload where globals must go.
-    Cr3FlipFlush = "cr3-flip-flush", "stale-direct-map";
-    /// Flush, then clear.
-    FlushBeforeUnmap = "flush-before-unmap", "stale-direct-map";
-    /// The block's directory entry is not cleared.
-    LeaveDirectMapAlias = "leave-direct-map-alias", "direct-map-alias";
-    /// Window entry with the Global bit.
-    GlobalWindow = "global-window", "global-window";
-    /// The window wraps without a flush.
-    SkipWindowFlush = "skip-window-flush", "stale-window";
-    /// A frame is released while its window entry may be cached.
-    FreeBeforeWindowFlush = "free-before-window-flush", "stale-window";
-    /// A pool block is never sealed.
-    SkipSeal = "skip-seal", "second-stage-open";
-    /// Handed out as zero, not zeroed.
-    SkipZero = "skip-zero", "residue";
-    /// Released to the mapped side unscrubbed.
-    SkipScrubOnRemap = "skip-scrub-on-remap", "residue";
+named_enum! {
+    /// A slip in the guest's code, planted on request with `--inject`. Only the image built with the
+    /// feature `faults` contains them.
+    #[derive(Hash)]
+    #[repr(u8)]
+    pub enum Fault {
+        /// No flush after a block left the direct map.
+        SkipFlipFlush = "skip-flip-flush",
+        /// CR3 reload where globals must go.
+        Cr3FlipFlush = "cr3-flip-flush",
+        /// Flush, then clear.
+        FlushBeforeUnmap = "flush-before-unmap",
+        /// The block's directory entry is not cleared.
+        LeaveDirectMapAlias = "leave-direct-map-alias",
+        /// Window entry with the Global bit.
+        GlobalWindow = "global-window",
+        /// The window wraps without a flush.
+        SkipWindowFlush = "skip-window-flush",
+        /// A frame is released while its window entry may be cached.
+        FreeBeforeWindowFlush = "free-before-window-flush",
+        /// A pool block is never sealed.
+        SkipSeal = "skip-seal",
+        /// Handed out as zero, not zeroed.
+        SkipZero = "skip-zero",
+        /// Released to the mapped side unscrubbed.
+        SkipScrubOnRemap = "skip-scrub-on-remap",
+    }
 }
 
 impl Fault {
+    /// The rule that must find it.
+    #[must_use]
+    pub const fn rule(self) -> &'static str {
+        match self {
+            Self::SkipFlipFlush | Self::Cr3FlipFlush | Self::FlushBeforeUnmap => "stale-direct-map",
+            Self::LeaveDirectMapAlias => "direct-map-alias",
+            Self::GlobalWindow => "global-window",
+            Self::SkipWindowFlush | Self::FreeBeforeWindowFlush => "stale-window",
+            Self::SkipSeal => "second-stage-open",
+            Self::SkipZero | Self::SkipScrubOnRemap => "residue",
+        }
+    }
+
     /// The fault's bit in the boot information.
     #[must_use]
     pub const fn bit(self) -> u64 {
         1 << self as u8
-    }
-
-    /// The fault with this name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|f| f.name() == name)
     }
 }
 

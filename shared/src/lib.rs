@@ -17,6 +17,7 @@ pub mod event;
 pub mod fault;
 pub mod gate;
 pub mod layout;
+pub mod named;
 pub mod paging;
 pub mod walk;
 pub mod words;

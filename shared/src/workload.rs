@@ -1,90 +1,30 @@
 //! The guest programs and the form in which the host hands them their input.
 
 use crate::addr::PAGE_SIZE;
+use crate::named_enum;
 
-macro_rules! programs {
-    ($($(#[$doc:meta])* $variant:ident = $number:literal, $name:literal;)*) => {
-        /// A program of the guest image.
-        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-        #[repr(u64)]
-        pub enum Program { $($(#[$doc])* $variant = $number,)* }
-
-        impl Program {
-            /// All programs.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
-
-            /// The name used in configurations.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)* }
-            }
-
-            /// The program with this number.
-            #[must_use]
-            pub const fn from_number(number: u64) -> Option<Self> {
-                match number { $($number => Some(Self::$variant),)* _ => None }
-            }
-        }
-    };
-}
-
-programs! {
-    /// Boots, says that the allocator is ready, ends.
-    Idle = 1, "idle";
-    /// Replays a recording of allocations: the input region holds [`ReplayOp`]s, `arg0` is their
-    /// number, `arg1` the number of allocations that are alive at once.
-    Replay = 2, "replay";
-    /// Stores `arg0` bytes of input in secret pages and reads them back.
-    Secrets = 3, "secrets";
-    /// Touches a sealed frame on purpose: `arg0` is the [`Touch`].
-    Touch = 4, "touch";
-    /// Fails on purpose: `arg0` is the [`Crash`].
-    Crash = 5, "crash";
-}
-
-impl Program {
-    /// The program with this name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|p| p.name() == name)
+named_enum! {
+    /// A program of the guest image.
+    #[repr(u64)]
+    pub enum Program {
+        /// Boots, says that the allocator is ready, ends.
+        Idle = "idle",
+        /// Replays a recording of allocations: the input region holds [`ReplayOp`]s, `arg0` is
+        /// their number, `arg1` the number of allocations that are alive at once.
+        Replay = "replay",
+        /// Stores `arg0` bytes of input in secret pages and reads them back.
+        Secrets = "secrets",
+        /// Touches a sealed frame on purpose: `arg0` is the [`Touch`].
+        Touch = "touch",
+        /// Fails on purpose: `arg0` is the [`Crash`].
+        Crash = "crash",
     }
 }
 
-macro_rules! variants {
-    ($(#[$edoc:meta])* $enum:ident { $($(#[$doc:meta])* $variant:ident = $name:literal,)* }) => {
-        $(#[$edoc])*
-        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-        #[repr(u64)]
-        pub enum $enum { $($(#[$doc])* $variant,)* }
-
-        impl $enum {
-            /// All variants, in the order of their numbers.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
-
-            /// The name used in configurations.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)* }
-            }
-
-            /// The variant with this number.
-            #[must_use]
-            pub fn from_number(number: u64) -> Option<Self> {
-                usize::try_from(number).ok().and_then(|i| Self::ALL.get(i).copied())
-            }
-
-            /// The variant with this name.
-            #[must_use]
-            pub fn from_name(name: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|v| v.name() == name)
-            }
-        }
-    };
-}
-
-variants! {
+named_enum! {
     /// Ways to touch a sealed frame.
-    Touch {
+    #[repr(u64)]
+    pub enum Touch {
         /// A load.
         Read = "read",
         /// A store.
@@ -104,9 +44,10 @@ variants! {
     }
 }
 
-variants! {
+named_enum! {
     /// Ways to fail.
-    Crash {
+    #[repr(u64)]
+    pub enum Crash {
         /// A Rust panic.
         Panic = "panic",
         /// A load from an address that is not mapped.
@@ -245,22 +186,5 @@ mod tests {
             let op = ReplayOp { cpu, slot, action };
             prop_assert_eq!(ReplayOp::from_words(&op.to_words()), op);
         }
-    }
-
-    #[test]
-    fn names_and_numbers_lead_back() {
-        for program in Program::ALL {
-            assert_eq!(Program::from_name(program.name()), Some(*program));
-            assert_eq!(Program::from_number(*program as u64), Some(*program));
-        }
-        for touch in Touch::ALL {
-            assert_eq!(Touch::from_number(*touch as u64), Some(*touch));
-            assert_eq!(Touch::from_name(touch.name()), Some(*touch));
-        }
-        for crash in Crash::ALL {
-            assert_eq!(Crash::from_number(*crash as u64), Some(*crash));
-            assert_eq!(Crash::from_name(crash.name()), Some(*crash));
-        }
-        assert_eq!(Program::from_number(99), None);
     }
 }

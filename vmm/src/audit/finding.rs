@@ -1,63 +1,43 @@
 //! The rules, what a broken rule looks like, and the ledger that counts judgements.
 
 use lacuna_abi::addr::{Gfn, Gpa, Gva};
+use lacuna_abi::named_enum;
 use std::collections::HashSet;
 
-macro_rules! rules {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal;)*) => {
-        /// A rule that the host checks.
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-        pub enum Rule { $($(#[$doc])* $variant,)* }
-
-        impl Rule {
-            /// All rules, in the order in which reports list them.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
-
-            /// The name that reports and configurations use.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)* }
-            }
-
-            /// The rule with this name.
-            #[must_use]
-            pub fn from_name(name: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|rule| rule.name() == name)
-            }
-        }
-    };
-}
-
-rules! {
-    /// No secret frame is present in the direct map.
-    DirectMapAlias = "direct-map-alias";
-    /// A secret frame is mapped nowhere but in the windows of CPUs that have it open.
-    ForeignAlias = "foreign-alias";
-    /// No mapping of a secret frame is global.
-    GlobalWindow = "global-window";
-    /// When frames are sealed or opened, no CPU may still cache a revoked direct-map translation.
-    StaleDirectMap = "stale-direct-map";
-    /// A window address is not remapped, and a frame not released, while the window's own CPU may
-    /// cache an older translation.
-    StaleWindow = "stale-window";
-    /// A table page is not freed or reused while a CPU may cache entries that lead through it.
-    StaleTable = "stale-table";
-    /// Every secret frame that is not open is denied by the second stage.
-    SecondStageOpen = "second-stage-open";
-    /// What is said to be zero is zero.
-    Residue = "residue";
-    /// Page tables are writable by the pool's own mapping only, and lie in the pool.
-    TableAlias = "table-alias";
-    /// No frame is both writable somewhere and executable somewhere.
-    WriteExecute = "write-execute";
-    /// No kernel or secret frame is reachable from ring 3.
-    UserAccess = "user-access";
-    /// Control registers, descriptor tables and roots are as agreed.
-    ControlState = "control-state";
-    /// What the guest reported is what it did.
-    TraceHonesty = "trace-honesty";
-    /// Bytes of a secret input are found in secret frames only.
-    InputLeak = "input-leak";
+named_enum! {
+    /// A rule that the host checks, in the order in which reports list them.
+    #[derive(PartialOrd, Ord, Hash)]
+    pub enum Rule {
+        /// No secret frame is present in the direct map.
+        DirectMapAlias = "direct-map-alias",
+        /// A secret frame is mapped nowhere but in the windows of CPUs that have it open.
+        ForeignAlias = "foreign-alias",
+        /// No mapping of a secret frame is global.
+        GlobalWindow = "global-window",
+        /// When frames are sealed or opened, no CPU may still cache a revoked direct-map translation.
+        StaleDirectMap = "stale-direct-map",
+        /// A window address is not remapped, and a frame not released, while the window's own CPU may
+        /// cache an older translation.
+        StaleWindow = "stale-window",
+        /// A table page is not freed or reused while a CPU may cache entries that lead through it.
+        StaleTable = "stale-table",
+        /// Every secret frame that is not open is denied by the second stage.
+        SecondStageOpen = "second-stage-open",
+        /// What is said to be zero is zero.
+        Residue = "residue",
+        /// Page tables are writable by the pool's own mapping only, and lie in the pool.
+        TableAlias = "table-alias",
+        /// No frame is both writable somewhere and executable somewhere.
+        WriteExecute = "write-execute",
+        /// No kernel or secret frame is reachable from ring 3.
+        UserAccess = "user-access",
+        /// Control registers, descriptor tables and roots are as agreed.
+        ControlState = "control-state",
+        /// What the guest reported is what it did.
+        TraceHonesty = "trace-honesty",
+        /// Bytes of a secret input are found in secret frames only.
+        InputLeak = "input-leak",
+    }
 }
 
 /// Number of rules.

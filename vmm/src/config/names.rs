@@ -2,45 +2,27 @@
 
 use crate::audit::Rule;
 use lacuna_abi::fault::Fault;
+use lacuna_abi::named_enum;
 use lacuna_abi::workload::{Crash, Touch};
 use serde::{Deserialize, Serialize, Serializer};
 
-macro_rules! named {
-    ($($(#[$edoc:meta])* $enum:ident { $($(#[$doc:meta])* $variant:ident = $name:literal,)* })*) => {$(
-        $(#[$edoc])*
-        #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-        pub enum $enum { $($(#[$doc])* #[serde(rename = $name)] $variant,)* }
-
-        impl $enum {
-            /// All values.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
-
-            /// The name used in configurations and on the command line.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name,)* }
-            }
-
-            /// The value of this name.
-            #[must_use]
-            pub fn from_name(name: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|value| value.name() == name)
-            }
-        }
-    )*};
-}
-
-named! {
+named_enum! {
     /// What runs the guest.
-    MachineKind {
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum MachineKind {
         /// The host's `/dev/kvm`.
         Kvm = "kvm",
         /// A software MMU in this process.
         Sim = "sim",
     }
+}
 
+named_enum! {
     /// How the host learns of table writes.
-    Mediation {
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Mediation {
         /// From event rings that the guest writes.
         Trace = "trace",
         /// By carrying them out itself.
@@ -48,9 +30,13 @@ named! {
         /// By single-stepping the guest.
         Step = "step",
     }
+}
 
+named_enum! {
     /// How secret frames are closed.
-    Seal {
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Seal {
         /// The best that the host can do.
         Auto = "auto",
         /// By removing memory slots, 2 MiB at a time.
@@ -60,9 +46,13 @@ named! {
         /// Not at all, for comparison.
         Off = "off",
     }
+}
 
+named_enum! {
     /// How the back end `guard` closes memory.
-    GuardChoice {
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum GuardChoice {
         /// `madvise` where the kernel can do it, `mprotect` elsewhere.
         Auto = "auto",
         /// `MADV_GUARD_INSTALL`.
@@ -70,9 +60,13 @@ named! {
         /// `mprotect`.
         Mprotect = "mprotect",
     }
+}
 
+named_enum! {
     /// Form of the report on standard output.
-    ReportFormat {
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum ReportFormat {
         /// For eyes.
         Text = "text",
         /// The contract.
