@@ -12,6 +12,7 @@ use lacuna_abi::gate::OpWriter;
 use lacuna_abi::layout::{Layout, Needs, SEQUENCE_OFFSET, ring_offset};
 use lacuna_abi::paging::Level;
 use lacuna_abi::walk::locate;
+use proptest::prelude::*;
 use std::sync::Mutex;
 
 /// A vCPU that stands still with the registers that every vCPU starts with.
@@ -322,4 +323,110 @@ fn the_final_calls_carry_what_the_guest_wrote() {
     let (served, _) = guest.call(Call::Panic);
     assert_eq!(served, Served::Panic(String::new()));
     assert!(matches!(guest.call(Call::Exception).0, Served::Exception(_)));
+}
+
+/// Something that a hostile guest does to shared memory, or asks for.
+#[derive(Clone, Debug)]
+enum Mischief {
+    /// Words of the call page, from the count on.
+    CallPage(Vec<u64>),
+    /// A well-formed operation on frames of its own choice.
+    Operation(u8, u64, u64),
+    /// The ring's head.
+    Head(u64),
+    /// A word anywhere in the ring.
+    Ring(u16, u64),
+    /// A record with a good check word.
+    Record(Record),
+    /// A word in the table pool.
+    Table(u16, u64),
+    /// The event counter.
+    Counter(u64),
+    /// A call.
+    Call(u8),
+}
+
+fn mischief() -> impl Strategy<Value = Mischief> {
+    let small = prop_oneof![0..8u64, any::<u64>()];
+    prop_oneof![
+        prop::collection::vec(small.clone(), 1..12).prop_map(Mischief::CallPage),
+        (0..4u8, 0..5000u64, 1..1200u64).prop_map(|(k, s, c)| Mischief::Operation(k, s, c)),
+        small.clone().prop_map(Mischief::Head),
+        (any::<u16>(), small.clone()).prop_map(|(at, value)| Mischief::Ring(at, value)),
+        (1..50u64, 0..3u8, 0..5000u64, 1..600u64).prop_map(|(seq, cpu, start, count)| {
+            let frames = FrameRange::new(Gfn((4 << 18) + start), count).unwrap();
+            let event = Event::Life(lacuna_abi::event::Life::PooledZero, frames);
+            Mischief::Record(Record { seq, cpu, event })
+        }),
+        (any::<u16>(), prop_oneof![small.clone(), (0..2048u64).prop_map(|f| f << 12 | 0x63)])
+            .prop_map(|(at, value)| Mischief::Table(at, value)),
+        small.prop_map(Mischief::Counter),
+        (0..14u8).prop_map(Mischief::Call),
+    ]
+}
+
+impl Guest {
+    fn mischief(&mut self, what: &Mischief) {
+        let ring = self.memory.layout().shared.gpa.wrapping_add(ring_offset(0));
+        match what {
+            Mischief::CallPage(words) => {
+                for (index, word) in words.iter().enumerate() {
+                    self.put(COUNT_WORD + index, *word);
+                }
+            }
+            Mischief::Operation(kind, start, count) => {
+                let kind = [OpKind::Seal, OpKind::Open, OpKind::Release][usize::from(kind % 3)];
+                let _ = self.ops(&[(kind, self.frames(*start, *count))]);
+            }
+            Mischief::Head(head) => {
+                self.memory.store(ring.wrapping_add(8 * RING_HEAD_WORD as u64), *head).unwrap();
+            }
+            Mischief::Ring(at, value) => {
+                let words = lacuna_abi::event::RING_BYTES / 8;
+                let at = ring.wrapping_add(8 * (u64::from(*at) % words));
+                self.memory.store(at, *value).unwrap();
+            }
+            Mischief::Record(record) => {
+                self.record(record.event);
+                let at = PAGE_SIZE + (self.ring_head - 1) * RECORD_BYTES;
+                self.memory.store_words(ring.wrapping_add(at), &record.to_words()).unwrap();
+            }
+            Mischief::Table(at, value) => {
+                let pool = self.memory.layout().pool;
+                let at = pool.gpa.wrapping_add(8 * u64::from(*at) % pool.len);
+                self.memory.store(at, *value).unwrap();
+            }
+            Mischief::Counter(value) => {
+                let at = self.memory.layout().shared.gpa.wrapping_add(SEQUENCE_OFFSET);
+                self.memory.store(at, *value).unwrap();
+            }
+            Mischief::Call(number) => match Call::from_number((*number).into()) {
+                Some(call) => {
+                    let _ = self.gate.serve(call, 0, &mut self.still).unwrap();
+                }
+                None => self.gate.refuse(0).unwrap(),
+            },
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn nothing_that_a_guest_writes_or_asks_breaks_the_gate(
+        closes: bool, acts in prop::collection::vec(mischief(), 1..40),
+    ) {
+        let mut guest = Guest::new(closes);
+        for act in &acts {
+            guest.mischief(act);
+        }
+        guest.call(Call::Checkpoint);
+        let result = guest.gate.result();
+        prop_assert!(result.findings.len() <= 10);
+        // A jump of the ring's head never goes unnoticed, if it was still there at the next call.
+        let jumped = |act: &Mischief| matches!(act, Mischief::Head(head) if *head > 5000);
+        if acts.last().is_some_and(jumped) {
+            prop_assert!(!result.inconclusive.is_empty());
+        }
+    }
 }
