@@ -136,7 +136,7 @@ impl Vm {
             ..kvm_regs::default()
         };
         fd.set_regs(&regs).what("set the registers")?;
-        Ok(Vcpu { fd })
+        Ok(Vcpu { fd, _memory: Arc::clone(&self.memory) })
     }
 }
 
@@ -195,14 +195,17 @@ fn set_slot(vm: &VmFd, slot: u32, gpa: Gpa, len: u64, address: u64) -> Result<()
         userspace_addr: address,
     };
     // SAFETY: the callers, all in this module, pass memory that `Memory` maps, and every owner of
-    // the VM's descriptor also owns the `Memory`, so that the mapping outlives the slot. No Rust
-    // reference into that memory exists; the guest may write it at any time.
+    // a descriptor of the VM or of a vCPU also owns the `Memory` and drops it last, so that the
+    // mapping outlives the slot. No Rust reference into that memory exists; the guest may write it
+    // at any time.
     unsafe { vm.set_user_memory_region(region) }.what("change a memory slot")
 }
 
 /// One virtual CPU.
 pub struct Vcpu {
     fd: VcpuFd,
+    /// A vCPU's descriptor keeps the VM alive, so it keeps the VM's memory too.
+    _memory: Arc<Memory>,
 }
 
 impl Vcpu {
