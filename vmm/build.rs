@@ -23,7 +23,16 @@ fn main() {
     let Some(root) = manifest.parent() else {
         panic!("{} has no parent folder", manifest.display());
     };
-    for watched in ["guest/src", "guest/Cargo.toml", "guest/image.ld", "shared/src", "Cargo.lock"] {
+    for watched in [
+        "guest/src",
+        "guest/Cargo.toml",
+        "guest/image.ld",
+        "shared/src",
+        "shared/Cargo.toml",
+        "Cargo.toml",
+        "Cargo.lock",
+        "rust-toolchain.toml",
+    ] {
         println!("cargo::rerun-if-changed={}", root.join(watched).display());
     }
     println!("cargo::rerun-if-changed=build.rs");

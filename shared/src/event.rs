@@ -6,6 +6,7 @@
 //! flush that carries a larger number than a revoke really came after it.
 
 use crate::addr::{FrameRange, Gfn, Gpa, Gva, PAGE_SIZE};
+use crate::named_enum;
 use crate::paging::{Entry, Level};
 use crate::walk::entry_address;
 
@@ -156,42 +157,46 @@ pub enum Flush {
     Everything,
 }
 
-/// Steps in a frame's life that the allocator reports.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Life {
-    /// On an unmapped free list.
-    Pooled,
-    /// In the pool and known to be zero.
-    PooledZero,
-    /// Handed out, contents undefined.
-    HandedOut,
-    /// Handed out as zero.
-    HandedOutZero,
-    /// Given back by its owner.
-    Freed,
-    /// Taken off the unmapped lists, on its way back to the mapped side.
-    Unpooled,
-    /// Became a page table.
-    TableAllocated,
-    /// Is no page table any more.
-    TableFreed,
+named_enum! {
+    /// Steps in a frame's life that the allocator reports.
+    #[repr(u8)]
+    pub enum Life {
+        /// On an unmapped free list.
+        Pooled = "pooled",
+        /// In the pool and known to be zero.
+        PooledZero = "pooled-zero",
+        /// Handed out, contents undefined.
+        HandedOut = "handed-out",
+        /// Handed out as zero.
+        HandedOutZero = "handed-out-zero",
+        /// Given back by its owner.
+        Freed = "freed",
+        /// Taken off the unmapped lists, on its way back to the mapped side.
+        Unpooled = "unpooled",
+        /// Became a page table.
+        TableAllocated = "table-allocated",
+        /// Is no page table any more.
+        TableFreed = "table-freed",
+    }
 }
 
-/// What the host did.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum HostAct {
-    /// A seal completed: the second stage denies the frames and no translation is left.
-    Sealed,
-    /// The frames are sealed as far as their owner goes, but their granule is still open.
-    HeldOpen,
-    /// The frames were opened.
-    Opened,
-    /// The frames were released: secret no more.
-    Released,
-    /// A quiesce point was judged.
-    Quiesced,
-    /// An open was refused; its number had been taken.
-    Refused,
+named_enum! {
+    /// What the host did.
+    #[repr(u8)]
+    pub enum HostAct {
+        /// A seal completed: the second stage denies the frames and no translation is left.
+        Sealed = "sealed",
+        /// The frames are sealed as far as their owner goes, but their granule is still open.
+        HeldOpen = "held-open",
+        /// The frames were opened.
+        Opened = "opened",
+        /// The frames were released: secret no more.
+        Released = "released",
+        /// A quiesce point was judged.
+        Quiesced = "quiesced",
+        /// An open was refused; its number had been taken.
+        Refused = "refused",
+    }
 }
 
 /// One event with its number and the CPU that it happened on.
@@ -224,19 +229,6 @@ const KIND_LIFE: u64 = 4;
 const KIND_ACK: u64 = 5;
 const KIND_HOST: u64 = 6;
 const PCID_MASK: u64 = 0xfff;
-
-const LIVES: [Life; 8] = [
-    Life::Pooled,
-    Life::PooledZero,
-    Life::HandedOut,
-    Life::HandedOutZero,
-    Life::Freed,
-    Life::Unpooled,
-    Life::TableAllocated,
-    Life::TableFreed,
-];
-const HOST_ACTS: [HostAct; 5] =
-    [HostAct::Sealed, HostAct::HeldOpen, HostAct::Opened, HostAct::Released, HostAct::Quiesced];
 
 const fn head(kind: u64, level: u8, flavour: u64, cpu: u8, count: u32) -> u64 {
     kind | (level as u64) << 8 | flavour << 16 | (cpu as u64) << 24 | (count as u64) << 32
@@ -325,13 +317,13 @@ impl Record {
             (KIND_FLUSH, 2) => Event::Flush(Flush::Everything),
             (KIND_ROOT, 0 | 1) => Event::RootLoad { root, pcid, no_flush: flavour == 1 },
             (KIND_LIFE, _) => {
-                let life = LIVES.get(usize::from(flavour)).ok_or(BadRecord::Unknown)?;
-                Event::Life(*life, frames()?)
+                let life = Life::from_number(flavour.into()).ok_or(BadRecord::Unknown)?;
+                Event::Life(life, frames()?)
             }
             (KIND_ACK, 0) => Event::ShootdownAck(old),
             (KIND_HOST, _) => {
-                let act = HOST_ACTS.get(usize::from(flavour)).ok_or(BadRecord::Unknown)?;
-                Event::Host(*act, frames()?)
+                let act = HostAct::from_number(flavour.into()).ok_or(BadRecord::Unknown)?;
+                Event::Host(act, frames()?)
             }
             _ => return Err(BadRecord::Unknown),
         };
@@ -355,7 +347,6 @@ pub fn mapped_frames(entry: Entry, level: Level, count: u32) -> Option<FrameRang
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::vec::Vec;
 
     fn range() -> impl Strategy<Value = FrameRange> {
         (0..1u64 << 39, 1..1u64 << 20).prop_map(|(s, c)| FrameRange::new(Gfn(s), c).unwrap())
@@ -393,9 +384,9 @@ mod tests {
                 pcid: 9,
                 no_flush
             }),
-            (0..LIVES.len(), range()).prop_map(|(i, r)| Event::Life(LIVES[i], r)),
+            (0..Life::ALL.len(), range()).prop_map(|(i, r)| Event::Life(Life::ALL[i], r)),
             any::<u64>().prop_map(Event::ShootdownAck),
-            (0..HOST_ACTS.len(), range()).prop_map(|(i, r)| Event::Host(HOST_ACTS[i], r)),
+            (0..HostAct::ALL.len(), range()).prop_map(|(i, r)| Event::Host(HostAct::ALL[i], r)),
         ]
     }
 
@@ -469,13 +460,5 @@ mod tests {
         }
         assert_eq!(Intent::from_words(&[0; INTENT_WORDS]), Ok(None));
         assert_eq!(Intent::from_words(&[5; INTENT_WORDS]), Err(BadRecord::Torn));
-    }
-
-    #[test]
-    fn lists_are_in_the_order_of_their_numbers() {
-        let lives: Vec<_> = LIVES.iter().map(|l| *l as usize).collect();
-        assert!(lives.into_iter().eq(0..LIVES.len()));
-        let acts: Vec<_> = HOST_ACTS.iter().map(|a| *a as usize).collect();
-        assert!(acts.into_iter().eq(0..HOST_ACTS.len()));
     }
 }

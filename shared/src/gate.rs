@@ -21,8 +21,6 @@ pub const COUNT_WORD: usize = 1;
 pub const ARGS_WORD: usize = 2;
 /// Most bytes of text in one log call.
 pub const LOG_BYTES: usize = (PAGE_WORDS - ARGS_WORD) * 8;
-/// Most ranges in one call: a bound on the host's work.
-pub const MAX_RANGES: usize = (PAGE_WORDS - ARGS_WORD) / 2 - 1;
 
 /// Number of a gate call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -91,12 +89,10 @@ pub enum Status {
     StillOpen = 5,
     /// A frame has been opened too often by this CPU without a seal.
     TooManyOpens = 6,
-    /// The second stage could not be changed; the run ends.
-    SecondStage = 7,
     /// The root cannot be registered: not in the table pool, or too many.
-    BadRoot = 8,
+    BadRoot = 7,
     /// The call is not possible now.
-    BadState = 9,
+    BadState = 8,
 }
 
 impl Status {
@@ -111,9 +107,8 @@ impl Status {
             4 => Self::NotSecret,
             5 => Self::StillOpen,
             6 => Self::TooManyOpens,
-            7 => Self::SecondStage,
-            8 => Self::BadRoot,
-            9 => Self::BadState,
+            7 => Self::BadRoot,
+            8 => Self::BadState,
             _ => return None,
         })
     }

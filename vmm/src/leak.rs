@@ -10,12 +10,15 @@ use std::hash::{BuildHasher, RandomState};
 pub const RUN: usize = 16;
 /// Fewest distinct bytes of a run that is looked for.
 const MIN_DISTINCT: usize = 4;
-/// log2 of the bits of the filter in front of the set.
-const FILTER_BITS: u32 = 20;
+/// Fewest bits of the filter in front of the set, as a power of two.
+const MIN_FILTER_BITS: u32 = 20;
+/// Largest input that is remembered: its runs take some 20 bytes each.
+pub const MAX_SECRET: u64 = 4 << 20;
 
 /// Knows an input by the hashes of its runs.
 pub struct LeakScanner {
     key: [u64; 2],
+    filter_bits: u32,
     filter: Vec<u64>,
     hashes: HashSet<u64>,
 }
@@ -26,8 +29,11 @@ impl LeakScanner {
     pub fn new(input: &[u8]) -> Self {
         let random = RandomState::new();
         let key = [random.hash_one(0_u8), random.hash_one(1_u8) | 1];
-        let mut scanner =
-            Self { key, filter: vec![0; 1 << (FILTER_BITS - 6)], hashes: HashSet::new() };
+        // Eight bits a run keep the filter nearly empty.
+        let bits = (8 * input.len()).next_power_of_two().trailing_zeros();
+        let filter_bits = bits.max(MIN_FILTER_BITS);
+        let filter = vec![0; 1 << (filter_bits - 6)];
+        let mut scanner = Self { key, filter_bits, filter, hashes: HashSet::new() };
         for run in input.windows(RUN) {
             let mut seen = [false; 256];
             let distinct =
@@ -35,7 +41,7 @@ impl LeakScanner {
             if distinct.count() >= MIN_DISTINCT {
                 let value = run.iter().fold(0, |value, byte| value << 8 | u128::from(*byte));
                 let hash = scanner.hash(value);
-                let (word, bit) = filter_place(hash);
+                let (word, bit) = scanner.place(hash);
                 scanner.filter[word] |= bit;
                 scanner.hashes.insert(hash);
             }
@@ -69,16 +75,17 @@ impl LeakScanner {
         mixed.wrapping_mul(self.key[1])
     }
 
+    /// Word and bit of a hash in the filter.
+    const fn place(&self, hash: u64) -> (usize, u64) {
+        let index = hash >> (64 - self.filter_bits);
+        ((index >> 6) as usize, 1 << (index & 63))
+    }
+
     fn holds(&self, value: u128) -> bool {
         let hash = self.hash(value);
-        let (word, bit) = filter_place(hash);
+        let (word, bit) = self.place(hash);
         self.filter[word] & bit != 0 && self.hashes.contains(&hash)
     }
-}
-
-const fn filter_place(hash: u64) -> (usize, u64) {
-    let index = hash >> (64 - FILTER_BITS);
-    ((index >> 6) as usize, 1 << (index & 63))
 }
 
 /// A search through bytes that come in pieces.

@@ -74,7 +74,7 @@ impl Mock {
 
     /// The `nth` operation from now on, counted from 0, is refused.
     pub(crate) fn refuse(&self, nth: usize) {
-        self.state().refuse = Some((nth, Status::SecondStage));
+        self.state().refuse = Some((nth, Status::BadState));
     }
 
     /// Everything that happened since the last call.

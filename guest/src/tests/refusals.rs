@@ -10,7 +10,7 @@ use std::vec::Vec;
 
 /// The refusal that [`Mock::refuse`] makes.
 fn refused<T>(result: Result<T, AllocError>) -> bool {
-    matches!(result.err(), Some(AllocError::Gate(error)) if error.status == Status::SecondStage)
+    matches!(result.err(), Some(AllocError::Gate(error)) if error.status == Status::BadState)
 }
 
 #[test]

@@ -174,10 +174,12 @@ impl Audit {
         }
     }
 
-    /// Bytes of a secret input were found in a frame that is not secret.
-    pub fn report_leak(&mut self, frame: Gfn, detail: String, seq: u64) {
+    /// Bytes of a secret input were found where they must not be: in `frame`, or in no frame at
+    /// all. Leaks of the same frame at the same `place` are one violation; the caller numbers the
+    /// places.
+    pub fn report_leak(&mut self, place: u64, frame: Option<Gfn>, detail: String, seq: u64) {
         let finding = Finding::new(Rule::InputLeak, seq, detail);
-        self.ledger.violation(Finding { frame: Some(frame), ..finding });
+        self.ledger.violation_about(place, Finding { frame, ..finding });
     }
 
     /// Counts frames that were searched for bytes of a secret input, and frames that could not be.

@@ -71,18 +71,35 @@ fn try_run(args: &RunArgs) -> Result<ExitStatus, Failure> {
         ControlFlow::Continue(())
     });
     progress.finish();
+    // Files first: what is found in them, or cannot be kept, belongs into the report.
+    let mut kept = Kept::default();
+    if let (Some(out), Some(events)) = (&config.output.out, events) {
+        events.finish(out, &outcome, &mut kept);
+        log.keep(out, &outcome, &mut kept);
+    }
+    kept.warnings.extend(log.warning());
     let surroundings = Surroundings {
         machine: describe_machine(&config),
-        warnings: warnings.into_iter().chain(log.warning()).collect(),
+        warnings: warnings.into_iter().chain(kept.warnings).collect(),
+        inconclusive: kept.failures,
         last_line: log.last_line(),
         total: started.elapsed(),
     };
-    let mut report = report(&config, &outcome, surroundings);
-    if let (Some(out), Some(events)) = (&config.output.out, events) {
-        report.warnings.extend(events.finish(out, &outcome)?);
-        write(&out.join("guest.log"), log.text().as_bytes())?;
+    let report = report(&config, &outcome, surroundings);
+    publish(&config, &outcome, report)
+}
+
+/// What became of the files of `--out`.
+#[derive(Default)]
+struct Kept {
+    warnings: Vec<String>,
+    failures: Vec<String>,
+}
+
+impl Kept {
+    fn failed(&mut self, path: &Path, error: &io::Error) {
+        self.failures.push(format!("cannot write {}: {error}", path.display()));
     }
-    publish(&config, &outcome, &report)
 }
 
 /// What ran the guest, for the report.
@@ -103,27 +120,30 @@ fn expected_work(config: &Config, plan: &Plan) -> Option<u64> {
     matches!(config.workload, Workload::Replay { .. }).then_some(plan.args[0])
 }
 
-/// Writes and prints the report, unless it holds bytes of the secret input.
-fn publish(config: &Config, outcome: &Outcome, report: &Report) -> Result<ExitStatus, Failure> {
+/// Writes and prints the report, unless it holds bytes of the secret input. A report that cannot be
+/// written is printed all the same.
+fn publish(config: &Config, outcome: &Outcome, mut report: Report) -> Result<ExitStatus, Failure> {
     let broken = |error: &dyn Error| Failure(ExitStatus::Inconclusive, error.to_string());
-    let json = report.to_json().map_err(|e| broken(&e))?;
-    let text = report.to_text();
-    let leaks = outcome.with_gate(|gate| {
-        gate.leaks_into("the report", json.as_bytes())
-            || gate.leaks_into("the report", text.as_bytes())
-    });
-    if leaks {
+    let leaks =
+        |text: &str| outcome.with_gate(|gate| gate.leaks_into("the report", text.as_bytes()));
+    let mut json = report.to_json().map_err(|e| broken(&e))?;
+    if leaks(&json) || leaks(&report.to_text()) {
         let message = "the report is withheld: it holds bytes of the secret input (input-leak)";
         return Err(Failure(ExitStatus::Violation, message.into()));
     }
     if let Some(out) = &config.output.out {
-        write(&out.join("report.json"), json.as_bytes())?;
+        let path = out.join("report.json");
+        if let Err(error) = fs::write(&path, &json) {
+            report.inconclusive.push(format!("cannot write {}: {error}", path.display()));
+            report.judge(&config.audit);
+            json = report.to_json().map_err(|e| broken(&e))?;
+        }
     }
     let shown = match config.output.report {
-        ReportFormat::Json => &json,
-        ReportFormat::Text => &text,
+        ReportFormat::Json => json,
+        ReportFormat::Text => report.to_text(),
     };
-    print(shown).map_err(|e| broken(&e))?;
+    print(&shown).map_err(|e| broken(&e))?;
     Ok(report.verdict.into())
 }
 
@@ -136,10 +156,6 @@ fn interrupts() -> io::Result<Arc<AtomicBool>> {
         flag::register(signal, Arc::clone(&interrupted))?;
     }
     Ok(interrupted)
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    fs::write(path, bytes).map_err(|error| cannot_write(path, &error))
 }
 
 fn cannot_write(path: &Path, error: &io::Error) -> Failure {
@@ -172,6 +188,19 @@ impl GuestLog {
         self.with(|state| state.text.clone())
     }
 
+    /// Writes the log, unless it holds bytes of the secret input.
+    fn keep(&self, out: &Path, outcome: &Outcome, kept: &mut Kept) {
+        let path = out.join("guest.log");
+        let mut text = self.text();
+        // Each call was searched when it came; together they may hold more.
+        if outcome.with_gate(|gate| gate.leaks_into("guest.log", text.as_bytes())) {
+            text = "(withheld: the log holds bytes of the secret input)\n".into();
+        }
+        if let Err(error) = fs::write(&path, text) {
+            kept.failed(&path, &error);
+        }
+    }
+
     fn last_line(&self) -> Option<String> {
         self.with(|state| state.text.lines().last().map(str::to_owned))
     }
@@ -192,7 +221,9 @@ impl Observer for GuestLog {
                 return;
             }
             state.left -= needed;
-            log::info!("guest: {line}");
+            for line in line.lines() {
+                log::info!("guest: {line}");
+            }
             state.text.push_str(line);
             state.text.push('\n');
         });
@@ -219,21 +250,30 @@ impl Events {
         Ok(Self(Arc::new(Mutex::new(EventsState { file, error: None }))))
     }
 
-    /// Closes the file; says what is missing in it. A guest could write its secret into addresses,
-    /// so the file is searched too.
-    fn finish(&self, out: &Path, outcome: &Outcome) -> Result<Option<String>, Failure> {
+    /// Closes the file. A guest could write its secret into addresses, so the file is searched too.
+    fn finish(&self, out: &Path, outcome: &Outcome, kept: &mut Kept) {
         let path = out.join(EVENTS);
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(error) = state.error.take() {
-            return Err(cannot_write(&path, &error));
+        let EventsState { file, error } = &mut *state;
+        let cut = match (error.take(), file.take()) {
+            (Some(error), _) => Err(error),
+            (None, Some(file)) => file.finish(),
+            (None, None) => Ok(0),
+        };
+        let searched = cut.and_then(|cut| {
+            let bytes = fs::read(&path)?;
+            if outcome.with_gate(|gate| gate.leaks_into(EVENTS, &bytes)) {
+                fs::remove_file(&path)?;
+            }
+            Ok(cut)
+        });
+        match searched {
+            Ok(0) => {}
+            Ok(cut) => kept
+                .warnings
+                .push(format!("{cut} events did not fit in {EVENTS} ([limits] events_mib)")),
+            Err(error) => kept.failed(&path, &error),
         }
-        let Some(file) = state.file.take() else { return Ok(None) };
-        let cut = file.finish().map_err(|error| cannot_write(&path, &error))?;
-        let bytes = fs::read(&path).map_err(|error| cannot_write(&path, &error))?;
-        if outcome.with_gate(|gate| gate.leaks_into(EVENTS, &bytes)) {
-            fs::remove_file(&path).map_err(|error| cannot_write(&path, &error))?;
-        }
-        Ok((cut > 0).then(|| format!("{cut} events did not fit in {EVENTS} ([limits] events_mib)")))
     }
 }
 

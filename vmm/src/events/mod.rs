@@ -7,4 +7,4 @@ mod sequencer;
 
 pub use file::{EVENTS_MAGIC, EventFile, read_events};
 pub use ring::{Drained, RingReader};
-pub use sequencer::Sequencer;
+pub use sequencer::{Sequencer, Standing};

@@ -3,7 +3,7 @@
 use crate::machine::memory::{Memory, MemoryError};
 use lacuna_abi::addr::{Gpa, PAGE_SIZE};
 use lacuna_abi::event::{
-    INTENT_WORDS, Intent, RECORD_BYTES, RECORD_WORDS, RING_HEAD_WORD, RING_INTENT_WORD,
+    Event, INTENT_WORDS, Intent, RECORD_BYTES, RECORD_WORDS, RING_HEAD_WORD, RING_INTENT_WORD,
     RING_RECORDS, RING_TAIL_WORD, Record,
 };
 use lacuna_abi::layout::ring_offset;
@@ -82,6 +82,10 @@ impl RingReader {
             at = at.wrapping_add(8);
         }
         Ok(match Record::from_words(&words) {
+            Ok(Record { event: Event::Host(..), .. }) => Err(format!(
+                "record {index} in CPU {}'s event ring claims to be the host's",
+                self.cpu
+            )),
             Ok(record) if record.cpu == self.cpu => Ok(record),
             Ok(record) => Err(format!(
                 "record {index} in CPU {}'s event ring says it is CPU {}'s",
@@ -99,7 +103,8 @@ impl RingReader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacuna_abi::event::{Event, Flush};
+    use lacuna_abi::addr::{FrameRange, Gfn};
+    use lacuna_abi::event::{Flush, HostAct};
     use lacuna_abi::layout::{Layout, Needs};
 
     fn memory() -> Memory {
@@ -141,6 +146,9 @@ mod tests {
         assert!(reader.drain(&memory).unwrap().lost[0].contains("says it is CPU 1's"));
         memory.store(reader.word(RING_HEAD_WORD), 2).unwrap();
         assert!(reader.drain(&memory).unwrap().lost[0].contains("Torn"));
+        let forged = Event::Host(HostAct::Sealed, FrameRange::single(Gfn(4 << 18)));
+        put(&memory, &reader, 2, &Record { seq: 3, cpu: 0, event: forged });
+        assert!(reader.drain(&memory).unwrap().lost[0].contains("claims to be the host's"));
         memory.store(reader.word(RING_HEAD_WORD), u64::MAX).unwrap();
         assert!(reader.drain(&memory).unwrap().lost[0].contains("jumped"));
         assert!(reader.drain(&memory).unwrap().lost.is_empty());

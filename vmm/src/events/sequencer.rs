@@ -6,12 +6,24 @@ use std::collections::BTreeMap;
 /// Largest number that is taken for one: no run gets there, a hostile guest's may.
 const MAX_NUMBER: u64 = u64::MAX / 2;
 
+/// Most records that wait for an owed number; past it the number counts as lost.
+const MAX_WAITING: usize = 8192;
+
 /// What stands at a number.
 #[derive(Debug)]
 enum Slot {
     Record(Record),
     /// The number of a grant whose record carries a later one, or of a write under way.
     Covered,
+}
+
+/// What a standing intent says about the number that it carries.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// Its record will come: the CPU waits for room in its ring. What follows waits too.
+    Owed,
+    /// Its record will not come: the CPU was stopped for good.
+    Final,
 }
 
 /// Records wait here until all smaller numbers are there.
@@ -81,28 +93,39 @@ impl Sequencer {
         &mut self,
         last: u64,
         intents: impl IntoIterator<Item = Intent>,
+        standing: Standing,
     ) -> (Vec<Record>, Vec<String>) {
         let last = last.min(MAX_NUMBER);
-        for intent in intents {
-            for number in [intent.seq, intent.write.grant] {
-                if number >= self.next && number <= last {
-                    self.waiting.entry(number).or_insert(Slot::Covered);
-                }
+        let numbers = intents.into_iter().flat_map(|intent| [intent.seq, intent.write.grant]);
+        let patient = self.waiting.len() <= MAX_WAITING;
+        let owed: Vec<_> = numbers.filter(|n| patient && *n >= self.next && *n <= last).collect();
+        if standing == Standing::Final {
+            for number in &owed {
+                self.waiting.entry(*number).or_insert(Slot::Covered);
             }
         }
         let mut records = self.ready();
         let mut gaps = Vec::new();
-        while let Some((first, _)) = self.waiting.first_key_value() {
-            let first = *first;
+        while self.next <= last {
+            if standing == Standing::Owed && owed.contains(&self.next) {
+                break;
+            }
+            let waiting = self.waiting.keys().next().copied().unwrap_or(last + 1);
+            let owed = owed.iter().copied().filter(|n| *n > self.next).min().unwrap_or(last + 1);
+            let until = waiting.min(owed).min(last + 1);
+            gaps.push(format!("events {} to {} are missing", self.next, until - 1));
+            self.lost = self.lost.saturating_add(until - self.next);
+            self.next = until;
+            records.extend(self.ready());
+        }
+        // A guest that numbers its events beyond what was ever handed out.
+        while self.next > last
+            && let Some(first) = self.waiting.keys().next().copied()
+        {
             gaps.push(format!("events {} to {} are missing", self.next, first - 1));
             self.lost = self.lost.saturating_add(first - self.next);
             self.next = first;
             records.extend(self.ready());
-        }
-        if self.next <= last {
-            gaps.push(format!("events {} to {last} are missing", self.next));
-            self.lost = self.lost.saturating_add(last - self.next + 1);
-            self.next = last + 1;
         }
         (records, gaps)
     }
@@ -143,7 +166,7 @@ mod tests {
         assert!(sequencer.ready().is_empty());
         sequencer.push(record(1)).unwrap();
         assert_eq!(numbers(&sequencer.ready()), [1, 2]);
-        assert_eq!(sequencer.settle(2, []).1, Vec::<String>::new());
+        assert_eq!(sequencer.settle(2, [], Standing::Final).1, Vec::<String>::new());
         assert_eq!(sequencer.lost(), 0);
     }
 
@@ -151,7 +174,7 @@ mod tests {
     fn a_gap_is_counted_and_said() {
         let mut sequencer = Sequencer::default();
         sequencer.push(record(3)).unwrap();
-        let (records, gaps) = sequencer.settle(5, []);
+        let (records, gaps) = sequencer.settle(5, [], Standing::Final);
         assert_eq!(numbers(&records), [3]);
         assert_eq!(gaps, ["events 1 to 2 are missing", "events 4 to 5 are missing"]);
         assert_eq!(sequencer.lost(), 4);
@@ -175,7 +198,7 @@ mod tests {
         sequencer.push(remap).unwrap();
         sequencer.push(record(2)).unwrap();
         assert_eq!(numbers(&sequencer.ready()), [2, 3]);
-        assert_eq!(sequencer.settle(3, []).1.len(), 0);
+        assert_eq!(sequencer.settle(3, [], Standing::Final).1.len(), 0);
     }
 
     #[test]
@@ -183,8 +206,33 @@ mod tests {
         let mut sequencer = Sequencer::default();
         let intent = Intent { write: write(0), seq: 1 };
         sequencer.push(record(2)).unwrap();
-        let (records, gaps) = sequencer.settle(2, [intent]);
+        let (records, gaps) = sequencer.settle(2, [intent], Standing::Final);
         assert_eq!((numbers(&records), gaps.len()), (vec![2], 0));
+    }
+
+    #[test]
+    fn an_owed_number_holds_back_what_follows_until_it_comes() {
+        let mut sequencer = Sequencer::default();
+        let intent = Intent { write: write(0), seq: 2 };
+        sequencer.push(record(1)).unwrap();
+        sequencer.push(record(3)).unwrap();
+        let (records, gaps) = sequencer.settle(3, [intent], Standing::Owed);
+        assert_eq!((numbers(&records), gaps.len()), (vec![1], 0));
+        sequencer.push(record(2)).unwrap();
+        let (records, gaps) = sequencer.settle(3, [], Standing::Owed);
+        assert_eq!((numbers(&records), gaps.len()), (vec![2, 3], 0));
+        assert_eq!(sequencer.lost(), 0);
+    }
+
+    #[test]
+    fn an_owed_number_that_never_comes_is_lost() {
+        let mut sequencer = Sequencer::default();
+        let intent = Intent { write: write(0), seq: 1 };
+        sequencer.push(record(2)).unwrap();
+        assert_eq!(sequencer.settle(2, [intent], Standing::Owed).0, []);
+        let (records, gaps) = sequencer.settle(2, [], Standing::Owed);
+        assert_eq!((numbers(&records), gaps.len()), (vec![2], 1));
+        assert_eq!(sequencer.lost(), 1);
     }
 
     #[test]
@@ -192,9 +240,9 @@ mod tests {
         let mut sequencer = Sequencer::default();
         sequencer.push(record(MAX_NUMBER)).unwrap();
         assert!(sequencer.push(record(u64::MAX)).is_err());
-        let (records, gaps) = sequencer.settle(u64::MAX, []);
+        let (records, gaps) = sequencer.settle(u64::MAX, [], Standing::Final);
         assert_eq!((records.len(), gaps.len()), (1, 1));
         assert!(sequencer.push(record(7)).is_err());
-        assert_eq!(sequencer.settle(u64::MAX, []).1.len(), 0);
+        assert_eq!(sequencer.settle(u64::MAX, [], Standing::Final).1.len(), 0);
     }
 }

@@ -4,6 +4,17 @@
 use super::{Gate, GateFailure};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::gate::Status;
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+/// Most frames with bytes of the secret input that one search names.
+const MAX_FOUND: usize = 64;
+
+/// A number for a place that is no frame, so that leaks in different places are different findings.
+fn topic(what: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    what.hash(&mut hasher);
+    hasher.finish()
+}
 
 impl Gate {
     /// Wipes the input region; from now on every quiesce searches for its bytes.
@@ -17,8 +28,9 @@ impl Gate {
         Ok(Status::Ok)
     }
 
-    /// Searches all memory that is not secret, and the registers.
-    pub(super) fn search(&mut self, seq: u64) -> Result<(), GateFailure> {
+    /// Searches all memory that is not secret, and the general registers; at the end of a program
+    /// (`everywhere`) secret frames too.
+    pub(super) fn search(&mut self, seq: u64, everywhere: bool) -> Result<(), GateFailure> {
         let Some(scanner) = self.scanner.as_ref().filter(|_| self.input_done) else {
             return Ok(());
         };
@@ -42,14 +54,17 @@ impl Gate {
             if frame != expected {
                 search.restart();
             }
-            if frames.is_secret(frame) {
+            if !everywhere && frames.is_secret(frame) {
                 expected = Gfn(u64::MAX);
                 return;
             }
             expected = frame.wrapping_add(bytes.len() as u64 / PAGE_SIZE);
             searched += 1;
             if let Some(end) = search.feed(bytes) {
-                found.push((frame, end));
+                // One a frame, and not more frames than anybody would read about.
+                if found.len() < MAX_FOUND {
+                    found.push((frame, end));
+                }
                 search.restart();
             }
         };
@@ -60,9 +75,10 @@ impl Gate {
             let region = region.map_or("memory", |(name, _)| name);
             let detail = format!(
                 "16 bytes of the secret input end at offset {end:#x} of this frame, in the \
-                 {region}, which is not secret; copies outside secret frames must be scrubbed before input-done, and secret frames before their release"
+                 {region}; copies outside secret frames must be scrubbed before input-done, secret \
+                 frames before their release or the end"
             );
-            self.audit.report_leak(frame, detail, seq);
+            self.audit.report_leak(0, Some(frame), detail, seq);
         }
         for (cpu, registers) in self.cpus.iter().enumerate() {
             let Some(registers) = registers else { continue };
@@ -70,7 +86,7 @@ impl Gate {
             let bytes: Vec<u8> = registers.general.iter().flat_map(|r| r.to_le_bytes()).collect();
             if scanner.find(&bytes).is_some() {
                 let detail = format!("16 bytes of the secret input lie in CPU {cpu}'s registers");
-                self.audit.report_leak(Gfn(0), detail, seq);
+                self.audit.report_leak(topic("registers"), None, detail, seq);
             }
         }
         self.audit.count_leak_search(searched, 0);
@@ -87,7 +103,7 @@ impl Gate {
         if hit {
             let detail = format!("16 bytes of the secret input are in {what}, which was withheld");
             let seq = self.last_event();
-            self.audit.report_leak(Gfn(0), detail, seq);
+            self.audit.report_leak(topic(what), None, detail, seq);
         }
         hit
     }

@@ -13,11 +13,13 @@ mod world;
 pub use types::{GateCounters, GateFailure, GateSetup, Observer, Served, StoppedCpu};
 
 use crate::audit::{Audit, AuditConfig, ControlPolicy};
-use crate::events::{RingReader, Sequencer};
+use crate::events::{RingReader, Sequencer, Standing};
 use crate::leak::LeakScanner;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
+use crate::printable::steers;
 use crate::second_stage::SecondStage;
+use crate::stop::Stop;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
 use lacuna_abi::event::{EntryWrite, Event, HostAct, Intent, Record};
@@ -29,6 +31,17 @@ use lacuna_abi::layout::{call_page_offset, report_page_offset};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use world::LiveWorld;
+
+/// At which point of a run everything is checked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Scope {
+    /// The guest runs on.
+    Running,
+    /// The guest was stopped where it was.
+    Stopped,
+    /// The program came to its end.
+    Done,
+}
 
 /// How often one call may name all of a guest's frames.
 const MAX_PASSES: u64 = 4;
@@ -50,6 +63,7 @@ pub struct Gate {
     counters: GateCounters,
     ready_at: Option<Instant>,
     audit_time: Duration,
+    stop: Arc<Stop>,
     observers: Vec<Box<dyn Observer>>,
 }
 
@@ -57,8 +71,16 @@ impl Gate {
     /// The gate of a machine that is about to start.
     #[must_use]
     pub fn new(setup: GateSetup) -> Self {
-        let GateSetup { memory, stage, boot_root, quiesce_every, max_findings, scanner, observers } =
-            setup;
+        let GateSetup {
+            memory,
+            stage,
+            boot_root,
+            quiesce_every,
+            max_findings,
+            scanner,
+            stop,
+            observers,
+        } = setup;
         let layout = *memory.layout();
         let config = AuditConfig {
             layout,
@@ -89,6 +111,7 @@ impl Gate {
             counters: GateCounters::default(),
             ready_at: None,
             audit_time: Duration::ZERO,
+            stop,
             observers,
         }
     }
@@ -104,7 +127,14 @@ impl Gate {
         vcpu: &mut dyn StoppedCpu,
     ) -> Result<Served, GateFailure> {
         self.counters.calls += 1;
-        self.drain()?;
+        let standing = match call {
+            // The ring is full in the middle of a write: its record follows.
+            Call::Drain => Some(Standing::Owed),
+            // The write was interrupted for good.
+            Call::Exception | Call::Panic => Some(Standing::Final),
+            _ => None,
+        };
+        self.drain(standing)?;
         let page = self.memory.shared_page(call_page_offset(cpu.into()))?;
         let mut index = 0;
         let status = match call {
@@ -128,7 +158,7 @@ impl Gate {
             Call::InputDone => self.input_done()?,
             Call::Log => self.log(&page),
             Call::Checkpoint => {
-                self.quiesce(cpu, vcpu)?;
+                self.quiesce(cpu, vcpu, Scope::Running)?;
                 Status::Ok
             }
             Call::Exit => {
@@ -148,8 +178,9 @@ impl Gate {
             }
         };
         self.answer(cpu, status, index)?;
-        if self.counters.events - self.events_at_quiesce >= self.quiesce_every {
-            self.quiesce(cpu, vcpu)?;
+        let due = self.counters.events - self.events_at_quiesce >= self.quiesce_every;
+        if due && self.intents.iter().all(Option::is_none) {
+            self.quiesce(cpu, vcpu, Scope::Running)?;
         }
         Ok(Served::Resume)
     }
@@ -163,13 +194,25 @@ impl Gate {
         self.answer(cpu, Status::BadCall, 0)
     }
 
-    /// Takes what the rings hold and has it judged. No vCPU runs meanwhile, so a number that is
-    /// missing now is lost.
+    /// Checks everything once more, when the vCPU will not run again. After a program that came to
+    /// its end (`done`) its secret input must be nowhere, secret frames included.
     ///
     /// # Errors
-    /// [`GateFailure::Memory`].
-    pub fn drain(&mut self) -> Result<(), GateFailure> {
-        let mut standing: Vec<Intent> = Vec::new();
+    /// [`GateFailure`].
+    pub fn finish(
+        &mut self,
+        cpu: u8,
+        vcpu: &mut dyn StoppedCpu,
+        done: bool,
+    ) -> Result<(), GateFailure> {
+        self.quiesce(cpu, vcpu, if done { Scope::Done } else { Scope::Stopped })
+    }
+
+    /// Takes what the rings hold and has it judged. No vCPU runs meanwhile, so a number that is
+    /// missing now is lost, unless a write under way accounts for it; `standing` says whether there
+    /// can be one.
+    fn drain(&mut self, standing: Option<Standing>) -> Result<(), GateFailure> {
+        let mut intents: Vec<Intent> = Vec::new();
         for (cpu, ring) in self.rings.iter_mut().enumerate() {
             let drained = ring.drain(&self.memory)?;
             self.sequencer.count_lost(drained.lost.len() as u64);
@@ -181,23 +224,33 @@ impl Gate {
                     self.audit.inconclusive(why);
                 }
             }
-            let intent = match ring.intent(&self.memory)? {
+            let mut intent = match ring.intent(&self.memory)? {
                 Ok(intent) => intent,
                 Err(why) => {
                     self.audit.inconclusive(why);
                     None
                 }
             };
+            if standing.is_none() && intent.take().is_some() {
+                let why = format!("CPU {cpu} makes a gate call in the middle of an entry write");
+                self.audit.inconclusive(why);
+            }
             self.intents[cpu] = intent.map(|intent| intent.write);
-            standing.extend(intent);
+            intents.extend(intent);
         }
         let last = self.memory.last_event_number()?;
-        let (records, gaps) = self.sequencer.settle(last, standing);
+        let standing = standing.unwrap_or(Standing::Final);
+        let (records, gaps) = self.sequencer.settle(last, intents, standing);
         for gap in gaps {
             self.audit.inconclusive(gap);
         }
         for record in records {
             self.counters.events += 1;
+            if self.stop.told().is_some() {
+                // What follows is the end of the run; what is left is not judged.
+                self.audit.inconclusive("the run was stopped while events were judged".into());
+                break;
+            }
             self.with_audit(|audit, world| audit.event(&record, world));
             self.tell(&record);
         }
@@ -205,19 +258,21 @@ impl Gate {
     }
 
     /// Checks everything. No vCPU runs meanwhile.
-    ///
-    /// # Errors
-    /// [`GateFailure`].
-    pub fn quiesce(&mut self, cpu: u8, vcpu: &mut dyn StoppedCpu) -> Result<(), GateFailure> {
+    fn quiesce(
+        &mut self,
+        cpu: u8,
+        vcpu: &mut dyn StoppedCpu,
+        scope: Scope,
+    ) -> Result<(), GateFailure> {
         vcpu.complete();
-        self.drain()?;
+        self.drain((scope != Scope::Running).then_some(Standing::Final))?;
         let registers = vcpu.registers()?;
         if let Some(place) = self.cpus.get_mut(usize::from(cpu)) {
             *place = Some(registers);
         }
         let seq = self.host_record(cpu, HostAct::Quiesced, self.memory.layout().zone_frames())?;
         self.with_audit(|audit, world| audit.quiesce(seq, world));
-        self.search(seq)?;
+        self.search(seq, scope == Scope::Done)?;
         self.counters.quiesces += 1;
         self.events_at_quiesce = self.counters.events;
         Ok(())
@@ -256,6 +311,9 @@ impl Gate {
             return Ok((Status::BadArguments, 0));
         }
         for (index, op) in ops.into_iter().enumerate() {
+            if self.stop.told().is_some() {
+                return Ok((Status::BadState, index));
+            }
             if let Err(status) = self.operation(cpu, op)? {
                 return Ok((status, index));
             }
@@ -375,7 +433,7 @@ fn text(page: &[u64; PAGE_WORDS]) -> Option<String> {
     let len = usize::try_from(page[COUNT_WORD]).ok().filter(|len| *len <= LOG_BYTES)?;
     let bytes: Vec<u8> =
         page[ARGS_WORD..].iter().flat_map(|word| word.to_le_bytes()).take(len).collect();
-    let clean = |c: char| if c.is_control() && c != '\n' { '\u{fffd}' } else { c };
+    let clean = |c: char| if c != '\n' && steers(c) { '\u{fffd}' } else { c };
     Some(String::from_utf8_lossy(&bytes).chars().map(clean).collect())
 }
 

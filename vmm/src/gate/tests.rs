@@ -67,6 +67,7 @@ impl Guest {
             quiesce_every: 1000,
             max_findings: 10,
             scanner: Some(LeakScanner::new(SECRET)),
+            stop: Arc::new(Stop::default()),
             observers: vec![Box::new(lines.clone())],
         });
         let (cr0, cr4, efer) =

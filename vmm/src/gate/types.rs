@@ -5,6 +5,7 @@ use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
 use crate::machine::state::Registers;
 use crate::second_stage::{SecondStage, SecondStageError};
+use crate::stop::Stop;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::counter::Counters;
 use lacuna_abi::event::Record;
@@ -96,6 +97,8 @@ pub struct GateSetup {
     pub max_findings: usize,
     /// Knows the secret input of the program, if it has one.
     pub scanner: Option<LeakScanner>,
+    /// Tells when the run is to stop: long work is broken off then.
+    pub stop: Arc<Stop>,
     /// Those who follow the run.
     pub observers: Vec<Box<dyn Observer>>,
 }

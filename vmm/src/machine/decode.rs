@@ -108,6 +108,15 @@ impl<T: Tables> View<'_, T> {
         SealedAccess { gpa, kind, va: None, rip, instruction: None }
     }
 
+    /// Finds out how the frame at `gpa` was touched, when KVM says only which frame it was: the
+    /// fetch, a walk, an operand, the delivery of an event.
+    #[must_use]
+    pub fn identify(&self, gpa: Gpa) -> SealedAccess {
+        let same = |access: &SealedAccess| access.gpa.frame() == gpa.frame();
+        let found = self.find().filter(same).or_else(|| self.find_delivery().filter(same));
+        found.unwrap_or_else(|| self.explain(gpa, AccessKind::Unknown))
+    }
+
     /// Finds a walk of `va` that leads through a sealed frame: behind a page fault of the guest.
     #[must_use]
     pub fn walk_of(&self, va: Gva) -> Option<SealedAccess> {
@@ -377,6 +386,20 @@ mod tests {
         world.registers.rip = CODE + 3;
         let explained = world.with(|view| view.explain(CLOSED, AccessKind::Write));
         assert_eq!((explained.rip, explained.va), (CODE, Some(Gva(DATA))));
+    }
+
+    #[test]
+    fn a_frame_that_kvm_names_without_more_is_identified() {
+        let mut world = World::new(&[0x48, 0x8b, 0x00]); // mov rax, [rax]
+        world.registers.general[0] = DATA + 0x20;
+        let found = world.with(|view| view.identify(CLOSED));
+        assert_eq!((found.kind, found.gpa), (AccessKind::Read, Gpa(CLOSED.0 + 0x20)));
+        world.registers.rip = DATA;
+        assert_eq!(world.with(|view| view.identify(CLOSED)).kind, AccessKind::Fetch);
+        world.registers.rip = CODE;
+        world.registers.general[0] = CODE;
+        let unknown = world.with(|view| view.identify(CLOSED));
+        assert_eq!((unknown.kind, unknown.gpa), (AccessKind::Unknown, CLOSED));
     }
 
     #[test]

@@ -31,6 +31,11 @@ pub const CR4: u64 = 1 << 5 | 1 << 7;
 /// EFER: long mode enabled and active, no-execute.
 pub const EFER: u64 = 1 << 8 | 1 << 10 | 1 << 11;
 
+/// Nested virtualisation is not passed on: a guest of the guest would have tables and cached
+/// translations that no rule sees.
+const CPUID_1_ECX_VMX: u32 = 1 << 5;
+const CPUID_80000001_ECX_SVM: u32 = 1 << 2;
+
 /// KVM could not do something.
 #[derive(Debug, thiserror::Error)]
 #[error("KVM cannot {what}: {error}")]
@@ -118,7 +123,11 @@ impl Vm {
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).what("say what CPUID offers")?;
         for entry in cpuid.as_mut_slice() {
             match entry.function {
-                1 => entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(cpu) << 24,
+                1 => {
+                    entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(cpu) << 24;
+                    entry.ecx &= !CPUID_1_ECX_VMX;
+                }
+                0x8000_0001 => entry.ecx &= !CPUID_80000001_ECX_SVM,
                 0xb | 0x1f => entry.edx = cpu.into(),
                 _ => {}
             }

@@ -1,5 +1,7 @@
 //! Lines of text: wrapping, numbers, and characters that are safe to print.
 
+use crate::printable::steers;
+
 /// Widest line, in characters.
 pub(crate) const WIDTH: usize = 100;
 
@@ -50,11 +52,7 @@ fn printable(text: &str) -> String {
     for char in text.chars() {
         match char {
             '\t' => clean.push(' '),
-            // Also what turns the direction of text around, and so could dress up a report.
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-                clean.extend(char.escape_default())
-            }
-            char if char.is_control() => clean.extend(char.escape_default()),
+            char if steers(char) => clean.extend(char.escape_default()),
             char => clean.push(char),
         }
     }

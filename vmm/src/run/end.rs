@@ -1,16 +1,8 @@
 //! Why a run ended.
 
 use crate::machine::decode::SealedAccess;
+use crate::stop::Stopped;
 use lacuna_abi::counter::Counters;
-
-/// Told from outside to stop.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stopped {
-    /// Its time was up.
-    Timeout,
-    /// Somebody cancelled it.
-    Cancelled,
-}
 
 /// Where a vCPU was.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -8,7 +8,7 @@ mod plan;
 mod report;
 mod vcpu;
 
-pub use end::{End, GuestEnd, Place, Stopped};
+pub use end::{End, GuestEnd, Place};
 pub use plan::{Plan, PlanError};
 pub use report::{Surroundings, report};
 
@@ -21,13 +21,13 @@ use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::{KvmError, Vcpu, Vm, ZONE_SLOT};
 use crate::machine::memory::{Memory, MemoryError};
 use crate::second_stage::{Guard, Mechanism, MemSlot, Off, SecondStage};
+use crate::stop::{Stop, Stopped};
 use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::layout::{Layout, LayoutError, Needs};
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, Once};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -62,6 +62,9 @@ pub enum OpenError {
         /// Why.
         error: std::io::Error,
     },
+    /// No signal to stop a vCPU with.
+    #[error("cannot register the signal that stops vCPUs: {0}")]
+    Signal(std::io::Error),
     /// No thread for a vCPU.
     #[error("cannot start the vCPU's thread: {0}")]
     Thread(std::io::Error),
@@ -74,6 +77,7 @@ pub struct Machine {
     memory: Arc<Memory>,
     vcpu: Vcpu,
     gate: Arc<Mutex<Gate>>,
+    stop: Arc<Stop>,
     timeout: Duration,
     opened: Instant,
 }
@@ -121,6 +125,7 @@ impl Machine {
         let stage = second_stage(&plan, &vm, &memory)?;
         let root = Gpa(info.root);
         let vcpu = vm.vcpu(0, plan.image.entry, root)?;
+        let stop = Arc::new(Stop::default());
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
@@ -128,10 +133,12 @@ impl Machine {
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
             scanner,
+            stop: Arc::clone(&stop),
             observers,
         });
         let gate = Arc::new(Mutex::new(gate));
-        Ok(Self { image: Arc::new(plan.image), memory, vcpu, gate, timeout: plan.timeout, opened })
+        let image = Arc::new(plan.image);
+        Ok(Self { image, memory, vcpu, gate, stop, timeout: plan.timeout, opened })
     }
 
     /// Starts the vCPU.
@@ -139,9 +146,8 @@ impl Machine {
     /// # Errors
     /// [`OpenError::Thread`].
     pub fn start(self) -> Result<Running, OpenError> {
-        register_kick();
-        let Self { image, memory, vcpu, gate, timeout, opened } = self;
-        let stop = Arc::new(Stop::default());
+        register_kick().map_err(OpenError::Signal)?;
+        let Self { image, memory, vcpu, gate, stop, timeout, opened } = self;
         let runner =
             vcpu::Runner { cpu: 0, vcpu, gate: Arc::clone(&gate), stop: Arc::clone(&stop), image };
         let started = Instant::now();
@@ -185,28 +191,6 @@ fn second_stage(
     })
 }
 
-/// Why a machine was told to stop.
-#[derive(Default)]
-pub(crate) struct Stop(AtomicU8);
-
-impl Stop {
-    const TIMEOUT: u8 = 1;
-    const CANCELLED: u8 = 2;
-
-    fn tell(&self, why: u8) {
-        // The first reason stays.
-        let _ = self.0.compare_exchange(0, why, Ordering::AcqRel, Ordering::Acquire);
-    }
-
-    pub(crate) fn told(&self) -> Option<Stopped> {
-        match self.0.load(Ordering::Acquire) {
-            0 => None,
-            Self::TIMEOUT => Some(Stopped::Timeout),
-            _ => Some(Stopped::Cancelled),
-        }
-    }
-}
-
 /// A machine that runs.
 pub struct Running {
     thread: JoinHandle<vcpu::Finished>,
@@ -225,7 +209,7 @@ pub struct CancelHandle(Arc<Stop>);
 impl CancelHandle {
     /// Ends the run as soon as the vCPU can be stopped.
     pub fn cancel(&self) {
-        self.0.tell(Stop::CANCELLED);
+        self.0.tell(Stopped::Cancelled);
     }
 }
 
@@ -242,10 +226,10 @@ impl Running {
         while !self.thread.is_finished() {
             std::thread::sleep(TICK);
             if tick(self.memory.progress(0).unwrap_or(0)).is_break() {
-                self.stop.tell(Stop::CANCELLED);
+                self.stop.tell(Stopped::Cancelled);
             }
             if Instant::now() >= self.deadline {
-                self.stop.tell(Stop::TIMEOUT);
+                self.stop.tell(Stopped::Timeout);
             }
             if self.stop.told().is_some() {
                 // The signal makes KVM_RUN return. It may arrive just before KVM_RUN is entered;
@@ -297,15 +281,16 @@ impl Outcome {
     }
 }
 
-/// A signal handler that does nothing: the signal's arrival is what makes `KVM_RUN` return.
-fn register_kick() {
+/// A signal handler that does nothing: the signal's arrival is what makes `KVM_RUN` return. Without
+/// it the signal would end the process.
+fn register_kick() -> std::io::Result<()> {
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        if let Err(error) = register_signal_handler(SIGRTMIN(), nothing) {
-            log::error!("cannot register the signal that stops vCPUs: {error}");
-        }
-    });
+    static FAILED: OnceLock<Option<i32>> = OnceLock::new();
+    let register = || register_signal_handler(SIGRTMIN(), nothing).err().map(|e| e.errno());
+    match FAILED.get_or_init(register) {
+        None => Ok(()),
+        Some(number) => Err(std::io::Error::from_raw_os_error(*number)),
+    }
 }
 
 impl From<GateFailure> for End {

@@ -2,6 +2,7 @@
 
 use crate::config::{Config, GuardChoice, Seal, Workload};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
+use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
 use lacuna_abi::boot::{FEATURE_FLIP, FEATURE_PREZERO};
 use lacuna_abi::workload::{Program, SLOT_BYTES, secrets_scratch};
@@ -42,6 +43,11 @@ pub enum PlanError {
         /// The guest's memory.
         memory_mib: u64,
     },
+    /// The secret input is larger than what can be searched for.
+    #[error(
+        "the input {0} has {1} bytes, and at most {MAX_SECRET} can be searched for in the guest's memory; give a smaller one"
+    )]
+    Unsearchable(PathBuf, u64),
     /// Faults cannot be planted in a user's own image.
     #[error("--inject plants faults in the embedded image only; remove [guest] image or --inject")]
     ForeignFaults,
@@ -159,10 +165,16 @@ fn work(config: &Config) -> Result<Work, PlanError> {
 }
 
 fn secret(path: &Path, memory_mib: u64) -> Result<Work, PlanError> {
-    let input = std::fs::read(path).map_err(|error| PlanError::Input(path.to_owned(), error))?;
-    let len = input.len() as u64;
+    let failed = |error| PlanError::Input(path.to_owned(), error);
+    // Looked at before it is read: the limit is there to keep the VMM small.
+    let len = std::fs::metadata(path).map_err(failed)?.len();
+    if len > MAX_SECRET {
+        return Err(PlanError::Unsearchable(path.to_owned(), len));
+    }
     if len > (memory_mib << 20) / 2 {
         return Err(PlanError::TooLarge { path: path.to_owned(), len, memory_mib });
     }
+    let input = std::fs::read(path).map_err(failed)?;
+    let len = input.len() as u64;
     Ok(Work { args: [len, 0, 0], input, scratch: secrets_scratch(len), warnings: Vec::new() })
 }

@@ -1,10 +1,11 @@
 //! From the end of a run to its report.
 
 use super::Outcome;
-use super::end::{End, Place, Stopped};
+use super::end::{End, Place};
 use crate::config::Config;
 use crate::machine::decode::SealedAccess;
 use crate::report::{self, Address, Check, Frame, GuestError, Report, Violation};
+use crate::stop::Stopped;
 use lacuna_abi::counter::Counters;
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ pub struct Surroundings {
     pub machine: report::Machine,
     /// What is odd about the configuration's files, as sentences.
     pub warnings: Vec<String>,
+    /// Why the run cannot pass whatever was found: results that could not be kept.
+    pub inconclusive: Vec<String>,
     /// Last line of the guest's log.
     pub last_line: Option<String>,
     /// Time from the start of the process' work to now.
@@ -27,7 +30,7 @@ fn micros(time: Duration) -> u64 {
 /// The report of a run, judged.
 #[must_use]
 pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) -> Report {
-    let Surroundings { machine, mut warnings, last_line, total } = surroundings;
+    let Surroundings { machine, mut warnings, inconclusive, last_line, total } = surroundings;
     let mut report = Report::new();
     report.config = Some(config.file.display().to_string());
     report.inject = config.inject.iter().map(|fault| fault.name().to_owned()).collect();
@@ -85,6 +88,7 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
             })
             .collect();
         report.inconclusive = result.inconclusive;
+        report.inconclusive.extend(inconclusive);
         if gate.input_is_outstanding() && matches!(outcome.end, End::Exit(0, _)) {
             report.inconclusive.push("the guest never took over its secret input".into());
         }

@@ -1,15 +1,15 @@
 //! The thread of one vCPU: run, decide, act, until there is an end.
 
-use super::Stop;
-use super::end::{End, GuestEnd, Place, Stopped};
+use super::end::{End, GuestEnd, Place};
 use crate::gate::{Gate, GateFailure, Served, StoppedCpu};
 use crate::image::Image;
 use crate::machine::backtrace::{backtrace, place};
 use crate::machine::decode::{SealedAccess, View};
-use crate::machine::exit::{Action, GuestFault, HostFault, Trouble, decide};
+use crate::machine::exit::{AccessKind, Action, GuestFault, HostFault, Trouble, decide};
 use crate::machine::kvm::{KvmError, Vcpu};
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
+use crate::stop::{Stop, Stopped};
 use lacuna_abi::addr::Gva;
 use lacuna_abi::gate::{ExceptionReport, vector_name};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -73,7 +73,8 @@ impl Runner {
         let end = match end {
             End::Host(_) => end,
             end => {
-                let last = lock(&self.gate).quiesce(self.cpu, &mut self.vcpu);
+                let done = matches!(end, End::Exit(0, _));
+                let last = lock(&self.gate).finish(self.cpu, &mut self.vcpu, done);
                 last.map_or_else(End::from, |()| end)
             }
         };
@@ -101,7 +102,10 @@ impl Runner {
             }
             Action::Sealed(gpa, kind) => {
                 let registers = self.vcpu.registers()?;
-                let access = self.view(&registers, |view| view.explain(gpa, kind));
+                let access = self.view(&registers, |view| match kind {
+                    AccessKind::Unknown => view.identify(gpa),
+                    kind => view.explain(gpa, kind),
+                });
                 Some(self.sealed(access, &registers))
             }
             Action::Decode(trouble) => Some(self.decode(trouble)?),
@@ -141,9 +145,8 @@ impl Runner {
         if let Some(access) = self.view(&registers, |view| view.find()) {
             return Ok(self.sealed(access, &registers));
         }
-        if matches!(trouble, Trouble::Emulation(3))
-            && let Some(access) = self.view(&registers, |view| view.find_delivery())
-        {
+        // Nothing that the instruction touches is sealed: perhaps a stack that an event needs.
+        if let Some(access) = self.view(&registers, |view| view.find_delivery()) {
             return Ok(self.sealed(access, &registers));
         }
         let message = match trouble {

@@ -155,6 +155,11 @@ impl SecondStage for Guard {
                 _ => {
                     log::warn!("the guard seal now closes whole pageblocks: too many VMAs");
                     self.coarse = true;
+                    // Also the blocks of earlier calls: from now on borders lie between blocks only.
+                    for block in self.map.mixed_blocks() {
+                        self.apply_by_block(block, may_close)
+                            .map_err(|(run, closed, error)| failure(run, closed, error))?;
+                    }
                 }
             }
         }
@@ -207,6 +212,18 @@ mod tests {
     }
 
     #[test]
+    fn growing_the_granule_sweeps_the_blocks_of_earlier_calls() {
+        let (mut guard, first) = guard(Mechanism::Mprotect { budget: 10 });
+        let one = |f: Gfn| f.0 % 512 == 3;
+        for block in 0..8 {
+            guard.update(range(first, 512 * block + 3, 1), &one).unwrap();
+        }
+        assert_eq!(guard.granule(), BLOCK_SIZE);
+        assert_eq!(guard.borders, 0);
+        assert!((0..8).all(|block| guard.holds_open(first.wrapping_add(512 * block + 3))));
+    }
+
+    #[test]
     fn past_the_budget_the_granule_grows_and_nothing_fails() {
         let (mut guard, first) = guard(Mechanism::Mprotect { budget: 10 });
         // Every other frame of the first block, then the rest of it.
@@ -217,6 +234,7 @@ mod tests {
         assert_eq!(guard.granule(), BLOCK_SIZE);
         assert!(!guard.denies(first.wrapping_add(511)), "the block is not wholly closable");
         assert!(guard.holds_open(first) && !guard.holds_open(first.wrapping_add(512)));
+        assert!(guard.borders <= 2, "{} borders are left", guard.borders);
         guard.update(range(first, 3, 1), &|_| true).unwrap();
         assert!(guard.denies(first) && guard.denies(first.wrapping_add(511)));
         assert!(!guard.holds_open(first));

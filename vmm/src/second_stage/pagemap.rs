@@ -100,6 +100,16 @@ impl PageMap {
         self.held.contains(&frame.block_start()) && !self.is_closed(frame)
     }
 
+    /// Pageblocks in which some frames are closed and others open.
+    pub(super) fn mixed_blocks(&self) -> Vec<FrameRange> {
+        let words = usize::try_from(BLOCK_FRAMES / WORD).unwrap_or(8);
+        let mixed = |block: &[u64]| {
+            block.iter().any(|word| *word != 0) && block.iter().any(|word| *word != u64::MAX)
+        };
+        let blocks = self.words.chunks(words).zip(self.zone.by_block());
+        blocks.filter(|(block, _)| mixed(block)).map(|(_, frames)| frames).collect()
+    }
+
     /// The pageblock that holds `frame`, clipped to the zone.
     pub(super) fn block(&self, frame: Gfn) -> Option<FrameRange> {
         FrameRange::new(frame.block_start(), BLOCK_FRAMES)?.intersection(self.zone)

@@ -209,7 +209,7 @@ fn a_leak_that_the_scanner_reports_is_a_violation() {
     let mut scene = Scene::new(1);
     scene.audit.count_leak_search(10, 2);
     scene.assert_clean(&[Rule::InputLeak]);
-    scene.audit.report_leak(Gfn(5), "16 bytes of the input".to_owned(), 3);
+    scene.audit.report_leak(0, Some(Gfn(5)), "16 bytes of the input".to_owned(), 3);
     assert_eq!(scene.found(), [(Rule::InputLeak, Some(Gfn(5)))]);
 }
 
