@@ -92,11 +92,11 @@ fn a_secret_larger_than_can_be_searched_for() {
     let folder = tempfile::tempdir().unwrap();
     let config = "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"secrets\"\ninput = \"s\"\n";
     std::fs::write(folder.path().join("a.toml"), config).unwrap();
-    std::fs::write(folder.path().join("s"), vec![1; (8 << 20) + 1]).unwrap();
+    std::fs::write(folder.path().join("s"), vec![1; (4 << 20) + 1]).unwrap();
     let output = lacuna(folder.path(), &["run", "a.toml"]);
     assert_eq!(output.status.code(), Some(2));
     let message = String::from_utf8_lossy(&output.stderr);
-    assert!(message.contains("give a smaller one"), "{message}");
+    assert!(message.contains("larger than 4 MiB"), "{message}");
 }
 
 #[test]

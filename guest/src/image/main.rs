@@ -1,8 +1,9 @@
 //! The guest image: boots straight into 64-bit mode, builds the allocator, runs one program.
 //!
 //! Unsafe code is confined to `entry` (the first instructions and the exception stubs), `cpu`
-//! (privileged instructions), `descriptors` (GDT, IDT, TSS), `memory` (guest memory by address)
-//! and `shared` (references to the regions that the VMM laid out).
+//! (privileged instructions), `descriptors` (GDT, IDT, TSS), `memory` (guest memory by address),
+//! `shared` (references to the regions that the VMM laid out), and the two programs that misbehave
+//! on purpose, `crash` and `touch`.
 #![no_std]
 #![no_main]
 

@@ -4,8 +4,8 @@ use super::error::ConfigError;
 use super::raw::{self, Text};
 use super::resolve::Resolver;
 use super::{Workload, fields, input};
+use crate::leak::MAX_SECRET;
 use crate::trace::{Secret, is_gfp_name};
-use lacuna_abi::layout::MAX_INPUT;
 use lacuna_abi::workload::{Crash, Program, Touch};
 use std::path::{Path, PathBuf};
 use toml::Spanned;
@@ -88,7 +88,7 @@ impl Resolver<'_> {
     ) -> Result<PathBuf, ConfigError> {
         let checked = |path: PathBuf, wrong: &dyn Fn(input::Wrong) -> ConfigError| {
             // A recording is bounded by its number of events, when it is read.
-            let max = if program == Program::Secrets { MAX_INPUT } else { u64::MAX };
+            let max = if program == Program::Secrets { MAX_SECRET } else { u64::MAX };
             input::check(&path, max).map(|()| path).map_err(wrong)
         };
         if let Some(path) = flag {

@@ -224,6 +224,83 @@ fn a_counter_that_the_guest_moved_is_said() {
     assert!(guest.gate.events_lost() > 0);
 }
 
+impl Guest {
+    /// Publishes an intent to clear the first block's entry, with the number that its record gets.
+    fn intend(&mut self, seq: u64) -> EntryWrite {
+        let zone = self.memory.layout().zone;
+        let at = locate(&*self.memory, self.root, zone.va, Level::Pd).unwrap();
+        let write = EntryWrite {
+            root: self.root,
+            pcid: 0,
+            va: zone.va,
+            level: Level::Pd,
+            count: 1,
+            old: lacuna_abi::paging::Entry(self.memory.load(at).unwrap()),
+            new: lacuna_abi::paging::Entry::EMPTY,
+            grant: 0,
+        };
+        self.memory.store_words(self.intent_place(), &Intent { write, seq }.to_words()).unwrap();
+        self.memory.store(at, 0).unwrap();
+        write
+    }
+
+    fn intent_place(&self) -> Gpa {
+        let ring = self.memory.layout().shared.gpa.wrapping_add(ring_offset(0));
+        ring.wrapping_add(8 * lacuna_abi::event::RING_INTENT_WORD as u64)
+    }
+}
+
+#[test]
+fn a_ring_that_is_full_in_the_middle_of_a_write_loses_nothing() {
+    let mut guest = Guest::new(true);
+    let write = guest.intend(1);
+    // The number is taken, the ring is full: the record follows after the call.
+    let at = guest.memory.layout().shared.gpa.wrapping_add(SEQUENCE_OFFSET);
+    guest.memory.store(at, 1).unwrap();
+    guest.call(Call::Drain);
+    guest.memory.store(at, 0).unwrap();
+    assert_eq!(guest.record(Event::EntryWrite(write)), 1);
+    guest.memory.store(guest.intent_place(), 0).unwrap();
+    guest.record(Event::Flush(Flush::Everything));
+    guest.call(Call::Checkpoint);
+    let result = guest.gate.result();
+    assert_eq!((result.findings, result.inconclusive), (Vec::new(), Vec::new()));
+    assert_eq!(guest.gate.events_lost(), 0);
+}
+
+#[test]
+fn a_call_in_the_middle_of_a_write_is_no_honest_one() {
+    let mut guest = Guest::new(true);
+    guest.intend(0);
+    guest.call(Call::Checkpoint);
+    let result = guest.gate.result();
+    assert!(result.inconclusive.iter().any(|why| why.contains("in the middle")), "{result:?}");
+}
+
+#[test]
+fn a_program_that_ends_with_its_secret_in_memory_leaks() {
+    for (done, leaks) in [(false, 0), (true, 1)] {
+        let mut guest = Guest::new(true);
+        guest.unmap_first_block(true);
+        let block = guest.frames(0, 512);
+        assert_eq!(guest.ops(&[(OpKind::Seal, block)]), Status::Ok);
+        guest.call(Call::InputDone);
+        guest.memory.write_zone_for_test(block.start().gpa(), SECRET);
+        guest.call(Call::Checkpoint);
+        assert_eq!(guest.violations(Rule::InputLeak), 0, "it lies in a secret frame");
+        guest.gate.finish(0, &mut guest.still, done).unwrap();
+        assert_eq!(guest.violations(Rule::InputLeak), leaks);
+    }
+}
+
+#[test]
+fn leaks_in_different_places_are_different_findings() {
+    let mut guest = Guest::new(false);
+    assert!(guest.gate.leaks_into("a log", SECRET) && guest.gate.leaks_into("a file", SECRET));
+    assert!(guest.gate.leaks_into("a file", SECRET));
+    assert_eq!(guest.violations(Rule::InputLeak), 2);
+}
+
 #[test]
 fn nonsense_is_answered() {
     let mut guest = Guest::new(false);

@@ -226,6 +226,12 @@ impl Memory {
         }
     }
 
+    /// Writes into the zone as a guest would.
+    #[cfg(test)]
+    pub(crate) fn write_zone_for_test(&self, at: Gpa, bytes: &[u8]) {
+        self.zone_file.write_all_at(bytes, at.0 - self.layout.zone.gpa.0).unwrap();
+    }
+
     /// Whether a zone frame is all zero; `None` outside the zone or where it cannot be read.
     #[must_use]
     pub fn is_zero(&self, frame: Gfn) -> Option<bool> {

@@ -5,6 +5,7 @@ use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
 use lacuna_abi::boot::{FEATURE_FLIP, FEATURE_PREZERO};
+use lacuna_abi::layout::MIN_MEMORY_MIB;
 use lacuna_abi::workload::{Program, SLOT_BYTES, secrets_scratch};
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
@@ -31,23 +32,6 @@ pub enum PlanError {
     /// The secret input.
     #[error("cannot read the input {0}: {1}; check [workload] input")]
     Input(PathBuf, std::io::Error),
-    /// The secret input does not fit into the guest's memory.
-    #[error(
-        "the input {path} has {len} bytes, and half of the guest's {memory_mib} MiB must hold it; raise [guest] memory_mib"
-    )]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        len: u64,
-        /// The guest's memory.
-        memory_mib: u64,
-    },
-    /// The secret input is larger than what can be searched for.
-    #[error(
-        "the input {0} has {1} bytes, and at most {MAX_SECRET} can be searched for in the guest's memory; give a smaller one"
-    )]
-    Unsearchable(PathBuf, u64),
     /// Faults cannot be planted in a user's own image.
     #[error("--inject plants faults in the embedded image only; remove [guest] image or --inject")]
     ForeignFaults,
@@ -160,21 +144,15 @@ fn work(config: &Config) -> Result<Work, PlanError> {
                 warnings: replay.stats.warnings,
             }
         }
-        Workload::Secrets { input } => secret(input, config.guest.memory_mib)?,
+        Workload::Secrets { input } => secret(input)?,
     })
 }
 
-fn secret(path: &Path, memory_mib: u64) -> Result<Work, PlanError> {
-    let failed = |error| PlanError::Input(path.to_owned(), error);
-    // Looked at before it is read: the limit is there to keep the VMM small.
-    let len = std::fs::metadata(path).map_err(failed)?.len();
-    if len > MAX_SECRET {
-        return Err(PlanError::Unsearchable(path.to_owned(), len));
-    }
-    if len > (memory_mib << 20) / 2 {
-        return Err(PlanError::TooLarge { path: path.to_owned(), len, memory_mib });
-    }
-    let input = std::fs::read(path).map_err(failed)?;
+/// The configuration has bounded the input's size to what any guest can hold.
+fn secret(path: &Path) -> Result<Work, PlanError> {
+    let input = std::fs::read(path).map_err(|error| PlanError::Input(path.to_owned(), error))?;
     let len = input.len() as u64;
     Ok(Work { args: [len, 0, 0], input, scratch: secrets_scratch(len), warnings: Vec::new() })
 }
+
+const _: () = assert!(MAX_SECRET <= (MIN_MEMORY_MIB << 20) / 4);

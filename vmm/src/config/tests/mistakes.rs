@@ -165,7 +165,7 @@ fn an_input_that_cannot_be_used_is_named() {
         ("empty", "is empty; name a file"),
         ("loop", "cannot be read: "),
         ("dir", "is a directory; name a file"),
-        ("large", "is larger than 256 MiB; name a smaller file"),
+        ("large", "is larger than 4 MiB; name a smaller file"),
         ("/dev/null", "is no regular file; copy it"),
     ] {
         let text = format!("[workload]\nprogram = \"secrets\"\ninput = \"{name}\"\n");
