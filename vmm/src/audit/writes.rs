@@ -35,6 +35,7 @@ impl Audit {
             self.ledger.inconclusive(reason);
             return;
         }
+        self.judge_claim(cpu, write, seq);
         self.judge_remap(write, seq);
         self.oblige_leaves(write, seq);
         if write.level > Level::Pt {
@@ -45,6 +46,60 @@ impl Audit {
             self.link_work += walked.tables.len() + walked.leaves.len();
         }
         self.judge_walked(write.root, &walked, Some(cpu), seq);
+    }
+
+    /// `trace-honesty`: what a record says that its entries held is what the records before it made
+    /// of them. A revoke cannot be hidden behind a false "before": the translations that are known
+    /// to be there become obligations whatever the record claims.
+    fn judge_claim(&mut self, cpu: u8, write: &EntryWrite, seq: u64) {
+        self.ledger.checked(Rule::TraceHonesty, 1);
+        let span = (write.va, write.va.wrapping_add(write.span() - 1));
+        let known = self.index.in_span(write.root, span).filter(|m| m.level == write.level);
+        let known: Vec<Mapping> = known.copied().collect();
+        let mut known = known.iter();
+        let mut next = known.next();
+        let mut hidden: Vec<Mapping> = Vec::new();
+        let mut first_lie = None;
+        for index in 0..u64::from(write.count) {
+            let va = write.va.wrapping_add(index * write.level.span());
+            let held = next.filter(|mapping| mapping.va == va);
+            if held.is_some() {
+                next = known.next();
+            }
+            let claimed = leaf(write.old.nth_of_run(write.level, index), write.level);
+            if !agrees(held, claimed, write.level) {
+                first_lie.get_or_insert((va, held.map(|mapping| mapping.frame)));
+                hidden.extend(held);
+            }
+        }
+        let claims_table = (0..u64::from(write.count))
+            .any(|index| is_table(write.old.nth_of_run(write.level, index), write.level));
+        let linked = self.index.tables_in(write.root, span, write.level).next();
+        if let Some((table, va)) = linked.filter(|_| !claims_table) {
+            first_lie.get_or_insert((va, Some(table)));
+        }
+        let Some((va, frame)) = first_lie else { return };
+        let detail =
+            "the record's old value is not what earlier records and the first tables left \
+                      in the entry; a record must carry the entry as it was before the store"
+                .to_owned();
+        let finding = Finding::new(Rule::TraceHonesty, seq, detail);
+        let (va, root, cpu) = (Some(va), Some(write.root), Some(cpu));
+        let finding = Finding { frame, va, cpu, root, ..finding };
+        let duties: Vec<Duty> = hidden
+            .iter()
+            .filter_map(|mapping| {
+                let Mapping { root, va, level, global, .. } = *mapping;
+                let (frames, pcid) = (mapping.frames(), write.pcid);
+                self.with_cpus(Duty { root, pcid, global, level, va, frames, seq, cpus: 0 })
+            })
+            .collect();
+        let mut kept = true;
+        for duty in &duties {
+            kept &= self.duties.add(duty, &self.epochs).is_ok();
+        }
+        self.ledger.violation(finding);
+        self.note_dropped(!kept);
     }
 
     /// `stale-window`: a window address that gets a new translation has no old one left on the
@@ -150,6 +205,22 @@ impl Audit {
             Place::Window(owner) => u8::try_from(owner).ok(),
             Place::DirectMap | Place::Pool | Place::Other => None,
         }
+    }
+}
+
+/// Whether what a record claims of an entry fits what is known of it. The rights that are known are
+/// those of the whole path, so that they may be fewer than the entry's own.
+fn agrees(held: Option<&Mapping>, claimed: Option<Entry>, level: Level) -> bool {
+    match (held, claimed) {
+        (None, None) => true,
+        (Some(held), Some(claimed)) => {
+            held.frame == claimed.frame(level)
+                && held.global == claimed.has(Entry::GLOBAL)
+                && (!held.rights.writable || claimed.has(Entry::WRITABLE))
+                && (!held.rights.user || claimed.has(Entry::USER))
+                && (!held.rights.executable || !claimed.has(Entry::NO_EXECUTE))
+        }
+        _ => false,
     }
 }
 

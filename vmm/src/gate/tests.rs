@@ -179,6 +179,34 @@ fn a_flip_without_its_flush_is_found_when_the_seal_arrives() {
 }
 
 #[test]
+fn a_revoke_cannot_be_hidden_behind_a_false_old_value() {
+    for (mask, flush) in [(0, None), (!lacuna_abi::paging::Entry::GLOBAL, Some(Flush::NonGlobal))] {
+        let mut guest = Guest::new(true);
+        let mut write = guest.intend(0);
+        guest.memory.store(guest.intent_place(), 0).unwrap();
+        write.old.0 &= mask;
+        guest.record(Event::EntryWrite(write));
+        if let Some(flush) = flush {
+            guest.record(Event::Flush(flush));
+        }
+        guest.ops(&[(OpKind::Seal, guest.frames(0, 512))]);
+        assert_eq!(guest.violations(Rule::TraceHonesty), 1);
+        assert_eq!(guest.violations(Rule::StaleDirectMap), 1);
+    }
+}
+
+#[test]
+fn a_revoke_cannot_be_hidden_behind_a_standing_intent() {
+    let mut guest = Guest::new(true);
+    guest.intend(0);
+    guest.gate.finish(0, &mut guest.still, false).unwrap();
+    assert_eq!(guest.violations(Rule::TraceHonesty), 0, "the write is under way");
+    guest.memory.store(guest.intent_place(), 0).unwrap();
+    guest.call(Call::Checkpoint);
+    assert_eq!(guest.violations(Rule::TraceHonesty), 1);
+}
+
+#[test]
 fn a_seal_of_a_mapped_block_is_an_alias() {
     let mut guest = Guest::new(true);
     let page = guest.frames(3, 1);
