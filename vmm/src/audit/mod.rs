@@ -55,7 +55,7 @@ use obligations::Obligations;
 use stale_tables::TableDuties;
 
 /// Most roots that may be registered at once.
-pub const MAX_ROOTS: usize = 64;
+pub const MAX_ROOTS: usize = 16;
 
 /// Most tables and entries that are read between two quiesce points because tables were linked.
 const MAX_LINK_WORK: usize = 1 << 22;

@@ -82,6 +82,8 @@ impl ControlPolicy {
     pub const CR4_PGE: u64 = 1 << 7;
     /// CR4.LA57.
     pub const CR4_LA57: u64 = 1 << 12;
+    /// CR4.VMXE: with it set a guest could have guests of its own.
+    pub const CR4_VMXE: u64 = 1 << 13;
     /// CR4.PCIDE.
     pub const CR4_PCIDE: u64 = 1 << 17;
     /// CR4.SMEP.
@@ -94,6 +96,8 @@ impl ControlPolicy {
     pub const CR4_PKS: u64 = 1 << 24;
     /// IA32_EFER.NXE.
     pub const EFER_NXE: u64 = 1 << 11;
+    /// EFER.SVME, as CR4.VMXE.
+    pub const EFER_SVME: u64 = 1 << 12;
     /// EFER.TCE (AMD APM volume 2, "Extended Feature Enable Register").
     pub const EFER_TCE: u64 = 1 << 15;
 }
@@ -107,13 +111,14 @@ impl Default for ControlPolicy {
             cr0_clear: 0,
             cr4_set: Self::CR4_PGE,
             cr4_clear: Self::CR4_LA57
+                | Self::CR4_VMXE
                 | Self::CR4_PCIDE
                 | Self::CR4_SMEP
                 | Self::CR4_SMAP
                 | Self::CR4_PKE
                 | Self::CR4_PKS,
             efer_set: Self::EFER_NXE,
-            efer_clear: Self::EFER_TCE,
+            efer_clear: Self::EFER_TCE | Self::EFER_SVME,
         }
     }
 }
