@@ -19,6 +19,7 @@ pub mod mermap;
 pub mod meta;
 pub mod platform;
 pub mod programs;
+pub mod ring;
 pub mod secret;
 mod space;
 mod zeroing;

@@ -18,7 +18,12 @@ impl<T> IrqLock<T> {
     #[inline]
     pub(crate) fn lock<'l, P: Platform>(&'l self, platform: &'l P) -> IrqGuard<'l, T, P> {
         let off = InterruptsOff::new(platform);
-        IrqGuard { value: self.0.lock(), _off: off }
+        loop {
+            if let Some(value) = self.0.try_lock() {
+                return IrqGuard { value, _off: off };
+            }
+            platform.relax();
+        }
     }
 }
 

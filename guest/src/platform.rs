@@ -87,6 +87,9 @@ pub trait Platform {
     /// Turns interrupts on again if they were on.
     fn interrupts_restore(&self, were_on: bool);
 
+    /// One turn of a loop that waits for another CPU.
+    fn relax(&self);
+
     /// The entry at `at`, in the table pool.
     fn read_entry(&self, at: Gpa) -> Entry;
 

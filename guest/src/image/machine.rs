@@ -62,6 +62,10 @@ impl Platform for Machine {
         }
     }
 
+    fn relax(&self) {
+        core::hint::spin_loop();
+    }
+
     fn read_entry(&self, at: Gpa) -> Entry {
         memory::read_entry(self.pool.gpa, self.pool.len, at)
     }

@@ -1,50 +1,64 @@
-//! The event ring of this CPU: numbers, intents, records.
+//! The event ring of this CPU, and the flushes that it records.
 
-use crate::shared::Ring;
 use crate::{cpu, gate, memory, shared};
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use core::sync::atomic::AtomicU64;
 use lacuna_abi::addr::Gpa;
-use lacuna_abi::event::{
-    EntryWrite, Event, Flush, INTENT_WORDS, Intent, RING_HEAD_WORD, RING_INTENT_WORD, RING_RECORDS,
-    RING_TAIL_WORD, Record,
-};
+use lacuna_abi::event::{EntryWrite, Event, Flush};
 use lacuna_abi::gate::Call;
 use lacuna_abi::layout::Region;
 use lacuna_abi::paging::Level;
+use lacuna_guest::ring::{self, Ring};
 
-/// Word of the intent that holds its number.
-const INTENT_SEQ_WORD: usize = RING_INTENT_WORD + 1;
+/// The ring of the CPU that made this.
+struct Own {
+    cpu: usize,
+    words: &'static shared::Ring,
+}
 
-/// Takes the next event number.
-fn next_number() -> u64 {
-    shared::sequence()[0].fetch_add(1, Relaxed) + 1
+impl Ring for Own {
+    fn cpu(&self) -> u8 {
+        // Below MAX_CPUS, 8.
+        self.cpu as u8
+    }
+
+    fn sequence(&self) -> &AtomicU64 {
+        &shared::sequence()[0]
+    }
+
+    fn control(&self, word: usize) -> &AtomicU64 {
+        &self.words.control[word]
+    }
+
+    fn record(&self, record: usize, word: usize) -> &AtomicU64 {
+        &self.words.records[record][word]
+    }
+
+    fn drain(&self) {
+        let _ = gate::call(Call::Drain);
+    }
+}
+
+/// Has `body` use this CPU's ring, with interrupts off.
+fn with_own(body: impl FnOnce(&Own)) {
+    let were_on = cpu::interrupts_off();
+    let cpu = cpu::number();
+    body(&Own { cpu, words: shared::ring(cpu) });
+    if were_on {
+        cpu::interrupts_on();
+    }
 }
 
 /// Records an event that takes its number now.
 pub(crate) fn record(event: Event) {
-    let cpu = cpu::number();
-    push(shared::ring(cpu), &Record { seq: next_number(), cpu: cpu as u8, event });
+    with_own(|own| ring::record(own, event));
 }
 
-/// Writes a run of entries and records it: the number of a revoke is taken after its effect, that
-/// of a grant before.
+/// Writes a run of entries and records it.
 pub(crate) fn write_entries(pool: &Region, at: Gpa, write: &EntryWrite) {
-    let cpu = cpu::number();
-    let ring = shared::ring(cpu);
-    let mut write = *write;
-    let revokes = write.old.is_present();
-    let grant = if write.new.is_present() { next_number() } else { 0 };
-    write.grant = if revokes { grant } else { 0 };
-    let before = if revokes { 0 } else { grant };
-    set_intent(ring, &Intent { write, seq: before });
-    for index in 0..u64::from(write.count) {
-        let entry = write.new.nth_of_run(write.level, index);
+    let store = |index: u64, entry| {
         memory::write_entry(pool.gpa, pool.len, at.wrapping_add(8 * index), entry);
-    }
-    let seq = if before == 0 { next_number() } else { before };
-    ring.control[INTENT_SEQ_WORD].store(seq, Release);
-    push(ring, &Record { seq, cpu: cpu as u8, event: Event::EntryWrite(write) });
-    ring.control[RING_INTENT_WORD].store(0, Release);
+    };
+    with_own(|own| ring::write_entries(own, write, store));
 }
 
 /// Records a flush, then executes it.
@@ -60,26 +74,4 @@ pub(crate) fn flush(flush: Flush) {
         Flush::NonGlobal => cpu::flush_non_global(),
         Flush::Everything => cpu::flush_everything(),
     }
-}
-
-/// The state word is published last, so that the host never sees half an intent.
-fn set_intent(ring: &Ring, intent: &Intent) {
-    let words = intent.to_words();
-    for (index, word) in words.iter().enumerate().skip(1).take(INTENT_WORDS - 1) {
-        ring.control[RING_INTENT_WORD + index].store(*word, Relaxed);
-    }
-    ring.control[RING_INTENT_WORD].store(words[0], Release);
-}
-
-/// Appends a record; a full ring waits for the host.
-fn push(ring: &Ring, record: &Record) {
-    let head = ring.control[RING_HEAD_WORD].load(Relaxed);
-    while head.wrapping_sub(ring.control[RING_TAIL_WORD].load(Acquire)) >= RING_RECORDS {
-        let _ = gate::call(Call::Drain);
-    }
-    let slot = &ring.records[(head % RING_RECORDS) as usize];
-    for (place, word) in slot.iter().zip(record.to_words()) {
-        place.store(word, Relaxed);
-    }
-    ring.control[RING_HEAD_WORD].store(head.wrapping_add(1), Release);
 }

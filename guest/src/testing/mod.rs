@@ -142,6 +142,10 @@ impl Platform for Mock {
         }
     }
 
+    fn relax(&self) {
+        std::thread::yield_now();
+    }
+
     fn read_entry(&self, at: Gpa) -> Entry {
         self.state().read_entry(at).unwrap_or_else(|| panic!("no table at {at}"))
     }

@@ -1,0 +1,90 @@
+//! The guest's side of an event ring: numbers, intents, records.
+//!
+//! One CPU writes a ring, with interrupts off, so that a record is never interrupted by another.
+//! Room is made before a number is taken: a CPU that waits for the host never owes it a number.
+
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use lacuna_abi::event::{
+    EntryWrite, Event, INTENT_WORDS, Intent, RING_HEAD_WORD, RING_INTENT_WORD, RING_RECORDS,
+    RING_TAIL_WORD, Record,
+};
+use lacuna_abi::paging::Entry;
+
+/// Word of the intent that holds its number.
+const INTENT_SEQ_WORD: usize = RING_INTENT_WORD + 1;
+
+/// The words of one CPU's ring, which the host reads at any time.
+pub trait Ring {
+    /// Number of the CPU that writes it.
+    fn cpu(&self) -> u8;
+
+    /// The last event number that was taken, on any CPU.
+    fn sequence(&self) -> &AtomicU64;
+
+    /// A word of the control page.
+    fn control(&self, word: usize) -> &AtomicU64;
+
+    /// A word of a record, both below their limits.
+    fn record(&self, record: usize, word: usize) -> &AtomicU64;
+
+    /// Waits for the host to take what the ring holds.
+    fn drain(&self);
+}
+
+/// Records an event that takes its number now. Interrupts are off.
+pub fn record(ring: &impl Ring, event: Event) {
+    reserve(ring);
+    push(ring, &Record { seq: next_number(ring), cpu: ring.cpu(), event });
+}
+
+/// Has `store` write a run of entries, the first with index 0, and records it: the number of a
+/// revoke is taken after its effect, that of a grant before. Interrupts are off.
+pub fn write_entries(ring: &impl Ring, write: &EntryWrite, mut store: impl FnMut(u64, Entry)) {
+    reserve(ring);
+    let mut write = *write;
+    let revokes = write.old.is_present();
+    let grant = if write.new.is_present() { next_number(ring) } else { 0 };
+    write.grant = if revokes { grant } else { 0 };
+    let before = if revokes { 0 } else { grant };
+    set_intent(ring, &Intent { write, seq: before });
+    for index in 0..u64::from(write.count) {
+        store(index, write.new.nth_of_run(write.level, index));
+    }
+    let seq = if before == 0 { next_number(ring) } else { before };
+    ring.control(INTENT_SEQ_WORD).store(seq, Release);
+    push(ring, &Record { seq, cpu: ring.cpu(), event: Event::EntryWrite(write) });
+    ring.control(RING_INTENT_WORD).store(0, Release);
+}
+
+/// Takes the next event number.
+fn next_number(ring: &impl Ring) -> u64 {
+    ring.sequence().fetch_add(1, Relaxed) + 1
+}
+
+/// The state word is published last, so that the host never sees half an intent.
+fn set_intent(ring: &impl Ring, intent: &Intent) {
+    let words = intent.to_words();
+    for (index, word) in words.iter().enumerate().skip(1).take(INTENT_WORDS - 1) {
+        ring.control(RING_INTENT_WORD + index).store(*word, Relaxed);
+    }
+    ring.control(RING_INTENT_WORD).store(words[0], Release);
+}
+
+/// Waits until the ring has room for a record.
+fn reserve(ring: &impl Ring) {
+    let head = ring.control(RING_HEAD_WORD).load(Relaxed);
+    while head.wrapping_sub(ring.control(RING_TAIL_WORD).load(Acquire)) >= RING_RECORDS {
+        ring.drain();
+    }
+}
+
+/// Appends a record, for which there is room.
+fn push(ring: &impl Ring, record: &Record) {
+    let head = ring.control(RING_HEAD_WORD).load(Relaxed);
+    let slot = (head % RING_RECORDS) as usize;
+    for (index, word) in record.to_words().into_iter().enumerate() {
+        ring.record(slot, index).store(word, Relaxed);
+    }
+    ring.control(RING_HEAD_WORD).store(head.wrapping_add(1), Release);
+}
