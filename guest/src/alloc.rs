@@ -1,17 +1,24 @@
 //! The page allocator: requests for mapped and for secret pages.
 
+use crate::balance::Watermarks;
 use crate::counters::Counts;
 use crate::freetype::{Freetype, Migratetype};
+use crate::handle::{Pin, Slot};
 use crate::lock::{IrqGuard, IrqLock};
 use crate::mapped::MappedPages;
 use crate::mermap::{Mermap, MermapError};
 use crate::meta::{Chunk, MAX_ORDER, MemMap, State};
-use crate::platform::{GateError, Platform};
+use crate::pcp::{CpuLists, Held, Marks, pindex};
+use crate::platform::{GateError, InterruptsOff, Platform};
 use crate::secret::{SecretPages, UseError};
 use crate::zeroing::Purpose;
-use crate::zone::{Taken, Zone};
-use lacuna_abi::addr::{FrameRange, PAGE_SIZE};
-use lacuna_abi::counter::Counters;
+use crate::zone::{BLOCK, Taken, Zone};
+use core::sync::atomic::AtomicBool;
+use lacuna_abi::MAX_CPUS;
+use lacuna_abi::addr::{Gfn, PAGE_SIZE};
+use lacuna_abi::boot::{
+    BootInfo, FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, MIN_FREE_BY_SIZE,
+};
 use lacuna_abi::event::Life;
 use lacuna_abi::layout::{Layout, Region, direct_map};
 
@@ -22,6 +29,45 @@ pub struct AllocConfig {
     pub prezero: bool,
     /// An empty pool is refilled by flipping pageblocks.
     pub flip: bool,
+    /// Freed mapped pages are filled with a pattern, which is checked when they are handed out.
+    pub poison: bool,
+    /// Secret pages that are known to be zero are looked at when they are handed out as zero.
+    pub check_zero: bool,
+    /// Pages of the mapped side that are kept for callers that cannot wait; `None` for what suits the
+    /// zone's size.
+    pub min_free: Option<u32>,
+    /// Free secret pages below which [`PageAllocator::balance`] flips pageblocks ahead of demand.
+    pub pool_low: u32,
+    /// Free secret pages up to which flips go on, while memory is plentiful.
+    pub pool_high: u32,
+}
+
+impl AllocConfig {
+    /// What the boot information asks for.
+    #[must_use]
+    pub fn from_boot(info: &BootInfo) -> Self {
+        let pages = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        Self {
+            prezero: info.features & FEATURE_PREZERO != 0,
+            flip: info.features & FEATURE_FLIP != 0,
+            poison: info.features & FEATURE_POISON != 0,
+            check_zero: info.features & FEATURE_CHECK_ZERO != 0,
+            min_free: (info.min_free != MIN_FREE_BY_SIZE).then(|| pages(info.min_free)),
+            pool_low: pages(info.pool_low),
+            pool_high: pages(info.pool_high),
+        }
+    }
+
+    /// Zeroes ahead, flips as much as is asked for and no more, checks nothing.
+    pub const PLAIN: Self = Self {
+        prezero: true,
+        flip: true,
+        poison: false,
+        check_zero: false,
+        min_free: None,
+        pool_low: 0,
+        pool_high: 0,
+    };
 }
 
 /// What a caller asks for.
@@ -40,7 +86,8 @@ pub struct Request {
 /// Why no pages were handed out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AllocError {
-    /// No memory is left; or the pool is empty and the configuration forbids flips.
+    /// No memory is left but what is kept for callers that cannot wait; or the pool is empty and the
+    /// configuration forbids flips.
     NoMemory,
     /// Memory is free, but no pageblock is wholly free, so none can be flipped; for order 10, no
     /// two that lie together.
@@ -53,6 +100,13 @@ pub enum AllocError {
     Gate(GateError),
     /// The pages could not be zeroed: no window could be had, and the reserve is in use.
     Window(MermapError),
+    /// Somebody wrote to the pages after they were freed.
+    Corrupted {
+        /// The page.
+        frame: Gfn,
+        /// The word that should not be there.
+        found: u64,
+    },
 }
 
 impl From<UseError> for AllocError {
@@ -75,7 +129,12 @@ pub struct PageAllocator<'a, P: Platform> {
     pub(crate) mermap: Mermap<'a, P>,
     pub(crate) config: AllocConfig,
     pub(crate) counts: Counts,
+    pub(crate) marks: Watermarks,
+    cpu_marks: Marks,
     zone: IrqLock<Zone>,
+    lists: [CpuLists; MAX_CPUS],
+    /// There is something for [`Self::balance`] to do.
+    pub(crate) wake: AtomicBool,
 }
 
 impl<'a, P: Platform> PageAllocator<'a, P> {
@@ -89,7 +148,11 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             mermap: Mermap::new(platform, layout, map),
             config,
             counts: Counts::default(),
+            marks: config.min_free.map_or(Watermarks::for_zone(map.len()), Watermarks::above),
+            cpu_marks: Marks::for_zone(map.len()),
             zone: IrqLock::new(Zone::default()),
+            lists: core::array::from_fn(|_| CpuLists::default()),
+            wake: AtomicBool::new(false),
         }
     }
 
@@ -101,33 +164,29 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
         self.mermap.prepare()
     }
 
-    /// Pages that the direct map shows. If none are left, wholly free secret pageblocks come back
-    /// from the pool, unless the caller must not block.
+    /// Pages that the direct map shows. If too few are left, wholly free secret pageblocks come back
+    /// from the pool, unless the caller must not block; such a caller may use half of what others
+    /// must leave.
     ///
     /// # Errors
     /// [`AllocError`]; nothing was taken.
     pub fn alloc_mapped(&self, request: Request) -> Result<MappedPages<'_, 'a, P>, AllocError> {
         check_order(request)?;
-        let freetype = Freetype::mapped(request.migratetype);
-        let index = loop {
-            let taken = self.zone().take(&self.map, request.order, freetype);
-            if let Some(taken) = taken {
-                break self.taken(taken);
-            }
-            if request.noblock || !self.reclaim(request.order, request.migratetype)? {
-                self.counts.alloc_fail.add(1);
-                return Err(AllocError::NoMemory);
-            }
+        let Request { order, migratetype, zero, noblock } = request;
+        let freetype = Freetype::mapped(migratetype);
+        let index = match self.take(order, freetype, self.floor(noblock)) {
+            Some(index) => index,
+            None => self.take_mapped_slowly(request)?,
         };
-        let chunk = Chunk { index, order: request.order };
-        if request.zero {
+        let chunk = Chunk { index, order };
+        self.check_poison(chunk)?;
+        if zero {
             let frames = self.map.frames(chunk);
             self.platform.zero(direct_map(frames.start().gpa()), frames.count() * PAGE_SIZE);
             self.counts.zeroed_mapped.add(frames.count());
         }
-        self.map.page(index).hand_out(request.order, freetype);
         self.counts.alloc.add(1);
-        Ok(MappedPages::new(self, chunk))
+        Ok(MappedPages::new(self, Slot::hand_out(&self.map, chunk, freetype)))
     }
 
     /// Pages that are absent from the direct map and closed in the second stage. If the pool has
@@ -137,43 +196,22 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     /// [`AllocError`]; nothing was taken.
     pub fn alloc_secret(&self, request: Request) -> Result<SecretPages<'_, 'a, P>, AllocError> {
         check_order(request)?;
-        let freetype = Freetype::unmapped(request.migratetype);
-        let pooled = self.zone().take(&self.map, request.order, freetype);
-        let index = match pooled {
-            Some(taken) => self.taken(taken),
-            None if request.noblock => {
-                self.counts.alloc_fail_noblock.add(1);
-                return Err(AllocError::WouldBlock);
-            }
-            None if !self.config.flip => {
-                self.counts.alloc_fail.add(1);
-                return Err(AllocError::NoMemory);
-            }
-            None => self.flip_to_unmapped(request.order, request.migratetype)?,
+        let Request { order, migratetype, zero, .. } = request;
+        let freetype = Freetype::unmapped(migratetype);
+        let index = match self.take(order, freetype, 0) {
+            Some(index) => index,
+            None => self.take_secret_slowly(request)?,
         };
-        let chunk = Chunk { index, order: request.order };
+        let chunk = Chunk { index, order };
         let frames = self.map.frames(chunk);
-        if request.zero
-            && let Err(error) = self.zero_unknown(frames, Purpose::HandOut)
-        {
-            self.give_back(chunk, error);
-            return Err(error.into());
+        if zero {
+            self.make_zero(chunk)?;
         }
-        let life = if request.zero { Life::HandedOutZero } else { Life::HandedOut };
+        let life = if zero { Life::HandedOutZero } else { Life::HandedOut };
         self.platform.life(life, frames);
-        self.map.page(index).hand_out(request.order, freetype);
         self.counts.alloc.add(1);
         self.counts.alloc_secret.add(1);
-        Ok(SecretPages::new(self, chunk))
-    }
-
-    /// Brings every wholly free secret pageblock back to the direct map.
-    ///
-    /// # Errors
-    /// The host's first refusal; what it concerns stays in the pool.
-    pub fn shrink(&self) -> Result<(), UseError> {
-        while self.reclaim_batch()? {}
-        Ok(())
+        Ok(SecretPages::new(self, Slot::hand_out(&self.map, chunk, freetype)))
     }
 
     /// The windows.
@@ -191,96 +229,51 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
         self.counts.tags_checked.add(tags);
     }
 
-    /// Everything that was counted so far, and where the zone's pages are: mapped and unmapped
-    /// free, allocated and fresh pages add up to the zone. Gate calls are the platform's to count.
-    pub fn counters(&self) -> Counters {
-        let usage = self.zone().usage(&self.map);
-        let windows = self.mermap.counters();
-        let counts = &self.counts;
-        Counters {
-            alloc: counts.alloc.get(),
-            alloc_secret: counts.alloc_secret.get(),
-            free: counts.free.get(),
-            free_secret: counts.free_secret.get(),
-            alloc_fail: counts.alloc_fail.get(),
-            alloc_fail_noblock: counts.alloc_fail_noblock.get(),
-            alloc_fail_no_block: counts.alloc_fail_no_block.get(),
-            alloc_fallback: counts.alloc_fallback.get(),
-            zeroed_mapped: counts.zeroed_mapped.get(),
-            zeroed_flip: counts.zeroed_flip.get(),
-            zeroed_alloc: counts.zeroed_alloc.get(),
-            zeroed_scrub: counts.zeroed_scrub.get(),
-            flip_to_unmapped: counts.flip_to_unmapped.get(),
-            flip_to_mapped: counts.flip_to_mapped.get(),
-            shootdowns: counts.shootdowns.get(),
-            window_flushes: windows.flushes,
-            windows: windows.mapped,
-            windows_reserved: windows.mapped_reserved,
-            nr_free_mapped: u64::from(usage.free_mapped),
-            nr_free_unmapped: u64::from(usage.free_unmapped),
-            nr_allocated: u64::from(usage.allocated),
-            nr_fresh: u64::from(usage.fresh),
-            work: counts.work.get(),
-            tags_checked: counts.tags_checked.get(),
-            ..Counters::default()
-        }
-    }
-
     /// Takes the zone lock.
     pub(crate) fn zone(&self) -> IrqGuard<'_, Zone, P> {
         self.zone.lock(self.platform)
     }
 
-    /// Frees mapped pages.
-    pub(crate) fn free_mapped(&self, chunk: Chunk) {
-        self.zone().free(&self.map, chunk);
-        self.counts.free.add(1);
+    /// This CPU's lists, and its number.
+    pub(crate) fn own_lists(&self) -> (usize, Held<'_, P>) {
+        let off = InterruptsOff::new(self.platform);
+        let cpu = self.platform.cpu();
+        (cpu, self.lists[cpu].lock(self.platform, off))
     }
 
-    /// Scrubs and frees secret pages. What cannot be scrubbed goes back as it is, sealed and not
-    /// known to be zero; what the host would not close is withheld.
-    pub(crate) fn free_secret(&self, chunk: Chunk) {
-        let frames = self.map.frames(chunk);
-        self.counts.free.add(1);
-        self.counts.free_secret.add(1);
-        self.platform.life(Life::Freed, frames);
-        let unsealed = self.map.page(chunk.index).is_unsealed();
-        let scrubbed = self.zero_unknown(frames, Purpose::Scrub);
-        if unsealed || matches!(scrubbed, Err(UseError::Unsealed(_))) {
-            self.withhold(chunk);
-            return;
+    /// The lists of `cpu`.
+    pub(crate) fn lists_of(&self, cpu: usize) -> Held<'_, P> {
+        self.lists[cpu].lock(self.platform, InterruptsOff::new(self.platform))
+    }
+
+    /// Pages that a mapped request leaves free.
+    fn floor(&self, noblock: bool) -> u32 {
+        if noblock { self.marks.min / 2 } else { self.marks.min }
+    }
+
+    /// Takes pages off this CPU's lists, or off the zone's.
+    fn take(&self, order: u8, freetype: Freetype, floor: u32) -> Option<u32> {
+        let Some(pindex) = pindex(order, freetype) else {
+            let mut zone = self.zone();
+            let taken = zone.take(&self.map, order, freetype, floor);
+            self.look(&zone);
+            return taken.map(|taken| self.taken(taken));
+        };
+        let (_, lists) = self.own_lists();
+        if let Some(index) = lists.pop(&self.map, pindex) {
+            return Some(index);
         }
-        self.report_pooled(frames);
-        self.zone().free(&self.map, chunk);
-    }
-
-    /// Puts a chunk of pageblocks on the unmapped lists, as `freetype`. The lock is still held, so
-    /// that the caller can take from them first.
-    pub(crate) fn pool(&self, chunk: Chunk, freetype: Freetype) -> IrqGuard<'_, Zone, P> {
-        self.report_pooled(self.map.frames(chunk));
         let mut zone = self.zone();
-        self.map.blocks_of(chunk).iter().for_each(|block| block.set_freetype(freetype));
-        zone.insert(&self.map, chunk);
-        zone
-    }
-
-    /// Nobody uses the chunk any more: it stays allocated for good.
-    pub(crate) fn withhold(&self, chunk: Chunk) {
-        self.map.page(chunk.index).set_head(State::Withheld, chunk.order);
-    }
-
-    /// Puts pages back that were taken from the pool but could not be made zero.
-    fn give_back(&self, chunk: Chunk, error: UseError) {
-        if matches!(error, UseError::Unsealed(_)) {
-            self.withhold(chunk);
-        } else {
-            self.zone().insert(&self.map, chunk);
+        let first = zone.take(&self.map, order, freetype, floor)?;
+        for _ in 1..self.cpu_marks.batch >> order {
+            if !freetype.unmapped && zone.mapped_free(&self.map) < self.marks.high {
+                break;
+            }
+            let Some(index) = zone.take_own(&self.map, order, freetype) else { break };
+            lists.push(&self.map, Chunk { index, order }, pindex);
         }
-    }
-
-    fn report_pooled(&self, frames: FrameRange) {
-        let zero = self.map.is_zero(frames);
-        self.platform.life(if zero { Life::PooledZero } else { Life::Pooled }, frames);
+        self.look(&zone);
+        Some(self.taken(first))
     }
 
     fn taken(&self, taken: Taken) -> u32 {
@@ -288,6 +281,170 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             self.counts.alloc_fallback.add(1);
         }
         taken.index
+    }
+
+    /// Finds mapped pages where there are none at hand: on the lists of CPUs, then in secret
+    /// pageblocks that nobody uses.
+    fn take_mapped_slowly(&self, request: Request) -> Result<u32, AllocError> {
+        let Request { order, migratetype, noblock, .. } = request;
+        let freetype = Freetype::mapped(migratetype);
+        let floor = self.floor(noblock);
+        if noblock {
+            let (_, lists) = self.own_lists();
+            lists.drain(&self.map, &mut self.zone(), 0);
+        } else {
+            self.drain_all()?;
+        }
+        loop {
+            if let Some(taken) = self.zone().take(&self.map, order, freetype, floor) {
+                return Ok(self.taken(taken));
+            }
+            if noblock || !self.reclaim(order, migratetype)? {
+                self.counts.alloc_fail.add(1);
+                return Err(AllocError::NoMemory);
+            }
+        }
+    }
+
+    /// Finds secret pages where there are none at hand: freed ones that wait to be scrubbed, then by
+    /// flipping pageblocks, at last after emptying the lists of CPUs and moving what can be moved.
+    fn take_secret_slowly(&self, request: Request) -> Result<u32, AllocError> {
+        let Request { order, migratetype, noblock, .. } = request;
+        let freetype = Freetype::unmapped(migratetype);
+        let again = || self.zone().take(&self.map, order, freetype, 0);
+        // Which CPU does not matter much, should this task be on another one by now.
+        let cpu = self.own_lists().0;
+        self.scrub_freed(cpu)?;
+        self.drain(cpu, 0);
+        if let Some(taken) = again() {
+            return Ok(self.taken(taken));
+        }
+        if noblock {
+            self.counts.alloc_fail_noblock.add(1);
+            return Err(AllocError::WouldBlock);
+        }
+        for attempt in 0..3 {
+            match attempt {
+                0 => {}
+                1 => {
+                    self.drain_all()?;
+                    if let Some(taken) = again() {
+                        return Ok(self.taken(taken));
+                    }
+                }
+                _ if self.config.flip && order <= BLOCK && self.compact() => {}
+                _ => break,
+            }
+            if self.config.flip {
+                match self.flip_to_unmapped(order, migratetype) {
+                    Err(AllocError::NoBlock) => {}
+                    result => return result,
+                }
+            }
+        }
+        Err(self.no_pageblock(order))
+    }
+
+    /// Why there is nothing to flip.
+    fn no_pageblock(&self, order: u8) -> AllocError {
+        let plentiful = self.marks.min.saturating_add(1 << order.max(BLOCK));
+        if self.config.flip && self.zone().mapped_free(&self.map) >= plentiful {
+            self.counts.alloc_fail_no_block.add(1);
+            AllocError::NoBlock
+        } else {
+            self.counts.alloc_fail.add(1);
+            AllocError::NoMemory
+        }
+    }
+
+    /// Makes secret pages zero that are about to be handed out so.
+    ///
+    /// # Errors
+    /// [`AllocError`]; the pages are free again, or withheld.
+    fn make_zero(&self, chunk: Chunk) -> Result<(), AllocError> {
+        let frames = self.map.frames(chunk);
+        let known = self.map.is_known(frames);
+        if let Err(error) = self.zero_unknown(frames, Purpose::HandOut) {
+            if matches!(error, UseError::Unsealed(_)) {
+                self.withhold(chunk, false);
+            } else {
+                self.put(chunk);
+            }
+            return Err(error.into());
+        }
+        if known {
+            self.check_zero(chunk)?;
+        }
+        Ok(())
+    }
+
+    /// Frees mapped pages.
+    pub(crate) fn free_mapped(&self, pin: Pin<'_>) {
+        let chunk = pin.chunk();
+        self.retire(chunk);
+        self.poison(chunk);
+        self.put(chunk);
+        self.counts.free.add(1);
+    }
+
+    /// Frees secret pages; those that were written to are scrubbed, together with others. What
+    /// cannot be scrubbed is free as it is, sealed and not known to be zero; what the host would not
+    /// close is withheld.
+    pub(crate) fn free_secret(&self, pin: Pin<'_>) {
+        let chunk = pin.chunk();
+        let frames = self.map.frames(chunk);
+        self.counts.free.add(1);
+        self.counts.free_secret.add(1);
+        self.platform.life(Life::Freed, frames);
+        if pin.page().is_unsealed() {
+            self.withhold(chunk, true);
+            return;
+        }
+        self.retire(chunk);
+        if self.map.is_known(frames) {
+            self.report_pooled(frames);
+            self.put(chunk);
+        } else {
+            self.scrub_later(chunk);
+        }
+    }
+
+    /// Ends an allocation.
+    ///
+    /// # Panics
+    /// If the chunk is not one of this order: a double free, or a free of something else.
+    pub(crate) fn retire(&self, chunk: Chunk) {
+        let page = self.map.page(chunk.index);
+        let frames = self.map.frames(chunk);
+        assert!(
+            page.is_head(State::Allocated, chunk.order),
+            "{frames} is freed, but not allocated so"
+        );
+        page.set_head(State::Plain, 0);
+        self.map.count_allocated(chunk, false);
+    }
+
+    /// Puts free pages on this CPU's lists, or on the zone's.
+    pub(crate) fn put(&self, chunk: Chunk) {
+        let Some(pindex) = pindex(chunk.order, self.map.block_at(chunk.index).freetype()) else {
+            self.zone().insert(&self.map, chunk);
+            return;
+        };
+        let (_, lists) = self.own_lists();
+        lists.push(&self.map, chunk, pindex);
+        if lists.pages() > self.cpu_marks.high {
+            let keep = self.cpu_marks.high - self.cpu_marks.batch;
+            lists.drain(&self.map, &mut self.zone(), keep);
+        }
+    }
+
+    /// Nobody uses the chunk any more: it stays allocated for good. `allocated` says whether it was.
+    pub(crate) fn withhold(&self, chunk: Chunk, allocated: bool) {
+        self.map.page(chunk.index).set_head(State::Withheld, chunk.order);
+        if !allocated {
+            self.map.count_allocated(chunk, true);
+        }
+        self.counts.withheld.add(u64::from(chunk.pages()));
     }
 }
 

@@ -1,4 +1,5 @@
-//! Flips: whole pageblocks leave the direct map to become secret, and come back.
+//! Flips: whole pageblocks leave the direct map to become secret, and come back; many at a time
+//! under one shootdown.
 
 use crate::alloc::{AllocError, PageAllocator};
 use crate::freetype::{Freetype, Migratetype};
@@ -7,31 +8,55 @@ use crate::platform::{CpuSet, GateError, Platform, planted};
 use crate::secret::UseError;
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
-use crate::zone::BLOCK;
+use crate::zone::{BLOCK, BLOCK_PAGES};
 use lacuna_abi::addr::FrameRange;
 use lacuna_abi::event::{Flush, Life};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::direct_map;
 use lacuna_abi::paging::{Entry, Level};
 
-/// Chunks of pageblocks that come back under one shootdown.
+/// Chunks of pageblocks that change sides under one shootdown.
 const BATCH: usize = 16;
 
 /// What became of pageblocks that were to be closed.
-enum Closed {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fate {
     /// They are sealed.
     Sealed,
     /// The host refused to make them secret: they still are ordinary memory.
-    Ordinary(GateError),
-    /// They are sealed, but the host refused to open them for zeroing.
-    NotZeroed(GateError),
+    Ordinary,
     /// The host refused to close them again.
-    LeftOpen(GateError),
+    LeftOpen,
+}
+
+/// Chunks of pageblocks on their way.
+#[derive(Clone, Copy)]
+struct Batch {
+    chunks: [Chunk; BATCH],
+    len: usize,
+}
+
+impl Batch {
+    const EMPTY: Self = Self { chunks: [Chunk { index: 0, order: 0 }; BATCH], len: 0 };
+
+    fn push(&mut self, chunk: Chunk) {
+        self.chunks[self.len] = chunk;
+        self.len += 1;
+    }
+
+    fn is_full(&self) -> bool {
+        self.len == BATCH
+    }
+
+    fn all(&self) -> &[Chunk] {
+        &self.chunks[..self.len]
+    }
 }
 
 impl<P: Platform> PageAllocator<'_, P> {
     /// Flips the pageblocks that an allocation of `order` needs to the unmapped side and takes the
-    /// allocation from them.
+    /// allocation from them. If the pool is to be larger and memory is plentiful, others come along
+    /// under the same shootdown.
     ///
     /// # Errors
     /// [`AllocError`]: no pageblock is wholly free, or the host refused. Then the pageblocks are
@@ -43,40 +68,112 @@ impl<P: Platform> PageAllocator<'_, P> {
         migratetype: Migratetype,
     ) -> Result<u32, AllocError> {
         let size = order.max(BLOCK);
-        let taken = self.zone().take_mapped_blocks(&self.map, size, migratetype);
-        let chunk = taken.ok_or_else(|| self.no_pageblock())?;
-        let frames = self.map.frames(chunk);
-        self.remove_from_direct_map(chunk);
-        let refused = match self.close(frames) {
-            Closed::Sealed => None,
-            Closed::NotZeroed(error) => Some(error),
-            Closed::Ordinary(error) => {
-                self.add_to_direct_map(chunk);
-                self.zone().insert(&self.map, chunk);
-                return Err(AllocError::Gate(error));
-            }
-            Closed::LeftOpen(error) => {
-                self.withhold(chunk);
-                return Err(AllocError::Gate(error));
-            }
-        };
-        self.counts.flip_to_unmapped.add(1 << (size - BLOCK));
-        let mut zone = self.pool(chunk, Freetype::unmapped(migratetype));
-        if let Some(error) = refused {
-            return Err(AllocError::Gate(error));
+        let mut batch = Batch::EMPTY;
+        {
+            let mut zone = self.zone();
+            let taken = zone.take_mapped_blocks(&self.map, size, migratetype, self.marks.min);
+            let chunk = taken.ok_or(AllocError::NoBlock)?;
+            batch.push(chunk);
+            let rest = chunk.pages() - (1 << order) + zone.unmapped_free();
+            self.gather(&mut zone, &mut batch, rest, migratetype);
         }
-        // The blocks went onto the lists under the same lock, so they are still there.
-        let taken = zone.take(&self.map, order, Freetype::unmapped(migratetype));
+        let taken = self.flip(&batch, migratetype, |zone| {
+            // The blocks went onto the lists under the same lock, so they are still there.
+            zone.take(&self.map, order, Freetype::unmapped(migratetype), 0)
+        })?;
         taken.map(|taken| taken.index).ok_or(AllocError::NoMemory)
     }
 
-    /// Brings wholly free unmapped pageblocks back to the direct map: what a mapped request of
-    /// `order` and `migratetype` needs.
+    /// Flips pageblocks until the pool holds `pool_high` pages, as far as memory is plentiful;
+    /// whether there were any.
+    ///
+    /// # Errors
+    /// As [`Self::flip_to_unmapped`].
+    pub(crate) fn refill(&self) -> Result<bool, AllocError> {
+        let mut batch = Batch::EMPTY;
+        {
+            let mut zone = self.zone();
+            let have = zone.unmapped_free();
+            self.gather(&mut zone, &mut batch, have, Migratetype::Unmovable);
+        }
+        if batch.len == 0 {
+            return Ok(false);
+        }
+        self.flip(&batch, Migratetype::Unmovable, |_| ())?;
+        Ok(true)
+    }
+
+    /// Takes single pageblocks for a pool that holds `have` pages, to bring it as near to
+    /// `pool_high` as whole pageblocks come.
+    fn gather(
+        &self,
+        zone: &mut crate::zone::Zone,
+        batch: &mut Batch,
+        mut have: u32,
+        migratetype: Migratetype,
+    ) {
+        let floor = self.marks.high;
+        while have + BLOCK_PAGES / 2 <= self.config.pool_high && !batch.is_full() {
+            let taken = zone.take_mapped_blocks(&self.map, BLOCK, migratetype, floor);
+            let Some(chunk) = taken else { return };
+            batch.push(chunk);
+            have += chunk.pages();
+        }
+    }
+
+    /// Flips pageblocks that were taken off the mapped lists. `take` has the zone while all of them
+    /// are still on its lists.
+    ///
+    /// # Errors
+    /// The first refusal.
+    fn flip<R>(
+        &self,
+        batch: &Batch,
+        migratetype: Migratetype,
+        take: impl FnOnce(&mut crate::zone::Zone) -> R,
+    ) -> Result<R, AllocError> {
+        let chunks = batch.all();
+        self.remove_from_direct_map(chunks);
+        let (fates, refused) = self.close(chunks);
+        let freetype = Freetype::unmapped(migratetype);
+        for (chunk, fate) in chunks.iter().zip(fates) {
+            match fate {
+                Fate::Sealed => {
+                    self.counts.flip_to_unmapped.add(u64::from(chunk.pages() / BLOCK_PAGES));
+                    self.report_pooled(self.map.frames(*chunk));
+                }
+                Fate::Ordinary => self.add_to_direct_map(*chunk),
+                Fate::LeftOpen => self.withhold(*chunk, false),
+            }
+        }
+        let mut zone = self.zone();
+        for (chunk, fate) in chunks.iter().zip(fates) {
+            if fate == Fate::Ordinary {
+                zone.insert(&self.map, *chunk);
+                continue;
+            }
+            zone.label(&self.map, *chunk, freetype);
+            if fate == Fate::Sealed {
+                zone.insert(&self.map, *chunk);
+            }
+        }
+        match refused {
+            None => Ok(take(&mut zone)),
+            Some(error) => Err(AllocError::Gate(error)),
+        }
+    }
+
+    /// Brings wholly free unmapped pageblocks back to the direct map, those that have been free for
+    /// longest: as many as a mapped request of `order` and `migratetype` needs.
     ///
     /// # Errors
     /// As [`Self::flip_to_mapped`].
     pub(crate) fn reclaim(&self, order: u8, migratetype: Migratetype) -> Result<bool, UseError> {
-        self.flip_to_mapped(1, order, migratetype)
+        let wanted = self.marks.min.saturating_add(1 << order);
+        let missing = wanted.saturating_sub(self.zone().mapped_free(&self.map));
+        let size = order.max(BLOCK);
+        let chunks = (missing >> size).max(1) as usize;
+        self.flip_to_mapped(chunks, order, migratetype)
     }
 
     /// Brings wholly free unmapped pageblocks back to the direct map, as many as go under one
@@ -99,53 +196,59 @@ impl<P: Platform> PageAllocator<'_, P> {
         order: u8,
         migratetype: Migratetype,
     ) -> Result<bool, UseError> {
-        let mut batch = [Chunk::default(); BATCH];
+        let mut batch = Batch::EMPTY;
         let mut taken = 0;
-        let mut ready = 0;
         let mut result = Ok(());
-        while taken < limit {
+        while taken < limit && !batch.is_full() {
             let Some(chunk) = self.zone().take_unmapped_blocks(&self.map, order) else { break };
             taken += 1;
             match self.scrub_unpooled(chunk) {
-                Ok(()) => {
-                    batch[ready] = chunk;
-                    ready += 1;
-                }
+                Ok(()) => batch.push(chunk),
                 Err(error) => {
                     result = Err(error);
                     break;
                 }
             }
         }
-        let batch = &batch[..ready];
-        self.flush_windows(batch);
-        let released = self.release(batch);
-        let done = released.map_or_else(|(done, _)| done, |()| batch.len());
-        for chunk in &batch[..done] {
+        let chunks = batch.all();
+        self.flush_windows(chunks);
+        let released = self.release(chunks);
+        let done = released.map_or_else(|(done, _)| done, |()| chunks.len());
+        for chunk in &chunks[..done] {
             self.add_to_direct_map(*chunk);
-            let blocks = self.map.blocks_of(*chunk);
-            self.counts.flip_to_mapped.add(blocks.len() as u64);
-            // Only of secret pages does the bitmap say something: the next owner writes freely.
-            self.map.set_zero(self.map.frames(*chunk), false);
+            self.counts.flip_to_mapped.add(u64::from(chunk.pages() / BLOCK_PAGES));
+            // That they are zero was known of secret pages: the next owner writes freely.
+            self.map.set_known(self.map.frames(*chunk), false);
             let mut zone = self.zone();
-            blocks.iter().for_each(|block| block.set_freetype(Freetype::mapped(migratetype)));
+            zone.label(&self.map, *chunk, Freetype::mapped(migratetype));
             zone.insert(&self.map, *chunk);
         }
-        for chunk in &batch[done..] {
-            let _zone = self.pool(*chunk, self.map.block_at(chunk.index).freetype());
+        for chunk in &chunks[done..] {
+            self.repool(*chunk);
         }
         released.map_err(|(_, error)| UseError::Gate(error)).and(result).map(|()| done != 0)
     }
 
+    /// Puts pageblocks back that were taken off the unmapped lists.
+    fn repool(&self, chunk: Chunk) {
+        self.report_pooled(self.map.frames(chunk));
+        self.zone().insert(&self.map, chunk);
+    }
+
     /// Clears the directory entries of pageblocks, then has every CPU forget them. Never under the
     /// zone lock: another CPU might be waiting for it with interrupts off.
-    fn remove_from_direct_map(&self, chunk: Chunk) {
+    fn remove_from_direct_map(&self, chunks: &[Chunk]) {
         if planted!(self.platform, FlushBeforeUnmap) {
             self.flush_direct_map();
         }
-        if !planted!(self.platform, LeaveDirectMapAlias) {
-            let run = self.direct_map_run(chunk);
-            space::write(self.platform, run, self.platform.read_entry(run.at), Entry::EMPTY);
+        for chunk in chunks {
+            if self.config.poison {
+                self.map.set_known(self.map.frames(*chunk), false);
+            }
+            if !planted!(self.platform, LeaveDirectMapAlias) {
+                let run = self.direct_map_run(*chunk);
+                space::write(self.platform, run, self.platform.read_entry(run.at), Entry::EMPTY);
+            }
         }
         if !planted!(self.platform, FlushBeforeUnmap) {
             self.flush_direct_map();
@@ -180,22 +283,44 @@ impl<P: Platform> PageAllocator<'_, P> {
         Run { at, va, level: Level::Pd, count: chunk.pages() >> BLOCK }
     }
 
-    /// Seals pageblocks that left the direct map, zeroed if the pool is to be zero.
-    fn close(&self, frames: FrameRange) -> Closed {
+    /// Seals pageblocks that left the direct map, zeroed if the pool is to be zero: in two gate
+    /// calls, however many they are.
+    fn close(&self, chunks: &[Chunk]) -> ([Fate; BATCH], Option<GateError>) {
+        let mut fates = [Fate::Sealed; BATCH];
+        let count = chunks.len();
+        let mut ops = [(OpKind::Seal, FrameRange::single(self.map.zone().start())); 2 * BATCH];
+        for (index, chunk) in chunks.iter().enumerate() {
+            let frames = self.map.frames(*chunk);
+            ops[index].1 = frames;
+            ops[count + index] = (OpKind::Open, frames);
+        }
         let slip = planted!(self.platform, SkipSeal);
-        if !self.config.prezero {
-            let sealed = if slip { Ok(()) } else { self.platform.gate(&[(OpKind::Seal, frames)]) };
-            return sealed.map_or_else(Closed::Ordinary, |()| Closed::Sealed);
+        if !self.config.prezero && slip {
+            return (fates, None);
         }
-        match self.platform.gate(&[(OpKind::Seal, frames), (OpKind::Open, frames)]) {
-            Ok(()) => {}
-            Err(error) if error.index == 0 => return Closed::Ordinary(error),
-            Err(error) => return Closed::NotZeroed(error),
+        let steps = if self.config.prezero { 2 * count } else { count };
+        let refused = self.platform.gate(&ops[..steps]).err();
+        let done = refused.map_or(steps, |error| (error.index as usize).min(steps));
+        fates[done.min(count)..count].fill(Fate::Ordinary);
+        let opened = done.saturating_sub(count);
+        for chunk in &chunks[..opened] {
+            // Without a window the pages stay unknown, and are zeroed when they are handed out.
+            let _ = self.zero_open(self.map.frames(*chunk), Purpose::Flip);
         }
-        // Without a window the pages stay unknown, and are zeroed when they are handed out.
-        let _ = self.zero_open(frames, Purpose::Flip);
-        let sealed = if slip { Ok(()) } else { self.platform.gate(&[(OpKind::Seal, frames)]) };
-        sealed.map_or_else(Closed::LeftOpen, |()| Closed::Sealed)
+        if slip {
+            return (fates, refused);
+        }
+        let mut refused = refused;
+        let mut next = 0;
+        while next < opened
+            && let Err(error) = self.platform.gate(&ops[next..opened])
+        {
+            refused.get_or_insert(error);
+            next += (error.index as usize).min(opened - next - 1);
+            fates[next] = Fate::LeftOpen;
+            next += 1;
+        }
+        (fates, refused)
     }
 
     /// Scrubs pageblocks that were taken off the unmapped lists.
@@ -211,10 +336,8 @@ impl<P: Platform> PageAllocator<'_, P> {
         let scrubbed = self.zero_unknown(frames, Purpose::Scrub);
         match scrubbed {
             Ok(()) => {}
-            Err(UseError::Unsealed(_)) => self.withhold(chunk),
-            Err(_) => {
-                let _zone = self.pool(chunk, self.map.block_at(chunk.index).freetype());
-            }
+            Err(UseError::Unsealed(_)) => self.withhold(chunk, false),
+            Err(_) => self.repool(chunk),
         }
         scrubbed
     }
@@ -246,16 +369,5 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
         let refused = |error: GateError| ((error.index as usize).min(chunks.len()), error);
         self.platform.gate(&ops[..chunks.len()]).map_err(refused)
-    }
-
-    fn no_pageblock(&self) -> AllocError {
-        let usage = self.zone().usage(&self.map);
-        if usage.free_mapped + usage.fresh > 0 {
-            self.counts.alloc_fail_no_block.add(1);
-            AllocError::NoBlock
-        } else {
-            self.counts.alloc_fail.add(1);
-            AllocError::NoMemory
-        }
     }
 }

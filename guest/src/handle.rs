@@ -1,31 +1,109 @@
-//! Handles: an allocation as one word, for owners that keep a table of them in guest memory.
+//! Handles: an allocation by its slot, whatever pages it lies in.
 //!
-//! A handle is good once. Resolving it makes its owner anew, and both a second use and a use after
-//! the pages were freed are refused.
+//! An owner keeps a slot and finds the pages when it uses them; a pin keeps them where they are
+//! meanwhile. A handle is a slot as one word, for owners that keep a table of them in guest memory.
+//! It is good once: resolving it makes its owner anew, and both a second use and a use after the
+//! pages were freed are refused.
 
-use crate::meta::{Chunk, MemMap};
+use crate::freetype::Freetype;
+use crate::meta::{Chunk, MemMap, PageMeta};
+use crate::platform::Platform;
 
 /// The word is no handle of an allocation of this kind, or it was used already.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BadHandle(pub u64);
 
-/// The handle of the allocation whose first page this is; never 0.
-pub(crate) fn handle(map: &MemMap<'_>, index: u32) -> u64 {
-    u64::from(map.page(index).generation()) << 32 | u64::from(index + 1)
+/// An allocation's identity; whoever has it owns the allocation.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    number: u32,
+    order: u8,
 }
 
-/// The allocation of `handle`, which must be on this side of the direct map. The handle is used up.
-pub(crate) fn resolve(map: &MemMap<'_>, handle: u64, unmapped: bool) -> Result<Chunk, BadHandle> {
-    let [i0, i1, i2, i3, g0, g1, g2, g3] = handle.to_le_bytes();
-    let index = u32::from_le_bytes([i0, i1, i2, i3]).checked_sub(1).ok_or(BadHandle(handle))?;
-    let page = map.get(index).ok_or(BadHandle(handle))?;
-    match page.allocation() {
-        Some((order, freetype))
-            if freetype.unmapped == unmapped
-                && page.next_generation(u32::from_le_bytes([g0, g1, g2, g3])) =>
-        {
-            Ok(Chunk { index, order })
+impl Slot {
+    /// Hands a chunk out.
+    pub(crate) fn hand_out(map: &MemMap<'_>, chunk: Chunk, freetype: Freetype) -> Self {
+        map.page(chunk.index).hand_out(chunk.order, freetype);
+        map.count_allocated(chunk, true);
+        let slot = Self { number: map.slot_of(chunk.index), order: chunk.order };
+        slot.record(map).next_generation(slot.record(map).generation());
+        slot
+    }
+
+    /// The allocation of `handle`, which must be on this side of the direct map. The handle is used
+    /// up.
+    pub(crate) fn resolve(
+        map: &MemMap<'_>,
+        handle: u64,
+        unmapped: bool,
+    ) -> Result<Self, BadHandle> {
+        let [s0, s1, s2, s3, g0, g1, g2, g3] = handle.to_le_bytes();
+        let number = u32::from_le_bytes([s0, s1, s2, s3]).checked_sub(1);
+        let number = number.filter(|slot| *slot < map.len()).ok_or(BadHandle(handle))?;
+        let found = map.page(map.place_of(number)).allocation();
+        let (order, _) =
+            found.filter(|(_, kind)| kind.unmapped == unmapped).ok_or(BadHandle(handle))?;
+        let slot = Self { number, order };
+        if slot.record(map).next_generation(u32::from_le_bytes([g0, g1, g2, g3])) {
+            Ok(slot)
+        } else {
+            Err(BadHandle(handle))
         }
-        _ => Err(BadHandle(handle)),
+    }
+
+    /// The word that [`Self::resolve`] takes; never 0.
+    pub(crate) fn handle(&self, map: &MemMap<'_>) -> u64 {
+        u64::from(self.record(map).generation()) << 32 | u64::from(self.number + 1)
+    }
+
+    /// Where the allocation lies now. Only a pin keeps it there, or that it is being freed.
+    pub(crate) fn chunk(&self, map: &MemMap<'_>) -> Chunk {
+        Chunk { index: map.place_of(self.number), order: self.order }
+    }
+
+    /// Keeps the allocation where it is while the pin lives; waits while it is being moved.
+    pub(crate) fn pin<'m, P: Platform>(&self, map: &MemMap<'m>, platform: &P) -> Pin<'m> {
+        loop {
+            let chunk = self.chunk(map);
+            let page = map.page(chunk.index);
+            if page.pin() {
+                let pin = Pin { page, chunk };
+                // Moved meanwhile: what was pinned is somebody else's, or nobody's.
+                if map.place_of(self.number) == chunk.index {
+                    return pin;
+                }
+            }
+            platform.relax();
+        }
+    }
+
+    fn record<'m>(&self, map: &MemMap<'m>) -> &'m PageMeta {
+        map.page(self.number)
+    }
+}
+
+/// An allocation stays where it is while this lives.
+#[must_use = "the allocation may be moved when this is dropped"]
+#[derive(Debug)]
+pub(crate) struct Pin<'m> {
+    page: &'m PageMeta,
+    chunk: Chunk,
+}
+
+impl Pin<'_> {
+    /// Where the allocation lies.
+    pub(crate) fn chunk(&self) -> Chunk {
+        self.chunk
+    }
+
+    /// The record of its first page.
+    pub(crate) fn page(&self) -> &PageMeta {
+        self.page
+    }
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        self.page.unpin();
     }
 }

@@ -9,15 +9,20 @@
 extern crate std;
 
 pub mod alloc;
-mod counters;
+mod balance;
+mod compact;
+pub mod counters;
 mod flip;
 pub mod freetype;
 pub mod handle;
+mod list;
 mod lock;
 pub mod mapped;
 pub mod mermap;
 pub mod meta;
+mod pcp;
 pub mod platform;
+mod poison;
 pub mod programs;
 pub mod ring;
 pub mod secret;

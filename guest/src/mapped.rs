@@ -1,23 +1,23 @@
 //! Mapped pages: an allocation that the direct map shows, owned.
 
 use crate::alloc::PageAllocator;
-use crate::handle::{self, BadHandle};
-use crate::meta::Chunk;
+use crate::handle::{BadHandle, Pin, Slot};
 use crate::platform::Platform;
-use core::mem::forget;
+use core::mem::ManuallyDrop;
 use lacuna_abi::addr::{FrameRange, Gva};
 use lacuna_abi::layout::direct_map;
 
-/// Pages of the direct map, freed when this is dropped.
+/// Pages of the direct map, freed when this is dropped. They may be moved while they are not
+/// pinned, so that nobody keeps their address.
 #[must_use = "the pages are freed when this is dropped"]
 pub struct MappedPages<'r, 'a, P: Platform> {
     allocator: &'r PageAllocator<'a, P>,
-    chunk: Chunk,
+    slot: Slot,
 }
 
 impl<'r, 'a, P: Platform> MappedPages<'r, 'a, P> {
-    pub(crate) fn new(allocator: &'r PageAllocator<'a, P>, chunk: Chunk) -> Self {
-        Self { allocator, chunk }
+    pub(crate) fn new(allocator: &'r PageAllocator<'a, P>, slot: Slot) -> Self {
+        Self { allocator, slot }
     }
 
     /// The owner of the allocation with this handle, which is used up.
@@ -25,35 +25,53 @@ impl<'r, 'a, P: Platform> MappedPages<'r, 'a, P> {
     /// # Errors
     /// [`BadHandle`] if it is no handle of mapped pages, or was used before.
     pub fn from_raw(allocator: &'r PageAllocator<'a, P>, handle: u64) -> Result<Self, BadHandle> {
-        let chunk = handle::resolve(&allocator.map, handle, false)?;
-        Ok(Self { allocator, chunk })
+        let slot = Slot::resolve(&allocator.map, handle, false)?;
+        Ok(Self { allocator, slot })
     }
 
-    /// The frames.
+    /// Keeps the pages where they are, to be used.
+    pub fn pin(&self) -> PinnedPages<'_, 'a, P> {
+        let pin = self.slot.pin(&self.allocator.map, self.allocator.platform);
+        PinnedPages { allocator: self.allocator, pin }
+    }
+
+    /// The frames, where they lie now.
     pub fn frames(&self) -> FrameRange {
-        self.allocator.map.frames(self.chunk)
-    }
-
-    /// Address of the first frame in the direct map.
-    pub fn va(&self) -> Gva {
-        direct_map(self.frames().start().gpa())
+        self.allocator.map.frames(self.slot.chunk(&self.allocator.map))
     }
 
     /// The handle that [`Self::into_raw`] will give; never 0.
     pub fn handle(&self) -> u64 {
-        handle::handle(&self.allocator.map, self.chunk.index)
+        self.slot.handle(&self.allocator.map)
     }
 
     /// Gives up the owner and keeps the pages: [`Self::from_raw`] makes an owner again.
     pub fn into_raw(self) -> u64 {
-        let handle = self.handle();
-        forget(self);
-        handle
+        ManuallyDrop::new(self).handle()
     }
 }
 
 impl<P: Platform> Drop for MappedPages<'_, '_, P> {
     fn drop(&mut self) {
-        self.allocator.free_mapped(self.chunk);
+        self.allocator.free_mapped(self.slot.pin(&self.allocator.map, self.allocator.platform));
+    }
+}
+
+/// Mapped pages that stay where they are while this lives.
+#[must_use = "the pages may be moved when this is dropped"]
+pub struct PinnedPages<'s, 'a, P: Platform> {
+    allocator: &'s PageAllocator<'a, P>,
+    pin: Pin<'a>,
+}
+
+impl<P: Platform> PinnedPages<'_, '_, P> {
+    /// The frames.
+    pub fn frames(&self) -> FrameRange {
+        self.allocator.map.frames(self.pin.chunk())
+    }
+
+    /// Address of the first frame in the direct map.
+    pub fn va(&self) -> Gva {
+        direct_map(self.frames().start().gpa())
     }
 }

@@ -1,12 +1,14 @@
-//! Metadata: 16 bytes a page, 128 bytes a pageblock. All zero is the valid state of memory that
+//! Metadata: 32 bytes a page, 128 bytes a pageblock. All zero is the valid state of memory that
 //! never entered the free lists, so nothing has to be written at boot.
 //!
-//! The fields are atomics because several CPUs share them; what orders accesses is the zone lock
-//! or the ownership of the pages, so relaxed accesses do, and those are plain moves on x86.
+//! The fields are atomics because several CPUs share them; what orders accesses is the zone lock,
+//! the lock of a CPU's lists, or the ownership of the pages, so relaxed accesses do, and those are
+//! plain moves on x86. The pins of an allocation, which are no one's alone, say for themselves how
+//! they are ordered.
 
 use crate::freetype::Freetype;
 use core::mem::size_of;
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_ORDER, FrameRange, Gfn};
@@ -35,27 +37,51 @@ impl Chunk {
 pub(crate) enum State {
     /// No head: never entered, inside a larger chunk, or on the way from one list to another.
     Plain = 0,
-    /// First page of a chunk on a free list.
+    /// First page of a chunk on a free list of the zone.
     Free = 1,
     /// First page of an allocation.
     Allocated = 2,
-    /// First page of a chunk that is never handed out again: the host did not close it.
+    /// First page of a chunk that is never handed out again: the host did not close it, or somebody
+    /// wrote to it after it was freed.
     Withheld = 3,
+    /// First page of a chunk on a CPU's own list.
+    Cached = 4,
+    /// First page of a freed chunk that waits on a CPU's list to be scrubbed.
+    Dirty = 5,
+    /// First page of a free chunk that was taken off its list while its pageblock is emptied.
+    Isolated = 6,
 }
 
+/// The host refused to close pages of this allocation.
+const UNSEALED: u8 = 1 << 0;
+
+/// Pins of an allocation that is being moved.
+const MOVING: u32 = u32::MAX;
+
 /// Metadata of one page. Only the record of a chunk's first page says anything.
+///
+/// Each page also lends its record to a *slot*, the identity of an allocation while its pages move:
+/// `slot` leads from a page to its slot, `place` back. Both count from the record's own index, so
+/// that at the start each page has the slot with its own number; moving an allocation exchanges the
+/// slots of two pages.
 #[derive(Debug, Default)]
-#[repr(C)]
+#[repr(C, align(32))]
 pub struct PageMeta {
-    /// Neighbours on the free list, as index plus one; 0 for none.
+    /// Neighbours on a list, as index plus one; 0 for none.
     next: AtomicU32,
     prev: AtomicU32,
-    /// Counts hand-outs and resolved handles, so that an old handle is told from a new one.
+    /// Pins of the allocation. Who follows a slot to its old place may pin that for a moment,
+    /// whatever it is by then, so that nothing else may ever lie in this word.
+    pins: AtomicU32,
+    slot: AtomicU32,
+    place: AtomicU32,
+    /// Of the slot: counts hand-outs and resolved handles, so that an old handle is told from a new
+    /// one.
     generation: AtomicU32,
     state: AtomicU8,
     order: AtomicU8,
     freetype: AtomicU8,
-    unsealed: AtomicU8,
+    flags: AtomicU8,
 }
 
 const _: () = assert!(size_of::<PageMeta>() as u64 == PAGE_META_BYTES);
@@ -79,6 +105,16 @@ impl PageMeta {
         self.state.load(Relaxed) == state as u8 && self.order.load(Relaxed) == order
     }
 
+    /// Order of the chunk that this is the head of, if it is in `state`.
+    pub(crate) fn head(&self, state: State) -> Option<u8> {
+        (self.state.load(Relaxed) == state as u8).then(|| self.order.load(Relaxed))
+    }
+
+    /// Number of the state, and the order, which means something unless the state is plain.
+    pub(crate) fn any_head(&self) -> (u8, u8) {
+        (self.state.load(Relaxed), self.order.load(Relaxed))
+    }
+
     pub(crate) fn set_head(&self, state: State, order: u8) {
         self.order.store(order, Relaxed);
         self.state.store(state as u8, Relaxed);
@@ -86,19 +122,15 @@ impl PageMeta {
 
     /// Makes this the head of an allocation.
     pub(crate) fn hand_out(&self, order: u8, freetype: Freetype) {
-        self.set_head(State::Allocated, order);
         // A freetype's index is below FREETYPES, 6.
         self.freetype.store(freetype.index() as u8, Relaxed);
-        self.generation.store(self.generation.load(Relaxed).wrapping_add(1), Relaxed);
+        self.set_head(State::Allocated, order);
     }
 
     /// Order and freetype of the allocation that this is the head of.
     pub(crate) fn allocation(&self) -> Option<(u8, Freetype)> {
-        if self.state.load(Relaxed) != State::Allocated as u8 {
-            return None;
-        }
-        let freetype = Freetype::from_index(usize::from(self.freetype.load(Relaxed)))?;
-        Some((self.order.load(Relaxed), freetype))
+        let order = self.head(State::Allocated)?;
+        Some((order, Freetype::from_index(usize::from(self.freetype.load(Relaxed)))?))
     }
 
     pub(crate) fn generation(&self) -> u32 {
@@ -111,13 +143,34 @@ impl PageMeta {
         self.generation.compare_exchange(generation, next, Relaxed, Relaxed).is_ok()
     }
 
+    /// Keeps the allocation where it is, until as many [`Self::unpin`]; `false` while it is being
+    /// moved.
+    pub(crate) fn pin(&self) -> bool {
+        let more = |pins: u32| if pins == MOVING { None } else { pins.checked_add(1) };
+        self.pins.fetch_update(Acquire, Relaxed, more).is_ok()
+    }
+
+    pub(crate) fn unpin(&self) {
+        self.pins.fetch_sub(1, Release);
+    }
+
+    /// Forbids pins; whether there were none.
+    pub(crate) fn begin_move(&self) -> bool {
+        self.pins.compare_exchange(0, MOVING, Acquire, Relaxed).is_ok()
+    }
+
+    /// Allows pins again.
+    pub(crate) fn end_move(&self) {
+        self.pins.store(0, Release);
+    }
+
     /// The host refused to close pages of this allocation.
     pub(crate) fn set_unsealed(&self) {
-        self.unsealed.store(1, Relaxed);
+        self.flags.fetch_or(UNSEALED, Relaxed);
     }
 
     pub(crate) fn is_unsealed(&self) -> bool {
-        self.unsealed.load(Relaxed) != 0
+        self.flags.load(Relaxed) & UNSEALED != 0
     }
 }
 
@@ -127,12 +180,15 @@ const ZERO_WORDS: usize = BLOCK_FRAMES as usize / 64;
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
 pub struct BlockMeta {
-    /// One bit a page: its contents are known to be zero. Clear on the mapped side. Pages of one
-    /// block may belong to several CPUs, so that these words are changed by read-modify-write.
-    zero: [AtomicU64; ZERO_WORDS],
+    /// One bit a page: its contents are known. On the unmapped side they are zero, on the mapped
+    /// side the page is free and holds the poison. Pages of one block may belong to several CPUs, so
+    /// that these words are changed by read-modify-write.
+    known: [AtomicU64; ZERO_WORDS],
     /// For each CPU, the generation of its window when it last lay over this block; 0 for never.
     windows: [AtomicU32; MAX_CPUS],
     freetype: AtomicU32,
+    /// Pages in allocations.
+    allocated: AtomicU32,
 }
 
 const _: () = assert!(size_of::<BlockMeta>() as u64 == BLOCK_META_BYTES);
@@ -148,15 +204,29 @@ impl BlockMeta {
         self.freetype.store(freetype.index() as u32, Relaxed);
     }
 
-    /// Says that the pages from `first` are known to be zero, or not any more.
-    pub(crate) fn set_zero(&self, first: u64, count: u64, zero: bool) {
+    /// Pages of the block in allocations.
+    pub(crate) fn allocated(&self) -> u32 {
+        self.allocated.load(Relaxed)
+    }
+
+    /// Counts pages that were handed out, or given back.
+    pub(crate) fn count_allocated(&self, pages: u32, handed_out: bool) {
+        if handed_out {
+            self.allocated.fetch_add(pages, Relaxed);
+        } else {
+            self.allocated.fetch_sub(pages, Relaxed);
+        }
+    }
+
+    /// Says that the contents of the pages from `first` are known, or not any more.
+    pub(crate) fn set_known(&self, first: u64, count: u64, known: bool) {
         let mut next = first;
         let end = first + count;
         while next < end {
             let stop = end.min((next | 63) + 1);
             let mask = (u64::MAX >> (64 - (stop - next))) << (next % 64);
-            let word = &self.zero[(next / 64) as usize];
-            if zero {
+            let word = &self.known[(next / 64) as usize];
+            if known {
                 word.fetch_or(mask, Relaxed);
             } else {
                 word.fetch_and(!mask, Relaxed);
@@ -165,18 +235,18 @@ impl BlockMeta {
         }
     }
 
-    /// The first run of pages in `from..end` that are not known to be zero, as first and end.
+    /// The first run of pages in `from..end` whose contents are not known, as first and end.
     pub(crate) fn unknown_run(&self, from: u64, end: u64) -> Option<(u64, u64)> {
         let first = self.next_page(from, end, false)?;
         Some((first, self.next_page(first, end, true).unwrap_or(end)))
     }
 
-    /// The first page in `from..end` whose bit is `zero`, a word at a time.
-    fn next_page(&self, from: u64, end: u64, zero: bool) -> Option<u64> {
+    /// The first page in `from..end` whose bit is `known`, a word at a time.
+    fn next_page(&self, from: u64, end: u64, known: bool) -> Option<u64> {
         let mut next = from;
         while next < end {
-            let word = self.zero[(next / 64) as usize].load(Relaxed);
-            let wanted = if zero { word } else { !word } & (u64::MAX << (next % 64));
+            let word = self.known[(next / 64) as usize].load(Relaxed);
+            let wanted = if known { word } else { !word } & (u64::MAX << (next % 64));
             if wanted != 0 {
                 let page = (next & !63) + u64::from(wanted.trailing_zeros());
                 return (page < end).then_some(page);
@@ -267,16 +337,42 @@ impl<'a> MemMap<'a> {
         (&self.blocks[(index / BLOCK_FRAMES) as usize], index % BLOCK_FRAMES)
     }
 
-    /// Says for these frames of the zone that they are known to be zero, or not any more.
-    pub(crate) fn set_zero(&self, frames: FrameRange, zero: bool) {
-        for part in frames.by_block() {
-            let (block, first) = self.part(part);
-            block.set_zero(first, part.count(), zero);
+    /// Slot of the allocation whose first page this is.
+    pub(crate) fn slot_of(&self, index: u32) -> u32 {
+        index.wrapping_add(self.page(index).slot.load(Relaxed))
+    }
+
+    /// First page of the allocation with this slot.
+    pub(crate) fn place_of(&self, slot: u32) -> u32 {
+        slot.wrapping_add(self.page(slot).place.load(Acquire))
+    }
+
+    /// Exchanges the slots of two pages: the allocation at `from` is now the one at `to`. Who finds
+    /// it there also sees what was copied there before.
+    pub(crate) fn exchange_slots(&self, from: u32, to: u32) {
+        let slots = [self.slot_of(from), self.slot_of(to)];
+        for (page, slot) in [(to, slots[0]), (from, slots[1])] {
+            self.page(page).slot.store(slot.wrapping_sub(page), Relaxed);
+            self.page(slot).place.store(page.wrapping_sub(slot), Release);
         }
     }
 
-    /// Whether all of these frames of the zone are known to be zero.
-    pub(crate) fn is_zero(&self, frames: FrameRange) -> bool {
+    /// Says for these frames of the zone that their contents are known, or not any more.
+    pub(crate) fn set_known(&self, frames: FrameRange, known: bool) {
+        for part in frames.by_block() {
+            let (block, first) = self.part(part);
+            block.set_known(first, part.count(), known);
+        }
+    }
+
+    /// Counts the chunk as handed out, or as given back, in its pageblocks.
+    pub(crate) fn count_allocated(&self, chunk: Chunk, handed_out: bool) {
+        let pages = chunk.pages().min(1 << BLOCK_ORDER);
+        self.blocks_of(chunk).iter().for_each(|block| block.count_allocated(pages, handed_out));
+    }
+
+    /// Whether the contents of all these frames of the zone are known.
+    pub(crate) fn is_known(&self, frames: FrameRange) -> bool {
         frames.by_block().all(|part| {
             let (block, first) = self.part(part);
             block.unknown_run(first, first + part.count()).is_none()
@@ -300,7 +396,7 @@ mod tests {
             let mut model = [false; 512];
             for (first, count, zero) in changes {
                 let count = count.min(512 - first);
-                block.set_zero(first, count, zero);
+                block.set_known(first, count, zero);
                 model[first as usize..(first + count) as usize].fill(zero);
             }
             let end = (from + length).min(512);

@@ -116,6 +116,11 @@ pub trait Platform {
     /// Fills `bytes` from `va`, both multiples of 8, with zeroes.
     fn zero(&self, va: Gva, bytes: u64);
 
+    /// Fills `bytes` from `va`, both multiples of 8, with a word.
+    fn fill(&self, va: Gva, bytes: u64, value: u64) {
+        (0..bytes).step_by(8).for_each(|offset| self.store(va.wrapping_add(offset), value));
+    }
+
     /// Copies `bytes` from `from` to `to`, which do not overlap.
     fn copy(&self, to: Gva, from: Gva, bytes: u64);
 

@@ -1,11 +1,10 @@
 //! Secret pages: an allocation that nothing shows but the windows opened on it.
 
 use crate::alloc::PageAllocator;
-use crate::handle::{self, BadHandle};
+use crate::handle::{BadHandle, Pin, Slot};
 use crate::mermap::{Mapping, MermapError, Protection};
-use crate::meta::Chunk;
 use crate::platform::{GateError, InterruptsOff, Platform};
-use core::mem::forget;
+use core::mem::ManuallyDrop;
 use lacuna_abi::addr::{FrameRange, Gfn, Gva, PAGE_SIZE};
 use lacuna_abi::gate::OpKind;
 
@@ -38,12 +37,12 @@ pub enum Access {
 #[must_use = "the pages are scrubbed and freed when this is dropped"]
 pub struct SecretPages<'r, 'a, P: Platform> {
     allocator: &'r PageAllocator<'a, P>,
-    chunk: Chunk,
+    slot: Slot,
 }
 
 impl<'r, 'a, P: Platform> SecretPages<'r, 'a, P> {
-    pub(crate) fn new(allocator: &'r PageAllocator<'a, P>, chunk: Chunk) -> Self {
-        Self { allocator, chunk }
+    pub(crate) fn new(allocator: &'r PageAllocator<'a, P>, slot: Slot) -> Self {
+        Self { allocator, slot }
     }
 
     /// The owner of the allocation with this handle, which is used up.
@@ -51,25 +50,23 @@ impl<'r, 'a, P: Platform> SecretPages<'r, 'a, P> {
     /// # Errors
     /// [`BadHandle`] if it is no handle of secret pages, or was used before.
     pub fn from_raw(allocator: &'r PageAllocator<'a, P>, handle: u64) -> Result<Self, BadHandle> {
-        let chunk = handle::resolve(&allocator.map, handle, true)?;
-        Ok(Self { allocator, chunk })
+        let slot = Slot::resolve(&allocator.map, handle, true)?;
+        Ok(Self { allocator, slot })
     }
 
-    /// The frames.
+    /// The frames, where they lie now.
     pub fn frames(&self) -> FrameRange {
-        self.allocator.map.frames(self.chunk)
+        self.allocator.map.frames(self.slot.chunk(&self.allocator.map))
     }
 
     /// The handle that [`Self::into_raw`] will give; never 0.
     pub fn handle(&self) -> u64 {
-        handle::handle(&self.allocator.map, self.chunk.index)
+        self.slot.handle(&self.allocator.map)
     }
 
     /// Gives up the owner and keeps the pages: [`Self::from_raw`] makes an owner again.
     pub fn into_raw(self) -> u64 {
-        let handle = self.handle();
-        forget(self);
-        handle
+        ManuallyDrop::new(self).handle()
     }
 
     /// Opens `count` pages from page `first` of the allocation in a window of this CPU. A single
@@ -83,17 +80,18 @@ impl<'r, 'a, P: Platform> SecretPages<'r, 'a, P> {
         count: u64,
         access: Access,
     ) -> Result<SecretWindow<'_, 'a, P>, UseError> {
-        let all = self.frames();
+        let allocator = self.allocator;
+        let pin = self.slot.pin(&allocator.map, allocator.platform);
+        let all = allocator.map.frames(pin.chunk());
         let frames = FrameRange::new(Gfn(all.start().0.saturating_add(first)), count)
             .filter(|frames| all.contains_range(*frames))
             .ok_or(UseError::OutOfRange)?;
-        let allocator = self.allocator;
         allocator.platform.gate(&[(OpKind::Open, frames)]).map_err(UseError::Gate)?;
         // From here on dropping the window seals the frames, whether they could be mapped or not.
         let mut window =
-            SecretWindow { allocator, head: self.chunk.index, frames, access, mapping: None };
+            SecretWindow { allocator, pin, frames, access, mapping: None, sealed: false };
         if access == Access::Write {
-            allocator.map.set_zero(frames, false);
+            allocator.map.set_known(frames, false);
         }
         match window.map() {
             Ok(mapping) => {
@@ -110,7 +108,7 @@ impl<'r, 'a, P: Platform> SecretPages<'r, 'a, P> {
 
 impl<P: Platform> Drop for SecretPages<'_, '_, P> {
     fn drop(&mut self) {
-        self.allocator.free_secret(self.chunk);
+        self.allocator.free_secret(self.slot.pin(&self.allocator.map, self.allocator.platform));
     }
 }
 
@@ -118,11 +116,11 @@ impl<P: Platform> Drop for SecretPages<'_, '_, P> {
 #[must_use = "the pages are sealed again when this is dropped"]
 pub struct SecretWindow<'s, 'a, P: Platform> {
     allocator: &'s PageAllocator<'a, P>,
-    /// First page of the allocation.
-    head: u32,
+    pin: Pin<'a>,
     frames: FrameRange,
     access: Access,
     mapping: Option<Mapping<'s, 'a, P>>,
+    sealed: bool,
 }
 
 impl<'s, 'a, P: Platform> SecretWindow<'s, 'a, P> {
@@ -185,9 +183,7 @@ impl<'s, 'a, P: Platform> SecretWindow<'s, 'a, P> {
     /// # Errors
     /// [`UseError::Unsealed`], which dropping the window cannot say.
     pub fn close(mut self) -> Result<(), UseError> {
-        let sealed = self.seal();
-        forget(self);
-        sealed
+        self.seal()
     }
 
     fn map(&self) -> Result<Mapping<'s, 'a, P>, MermapError> {
@@ -208,9 +204,10 @@ impl<'s, 'a, P: Platform> SecretWindow<'s, 'a, P> {
     /// Takes the mapping down, then seals. An allocation that stays open is not handed out again.
     fn seal(&mut self) -> Result<(), UseError> {
         self.mapping = None;
+        self.sealed = true;
         let sealed = self.allocator.seal_open(self.frames);
         if sealed.is_err() {
-            self.allocator.map.page(self.head).set_unsealed();
+            self.pin.page().set_unsealed();
         }
         sealed
     }
@@ -232,7 +229,9 @@ impl<'s, 'a, P: Platform> SecretWindow<'s, 'a, P> {
 
 impl<P: Platform> Drop for SecretWindow<'_, '_, P> {
     fn drop(&mut self) {
-        // The refusal is remembered with the allocation.
-        let _ = self.seal();
+        if !self.sealed {
+            // The refusal is remembered with the allocation.
+            let _ = self.seal();
+        }
     }
 }

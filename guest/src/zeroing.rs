@@ -31,18 +31,61 @@ impl<P: Platform> PageAllocator<'_, P> {
         frames: FrameRange,
         purpose: Purpose,
     ) -> Result<(), UseError> {
+        self.each_unknown_run(frames, |run| self.use_open(run, || self.zero_open(run, purpose)))
+    }
+
+    /// Zeroes those of the open frames that are not known to be zero.
+    ///
+    /// # Errors
+    /// As [`Self::zero_open`].
+    pub(crate) fn zero_unknown_open(
+        &self,
+        frames: FrameRange,
+        purpose: Purpose,
+    ) -> Result<(), MermapError> {
+        self.each_unknown_run(frames, |run| self.zero_open(run, purpose))
+    }
+
+    /// Hands `body` the runs of frames that are not known to be zero, each within a pageblock.
+    fn each_unknown_run<E>(
+        &self,
+        frames: FrameRange,
+        mut body: impl FnMut(FrameRange) -> Result<(), E>,
+    ) -> Result<(), E> {
         for part in frames.by_block() {
             let (block, first) = self.map.part(part);
             let (mut next, end) = (first, first + part.count());
             while let Some((from, to)) = block.unknown_run(next, end) {
                 let start = Gfn(part.start().0 + (from - first));
                 if let Some(run) = FrameRange::new(start, to - from) {
-                    self.use_open(run, || self.zero_open(run, purpose))?;
+                    body(run)?;
                 }
                 next = to;
             }
         }
         Ok(())
+    }
+
+    /// The first page of sealed frames of one pageblock that is not zero, with the word that is not.
+    ///
+    /// # Errors
+    /// As [`Self::zero_unknown`].
+    pub(crate) fn find_nonzero(&self, part: FrameRange) -> Result<Option<(Gfn, u64)>, UseError> {
+        let mut found = None;
+        self.use_open(part, || {
+            for frame in part.iter() {
+                let off = InterruptsOff::new(self.platform);
+                let mapping = self.mermap.get_reserved(frame, Protection::READ, off)?;
+                let words = (0..PAGE_SIZE).step_by(8);
+                let word = |at| self.platform.load(mapping.va().wrapping_add(at));
+                if let Some(other) = words.map(word).find(|word| *word != 0) {
+                    found = Some((frame, other));
+                    break;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(found)
     }
 
     /// Opens the frames, lets `body` use them, seals them again.
@@ -79,12 +122,12 @@ impl<P: Platform> PageAllocator<'_, P> {
         if slip {
             // A page that skipped its scrub is not believed to be zero: the slip shows where the
             // frame is released, not where it is handed out next.
-            self.map.set_zero(frames, purpose != Purpose::Scrub);
+            self.map.set_known(frames, purpose != Purpose::Scrub);
             return Ok(());
         }
         for part in frames.by_block() {
             self.zero_part(part)?;
-            self.map.set_zero(part, true);
+            self.map.set_known(part, true);
             self.zeroed(purpose, part.count());
         }
         Ok(())

@@ -4,33 +4,39 @@
 //! freetype's list. So the pageblock alone says which list a page is on or goes back to.
 
 use crate::freetype::{FREETYPES, Freetype, Migratetype};
-use crate::meta::{Chunk, MAX_ORDER, MemMap, State};
+use crate::list::List;
+use crate::meta::{BlockMeta, Chunk, MAX_ORDER, MemMap, State};
 use lacuna_abi::addr::BLOCK_ORDER;
 
 const ORDERS: usize = MAX_ORDER as usize + 1;
 /// Order of a pageblock.
 pub(crate) const BLOCK: u8 = BLOCK_ORDER as u8;
+/// Pages of a pageblock.
+pub(crate) const BLOCK_PAGES: u32 = 1 << BLOCK;
+/// From this order on even a movable request claims the pageblock that it takes from.
+const CLAIM_ORDER: u8 = BLOCK / 2;
 
 /// Free pages of the zone, and those that never were on a list.
 #[derive(Debug, Default)]
 pub(crate) struct Zone {
-    /// First chunk of each list.
-    heads: [[Option<u32>; ORDERS]; FREETYPES],
+    lists: [[List; ORDERS]; FREETYPES],
     /// For each freetype, a bit for each order whose list is not empty.
     filled: [u16; FREETYPES],
+    /// Pages on the lists of each freetype.
+    free: [u32; FREETYPES],
+    /// Pageblocks of each freetype.
+    blocks: [u32; FREETYPES],
     /// First page that never entered the lists; all behind it did not either.
     fresh: u32,
-    free_mapped: u32,
-    free_unmapped: u32,
 }
 
 /// Where the zone's pages are.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Usage {
-    pub(crate) free_mapped: u32,
-    pub(crate) free_unmapped: u32,
-    /// Handed out, withheld, or just changing sides.
-    pub(crate) allocated: u32,
+    /// Pages on the lists of each freetype.
+    pub(crate) free: [u32; FREETYPES],
+    /// Pages in pageblocks of each freetype.
+    pub(crate) total: [u32; FREETYPES],
     pub(crate) fresh: u32,
 }
 
@@ -43,30 +49,72 @@ pub(crate) struct Taken {
 }
 
 impl Zone {
-    /// Takes 2^`order` pages of `wanted`: from its own lists, then by stealing whole pageblocks,
-    /// then from fresh memory, then by stealing less. The flag `UNMAPPED` is never stolen across.
-    pub(crate) fn take(&mut self, map: &MemMap<'_>, order: u8, wanted: Freetype) -> Option<Taken> {
+    /// Takes 2^`order` pages of `wanted`: from its own lists, then by claiming whole pageblocks,
+    /// from fresh memory, by claiming pageblocks that are free or its own kind for the most part,
+    /// and at last by stealing what is there. The flag `UNMAPPED` is never stolen across. A mapped
+    /// request leaves `floor` pages free on the mapped side.
+    pub(crate) fn take(
+        &mut self,
+        map: &MemMap<'_>,
+        order: u8,
+        wanted: Freetype,
+        floor: u32,
+    ) -> Option<Taken> {
+        if !wanted.unmapped && self.mapped_free(map) < floor.saturating_add(1 << order) {
+            return None;
+        }
+        // Fresh memory enters as movable: of that kind it is the own one.
+        let fresh_first = wanted == Freetype::mapped(Migratetype::Movable);
         loop {
             if let Some(index) = self.take_own(map, order, wanted) {
                 return Some(Taken { index, fallback: false });
             }
-            if let Some(taken) = self.steal(map, order, order.max(BLOCK), wanted) {
-                return Some(taken);
+            if fresh_first && self.enter_fresh(map) {
+                continue;
+            }
+            let claimed = self.claim(map, order, order.max(BLOCK)..=MAX_ORDER, wanted);
+            if claimed.is_some() {
+                return claimed;
             }
             if wanted.unmapped || !self.enter_fresh(map) {
-                return self.steal(map, order, order, wanted);
+                break;
             }
         }
+        let least = if wanted.migratetype == Migratetype::Movable { CLAIM_ORDER } else { 0 };
+        self.claim(map, order, order.max(least)..=BLOCK - 1, wanted)
+            .or_else(|| self.steal(map, order, wanted))
+    }
+
+    /// The smallest free chunk of the freetype's own lists that is large enough, cut down to
+    /// `order`.
+    pub(crate) fn take_own(
+        &mut self,
+        map: &MemMap<'_>,
+        order: u8,
+        freetype: Freetype,
+    ) -> Option<u32> {
+        let large_enough = self.filled[freetype.index()] >> order;
+        if large_enough == 0 {
+            return None;
+        }
+        // At most 10, the largest order.
+        let found = order + large_enough.trailing_zeros() as u8;
+        let newest = self.lists[freetype.index()][usize::from(found)].newest()?;
+        Some(self.cut(map, Chunk { index: newest, order: found }, order, freetype))
     }
 
     /// Takes a wholly free pageblock, or two that make an order-10 chunk, off the mapped side, to
-    /// be flipped: of `migratetype` first.
+    /// be flipped: of `migratetype` first. `floor` pages stay free there.
     pub(crate) fn take_mapped_blocks(
         &mut self,
         map: &MemMap<'_>,
         order: u8,
         migratetype: Migratetype,
+        floor: u32,
     ) -> Option<Chunk> {
+        if self.mapped_free(map) < floor.saturating_add(1 << order) {
+            return None;
+        }
         let own = Freetype::mapped(migratetype);
         loop {
             for freetype in core::iter::once(own).chain(own.fallbacks()) {
@@ -81,12 +129,18 @@ impl Zone {
     }
 
     /// Takes a wholly free pageblock off the unmapped side, to be flipped back: two that make an
-    /// order-10 chunk, if that is what `order` needs and there are any.
+    /// order-10 chunk, if that is what `order` needs and there are any; those that have been free
+    /// for longest.
     pub(crate) fn take_unmapped_blocks(&mut self, map: &MemMap<'_>, order: u8) -> Option<Chunk> {
-        for order in [order.max(BLOCK), BLOCK] {
+        let wanted = order.max(BLOCK);
+        for found in (wanted..=MAX_ORDER).chain(BLOCK..wanted) {
             for migratetype in Migratetype::ALL {
-                if let Some(index) = self.take_own(map, order, Freetype::unmapped(migratetype)) {
-                    return Some(Chunk { index, order });
+                let freetype = Freetype::unmapped(migratetype);
+                let list = &self.lists[freetype.index()][usize::from(found)];
+                if let Some(oldest) = list.oldest() {
+                    let order = wanted.min(found);
+                    let chunk = Chunk { index: oldest, order: found };
+                    return Some(Chunk { index: self.cut(map, chunk, order, freetype), order });
                 }
             }
         }
@@ -110,79 +164,166 @@ impl Zone {
             self.remove(map, buddy, other);
             // Differs only where the buddy is a pageblock of its own, which then goes along.
             if other != freetype {
-                block.set_freetype(freetype);
+                self.retype(block, freetype);
             }
             chunk = Chunk { index: chunk.index & buddy.index, order: chunk.order + 1 };
         }
         self.push(map, chunk, freetype);
     }
 
-    /// Takes an allocation back.
-    ///
-    /// # Panics
-    /// If the chunk is not the head of an allocation of this order: a double free, or a free that
-    /// names something else.
-    pub(crate) fn free(&mut self, map: &MemMap<'_>, chunk: Chunk) {
-        match map.get(chunk.index) {
-            Some(page) if page.is_head(State::Allocated, chunk.order) => {
-                page.set_head(State::Plain, 0);
+    /// Labels the pageblocks of a chunk that is on no list.
+    pub(crate) fn label(&mut self, map: &MemMap<'_>, chunk: Chunk, freetype: Freetype) {
+        map.blocks_of(chunk).iter().for_each(|block| self.retype(block, freetype));
+    }
+
+    /// Whether nothing of a pageblock is in use.
+    pub(crate) fn is_free(&self, map: &MemMap<'_>, block: u32) -> bool {
+        let head = |index: u32| map.page(index).head(State::Free);
+        head(block).is_some_and(|order| order >= BLOCK)
+            || head(block & !(2 * BLOCK_PAGES - 1)) == Some(MAX_ORDER)
+    }
+
+    /// Takes every free chunk of a pageblock, all smaller than it, off the lists.
+    pub(crate) fn isolate(&mut self, map: &MemMap<'_>, block: u32) {
+        let freetype = map.block_at(block).freetype();
+        let mut next = block;
+        while let Some(chunk) = heads(map, block, next, State::Free).next() {
+            next = chunk.index + chunk.pages();
+            self.remove(map, chunk, freetype);
+            map.page(chunk.index).set_head(State::Isolated, chunk.order);
+        }
+    }
+
+    /// Puts what [`Self::isolate`] took back, as one chunk if nothing of the pageblock is in use
+    /// any more; whether that is so.
+    pub(crate) fn end_isolation(&mut self, map: &MemMap<'_>, block: u32) -> bool {
+        let pages = |state| heads(map, block, block, state).map(Chunk::pages).sum::<u32>();
+        let whole = pages(State::Isolated) + pages(State::Free) == BLOCK_PAGES;
+        if whole {
+            self.isolate(map, block);
+        }
+        let mut next = block;
+        while let Some(chunk) = heads(map, block, next, State::Isolated).next() {
+            next = chunk.index + chunk.pages();
+            map.page(chunk.index).set_head(State::Plain, 0);
+            if !whole {
                 self.insert(map, chunk);
             }
-            Some(_) => panic!("{} is freed, but not allocated so", map.frames(chunk)),
-            None => panic!("page {:#x} is freed, but is not in the zone", chunk.index),
         }
+        if whole {
+            self.insert(map, Chunk { index: block, order: BLOCK });
+        }
+        whole
     }
 
     /// Where the pages are.
     pub(crate) fn usage(&self, map: &MemMap<'_>) -> Usage {
         Usage {
-            free_mapped: self.free_mapped,
-            free_unmapped: self.free_unmapped,
-            allocated: self.fresh - self.free_mapped - self.free_unmapped,
+            free: self.free,
+            total: self.blocks.map(|blocks| blocks * BLOCK_PAGES),
             fresh: map.len() - self.fresh,
         }
     }
 
-    /// The smallest free chunk of the freetype that is large enough, cut down to `order`.
-    fn take_own(&mut self, map: &MemMap<'_>, order: u8, freetype: Freetype) -> Option<u32> {
-        let large_enough = self.filled[freetype.index()] >> order;
-        if large_enough == 0 {
-            return None;
-        }
-        // At most 10, the largest order.
-        let order_found = order + large_enough.trailing_zeros() as u8;
-        self.cut(map, order_found, order, freetype)
+    /// Free pages of the mapped side, those that never were on a list included.
+    pub(crate) fn mapped_free(&self, map: &MemMap<'_>) -> u32 {
+        self.free[..Migratetype::ALL.len()].iter().sum::<u32>() + map.len() - self.fresh
     }
 
-    /// The largest free chunk of another migratetype, of order `least` at least. Whole pageblocks
-    /// change their migratetype, smaller chunks leave the rest where it was.
-    fn steal(&mut self, map: &MemMap<'_>, order: u8, least: u8, wanted: Freetype) -> Option<Taken> {
-        for found in (least..=MAX_ORDER).rev() {
+    /// Free pages of the unmapped side.
+    pub(crate) fn unmapped_free(&self) -> u32 {
+        self.free[Migratetype::ALL.len()..].iter().sum()
+    }
+
+    /// Whether any pageblock is on the unmapped side.
+    pub(crate) fn pool_was_used(&self) -> bool {
+        self.blocks[Migratetype::ALL.len()..].iter().any(|blocks| *blocks > 0)
+    }
+
+    /// First page behind the memory that entered the lists.
+    pub(crate) fn entered(&self) -> u32 {
+        self.fresh
+    }
+
+    /// Takes from the largest chunk of another migratetype, of an order in `orders`, and makes its
+    /// pageblock one of `wanted`: always if the chunk is whole pageblocks, otherwise if at least
+    /// half of the pageblock is free or used as `wanted` is.
+    fn claim(
+        &mut self,
+        map: &MemMap<'_>,
+        order: u8,
+        orders: core::ops::RangeInclusive<u8>,
+        wanted: Freetype,
+    ) -> Option<Taken> {
+        for found in orders.rev() {
             for other in wanted.fallbacks() {
-                let Some(head) = self.heads[other.index()][usize::from(found)] else { continue };
-                let index = if found < BLOCK {
-                    self.cut(map, found, order, other)?
-                } else {
-                    let chunk = Chunk { index: head, order: found };
+                let newest = self.lists[other.index()][usize::from(found)].newest();
+                let Some(index) = newest else { continue };
+                let chunk = Chunk { index, order: found };
+                if found >= BLOCK {
                     self.remove(map, chunk, other);
-                    map.blocks_of(chunk).iter().for_each(|block| block.set_freetype(wanted));
+                    self.label(map, chunk, wanted);
                     self.push(map, chunk, wanted);
-                    self.cut(map, found, order, wanted)?
-                };
-                return Some(Taken { index, fallback: true });
+                } else if !self.claim_block(map, index & !(BLOCK_PAGES - 1), other, wanted) {
+                    continue;
+                }
+                return Some(Taken { index: self.cut(map, chunk, order, wanted), fallback: true });
             }
         }
         None
     }
 
-    /// Takes the first chunk of a list and gives back what is behind its first 2^`order` pages.
-    fn cut(&mut self, map: &MemMap<'_>, found: u8, order: u8, freetype: Freetype) -> Option<u32> {
-        let index = self.heads[freetype.index()][usize::from(found)]?;
-        self.remove(map, Chunk { index, order: found }, freetype);
-        for half in (order..found).rev() {
-            self.push(map, Chunk { index: index + (1 << half), order: half }, freetype);
+    /// Makes a pageblock that is in use one of `wanted`, with all its free chunks, if it suits.
+    fn claim_block(
+        &mut self,
+        map: &MemMap<'_>,
+        block: u32,
+        from: Freetype,
+        wanted: Freetype,
+    ) -> bool {
+        let free: u32 = heads(map, block, block, State::Free).map(Chunk::pages).sum();
+        let alike: u32 = heads(map, block, block, State::Allocated)
+            .filter(|chunk| {
+                map.page(chunk.index)
+                    .allocation()
+                    .is_some_and(|(_, kind)| kind.migratetype == wanted.migratetype)
+            })
+            .map(Chunk::pages)
+            .sum();
+        if free + alike < BLOCK_PAGES / 2 {
+            return false;
         }
-        Some(index)
+        let mut next = block;
+        while let Some(chunk) = heads(map, block, next, State::Free).next() {
+            next = chunk.index + chunk.pages();
+            self.remove(map, chunk, from);
+            self.push(map, chunk, wanted);
+        }
+        self.retype(map.block_at(block), wanted);
+        true
+    }
+
+    /// The smallest chunk of another migratetype that is large enough; the rest stays where it was.
+    fn steal(&mut self, map: &MemMap<'_>, order: u8, wanted: Freetype) -> Option<Taken> {
+        for found in order..=MAX_ORDER {
+            for other in wanted.fallbacks() {
+                let newest = self.lists[other.index()][usize::from(found)].newest();
+                let Some(index) = newest else { continue };
+                let chunk = Chunk { index, order: found };
+                return Some(Taken { index: self.cut(map, chunk, order, other), fallback: true });
+            }
+        }
+        None
+    }
+
+    /// Takes a chunk off its list and gives back what is behind its first 2^`order` pages; the
+    /// first of them.
+    fn cut(&mut self, map: &MemMap<'_>, chunk: Chunk, order: u8, freetype: Freetype) -> u32 {
+        self.remove(map, chunk, freetype);
+        for half in (order..chunk.order).rev() {
+            self.push(map, Chunk { index: chunk.index + (1 << half), order: half }, freetype);
+        }
+        chunk.index
     }
 
     /// Lets the next memory that was never used enter the lists, movable; whether there was any.
@@ -195,48 +336,57 @@ impl Zone {
         let order = if left >= 1 << MAX_ORDER { MAX_ORDER } else { BLOCK };
         let chunk = Chunk { index: self.fresh, order };
         let movable = Freetype::mapped(Migratetype::Movable);
-        map.blocks_of(chunk).iter().for_each(|block| block.set_freetype(movable));
+        for block in map.blocks_of(chunk) {
+            block.set_freetype(movable);
+            self.blocks[movable.index()] += 1;
+        }
         self.fresh += chunk.pages();
         self.push(map, chunk, movable);
         true
     }
 
+    /// Labels one pageblock that entered the lists.
+    fn retype(&mut self, block: &BlockMeta, freetype: Freetype) {
+        self.blocks[block.freetype().index()] -= 1;
+        block.set_freetype(freetype);
+        self.blocks[freetype.index()] += 1;
+    }
+
     fn push(&mut self, map: &MemMap<'_>, chunk: Chunk, freetype: Freetype) {
-        let list = &mut self.heads[freetype.index()][usize::from(chunk.order)];
-        let page = map.page(chunk.index);
-        page.set_head(State::Free, chunk.order);
-        page.set_prev(None);
-        page.set_next(*list);
-        if let Some(next) = *list {
-            map.page(next).set_prev(Some(chunk.index));
-        }
-        *list = Some(chunk.index);
+        self.lists[freetype.index()][usize::from(chunk.order)].push(map, chunk, State::Free);
         self.filled[freetype.index()] |= 1 << chunk.order;
-        *self.free_pages(freetype) += chunk.pages();
+        self.free[freetype.index()] += chunk.pages();
     }
 
     fn remove(&mut self, map: &MemMap<'_>, chunk: Chunk, freetype: Freetype) {
-        let page = map.page(chunk.index);
-        let (prev, next) = page.links();
-        page.set_head(State::Plain, 0);
-        if let Some(next) = next {
-            map.page(next).set_prev(prev);
+        let list = &self.lists[freetype.index()][usize::from(chunk.order)];
+        list.remove(map, chunk.index);
+        if list.is_empty() {
+            self.filled[freetype.index()] &= !(1 << chunk.order);
         }
-        match prev {
-            Some(prev) => map.page(prev).set_next(next),
-            None => {
-                self.heads[freetype.index()][usize::from(chunk.order)] = next;
-                if next.is_none() {
-                    self.filled[freetype.index()] &= !(1 << chunk.order);
-                }
+        self.free[freetype.index()] -= chunk.pages();
+    }
+}
+
+/// The chunks of a pageblock, from page `next` on, whose heads are in `state`. Free chunks are
+/// exact under the zone lock; what other CPUs use or keep may change at any time.
+pub(crate) fn heads<'m>(
+    map: &'m MemMap<'_>,
+    block: u32,
+    mut next: u32,
+    state: State,
+) -> impl Iterator<Item = Chunk> + use<'m> {
+    core::iter::from_fn(move || {
+        while next < block + BLOCK_PAGES {
+            let index = next;
+            let (found, order) = map.page(index).any_head();
+            next += if found == State::Plain as u8 { 1 } else { 1 << order.min(BLOCK) };
+            if found == state as u8 {
+                return Some(Chunk { index, order });
             }
         }
-        *self.free_pages(freetype) -= chunk.pages();
-    }
-
-    fn free_pages(&mut self, freetype: Freetype) -> &mut u32 {
-        if freetype.unmapped { &mut self.free_unmapped } else { &mut self.free_mapped }
-    }
+        None
+    })
 }
 
 #[cfg(test)]
@@ -245,10 +395,11 @@ impl Zone {
     /// counts, no overlap, and no two buddies that should be one.
     pub(crate) fn check(&self, map: &MemMap<'_>) {
         let mut on_list = std::vec![false; map.len() as usize];
-        let mut pages = [0; 2];
+        let mut pages = [0; FREETYPES];
         for freetype in (0..FREETYPES).filter_map(Freetype::from_index) {
             for order in 0..=MAX_ORDER {
-                let mut next = self.heads[freetype.index()][usize::from(order)];
+                let list = &self.lists[freetype.index()][usize::from(order)];
+                let mut next = list.newest();
                 assert_eq!(next.is_some(), self.filled[freetype.index()] >> order & 1 == 1);
                 let mut prev = None;
                 while let Some(index) = next {
@@ -268,12 +419,18 @@ impl Zone {
                         || !map.get(buddy).is_some_and(|b| b.is_head(State::Free, order))
                         || map.block_at(buddy).freetype().unmapped != freetype.unmapped;
                     assert!(merged, "{chunk:?} and its buddy are both free");
-                    pages[usize::from(freetype.unmapped)] += chunk.pages();
+                    pages[freetype.index()] += chunk.pages();
                     prev = Some(index);
                     next = page.links().1;
                 }
+                assert_eq!(list.oldest(), prev);
             }
         }
-        assert_eq!(pages, [self.free_mapped, self.free_unmapped]);
+        assert_eq!(pages, self.free);
+        let mut blocks = [0; FREETYPES];
+        for first in (0..self.fresh).step_by(BLOCK_PAGES as usize) {
+            blocks[map.block_at(first).freetype().index()] += 1;
+        }
+        assert_eq!(blocks, self.blocks);
     }
 }

@@ -15,8 +15,15 @@ pub const FEATURE_PREZERO: u64 = 1 << 0;
 /// An empty pool may be refilled by flipping pageblocks. Without it every secret request of an
 /// empty pool fails.
 pub const FEATURE_FLIP: u64 = 1 << 1;
+/// Freed mapped pages are filled with a pattern, which is checked when they are handed out.
+pub const FEATURE_POISON: u64 = 1 << 2;
+/// Secret pages that are known to be zero are looked at when they are handed out as zero.
+pub const FEATURE_CHECK_ZERO: u64 = 1 << 3;
 /// Everything that this version knows.
-pub const FEATURES: u64 = FEATURE_PREZERO | FEATURE_FLIP;
+pub const FEATURES: u64 = FEATURE_PREZERO | FEATURE_FLIP | FEATURE_POISON | FEATURE_CHECK_ZERO;
+
+/// [`BootInfo::min_free`] that leaves the choice to the guest.
+pub const MIN_FREE_BY_SIZE: u64 = u64::MAX;
 
 words_struct! {
     /// Boot information. Virtual places are constants of [`crate::layout`]; only physical places
@@ -38,6 +45,13 @@ words_struct! {
         faults,
         /// Seed for whatever the guest draws at random.
         seed,
+        /// Pages of the mapped side that are kept for callers that cannot wait;
+        /// [`MIN_FREE_BY_SIZE`] for what suits the zone.
+        min_free,
+        /// Free secret pages below which pageblocks flip ahead of demand.
+        pool_low,
+        /// Free secret pages up to which they do.
+        pool_high,
         /// Physical address of the image.
         image_gpa,
         /// Bytes of the image.

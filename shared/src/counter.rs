@@ -46,14 +46,83 @@ words_struct! {
         gate_calls,
         /// Gate calls that the host refused.
         gate_refused,
-        /// Pages on mapped free lists at the end.
+        /// Times that freed secret pages were scrubbed together.
+        scrubs,
+        /// Times that the lists of all CPUs were emptied because memory was short.
+        drains,
+        /// Times that the pool was filled ahead of demand.
+        balance_refill,
+        /// Times that pageblocks came back ahead of demand.
+        balance_reclaim,
+        /// Pageblocks that were emptied by moving what lay in them.
+        compact_success,
+        /// Pageblocks that could not be emptied.
+        compact_fail,
+        /// Pages moved.
+        pages_moved,
+        /// Pages whose poison was intact when they were handed out.
+        poison_checked,
+        /// Pages known to be zero that were looked at when they were handed out.
+        zero_checked,
+        /// Mapped pages on free lists, the zone's and those of CPUs.
         nr_free_mapped,
-        /// Pages on unmapped free lists at the end.
+        /// Unmapped pages on free lists, the zone's and those of CPUs; those that wait to be scrubbed
+        /// included.
         nr_free_unmapped,
-        /// Pages in allocations at the end.
+        /// Pages in allocations, or withheld.
         nr_allocated,
+        /// Pages that are never handed out again.
+        nr_withheld,
         /// Pages that never entered the free lists.
         nr_fresh,
+        /// Mapped unmovable pages on the zone's free lists.
+        nr_free_unmovable,
+        /// Mapped movable pages on the zone's free lists.
+        nr_free_movable,
+        /// Mapped reclaimable pages on the zone's free lists.
+        nr_free_reclaimable,
+        /// Unmapped unmovable pages on the zone's free lists.
+        nr_free_unmapped_unmovable,
+        /// Unmapped movable pages on the zone's free lists.
+        nr_free_unmapped_movable,
+        /// Unmapped reclaimable pages on the zone's free lists.
+        nr_free_unmapped_reclaimable,
+        /// Mapped unmovable pages on the lists of CPUs.
+        nr_cached_unmovable,
+        /// Mapped movable pages on the lists of CPUs.
+        nr_cached_movable,
+        /// Mapped reclaimable pages on the lists of CPUs.
+        nr_cached_reclaimable,
+        /// Unmapped unmovable pages on the lists of CPUs.
+        nr_cached_unmapped_unmovable,
+        /// Unmapped movable pages on the lists of CPUs.
+        nr_cached_unmapped_movable,
+        /// Unmapped reclaimable pages on the lists of CPUs.
+        nr_cached_unmapped_reclaimable,
+        /// Mapped unmovable pages in allocations, or withheld.
+        nr_allocated_unmovable,
+        /// Mapped movable pages in allocations, or withheld.
+        nr_allocated_movable,
+        /// Mapped reclaimable pages in allocations, or withheld.
+        nr_allocated_reclaimable,
+        /// Unmapped unmovable pages in allocations, or withheld.
+        nr_allocated_unmapped_unmovable,
+        /// Unmapped movable pages in allocations, or withheld.
+        nr_allocated_unmapped_movable,
+        /// Unmapped reclaimable pages in allocations, or withheld.
+        nr_allocated_unmapped_reclaimable,
+        /// Mapped unmovable pages in pageblocks.
+        nr_total_unmovable,
+        /// Mapped movable pages in pageblocks.
+        nr_total_movable,
+        /// Mapped reclaimable pages in pageblocks.
+        nr_total_reclaimable,
+        /// Unmapped unmovable pages in pageblocks.
+        nr_total_unmapped_unmovable,
+        /// Unmapped movable pages in pageblocks.
+        nr_total_unmapped_movable,
+        /// Unmapped reclaimable pages in pageblocks.
+        nr_total_unmapped_reclaimable,
         /// Units of work done by the program: trace events, or pages stored.
         work,
         /// Tags that a workload checked before it freed a page.

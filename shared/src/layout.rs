@@ -50,7 +50,7 @@ pub const IMAGE_START: Gpa = Gpa(0x20_0000);
 pub const LOW_END: Gpa = Gpa(3 << 30);
 
 /// Bytes of metadata for one frame (`lacuna-guest` asserts that its structure has this size).
-pub const PAGE_META_BYTES: u64 = 16;
+pub const PAGE_META_BYTES: u64 = 32;
 /// Bytes of metadata for one pageblock (likewise asserted).
 pub const BLOCK_META_BYTES: u64 = 128;
 

@@ -19,7 +19,7 @@ mod ring;
 mod shared;
 mod touch;
 
-use lacuna_abi::boot::{BootInfo, FEATURE_FLIP, FEATURE_PREZERO};
+use lacuna_abi::boot::BootInfo;
 use lacuna_abi::gate::Call;
 use lacuna_abi::workload::Program;
 use lacuna_guest::alloc::{AllocConfig, PageAllocator};
@@ -43,11 +43,7 @@ fn main(cpu: usize) -> ! {
     let layout = info.layout();
     let machine = Machine::new(&info);
     let map = MemMap::new(shared::page_metadata(&layout), shared::block_metadata(&layout), &layout);
-    let config = AllocConfig {
-        prezero: info.features & FEATURE_PREZERO != 0,
-        flip: info.features & FEATURE_FLIP != 0,
-    };
-    let allocator = PageAllocator::new(&machine, &layout, map, config);
+    let allocator = PageAllocator::new(&machine, &layout, map, AllocConfig::from_boot(&info));
     if let Err(error) = allocator.prepare() {
         panic!("the mermap cannot be prepared: {error:?}");
     }

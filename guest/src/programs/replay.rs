@@ -104,18 +104,21 @@ impl<'r, 'a, P: Platform> Replay<'r, 'a, P> {
         zero: bool,
     ) -> Result<u64, ProgramError> {
         let tags = Tags::new(slot, pages.handle());
-        let mut va = pages.va();
-        for (page, frame) in (0..).zip(pages.frames().iter()) {
+        let pinned = pages.pin();
+        let mut va = pinned.va();
+        for (page, frame) in (0..).zip(pinned.frames().iter()) {
             if zero {
                 check_zero(frame, self.platform.load(va))?;
             }
             self.platform.store(va, tags.of(page));
             va = va.wrapping_add(PAGE_SIZE);
         }
+        drop(pinned);
         Ok(pages.into_raw())
     }
 
     fn check_mapped(&self, pages: &MappedPages<'r, 'a, P>, tags: Tags) -> Result<(), ProgramError> {
+        let pages = pages.pin();
         let mut va: Gva = pages.va();
         for (page, frame) in (0..).zip(pages.frames().iter()) {
             tags.check(page, frame, self.platform.load(va))?;

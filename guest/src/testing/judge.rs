@@ -62,6 +62,8 @@ pub(crate) struct State {
     pub(crate) seen: Vec<Seen>,
     pub(crate) violations: Vec<String>,
     pub(crate) progress: u64,
+    /// Gate calls made.
+    pub(crate) calls: u64,
     #[cfg(feature = "faults")]
     pub(crate) faults: u64,
     stale: Vec<Stale>,
@@ -88,6 +90,7 @@ impl State {
             seen: Vec::new(),
             violations: Vec::new(),
             progress: 0,
+            calls: 0,
             #[cfg(feature = "faults")]
             faults: 0,
             stale: Vec::new(),

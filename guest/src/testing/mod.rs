@@ -30,6 +30,9 @@ std::thread_local! {
     static CPU: Cell<usize> = const { Cell::new(0) };
 }
 
+/// Nothing is kept for callers that cannot wait.
+pub(crate) const EAGER: AllocConfig = AllocConfig { min_free: Some(0), ..AllocConfig::PLAIN };
+
 /// The machine and the metadata of its zone.
 pub(crate) struct Mock {
     pub(crate) layout: Layout,
@@ -58,9 +61,13 @@ impl Mock {
         self.allocator_with(true)
     }
 
-    /// A prepared allocator that zeroes ahead or does not.
+    /// A prepared allocator that hands out the last page, and zeroes ahead or does not.
     pub(crate) fn allocator_with(&self, prezero: bool) -> PageAllocator<'_, Self> {
-        let config = AllocConfig { prezero, flip: true };
+        self.allocator_as(AllocConfig { prezero, ..EAGER })
+    }
+
+    /// A prepared allocator.
+    pub(crate) fn allocator_as(&self, config: AllocConfig) -> PageAllocator<'_, Self> {
         let allocator = PageAllocator::new(self, &self.layout, self.map(), config);
         allocator.prepare().unwrap();
         allocator
@@ -174,6 +181,7 @@ impl Platform for Mock {
 
     fn gate(&self, ops: &[(OpKind, FrameRange)]) -> Result<(), GateError> {
         let mut state = self.state();
+        state.calls += 1;
         for (index, (kind, frames)) in ops.iter().enumerate() {
             state
                 .operation(CPU.get(), *kind, *frames)

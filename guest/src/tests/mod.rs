@@ -3,8 +3,10 @@
 #[cfg(feature = "faults")]
 mod faults;
 mod flip;
+mod lists;
 mod mermap;
 mod model;
+mod moving;
 mod page_alloc;
 mod programs;
 mod refusals;

@@ -1,6 +1,7 @@
 //! The allocator against a plain model, and on two threads at once.
 
 use crate::alloc::Request;
+use crate::counters::Pages;
 use crate::freetype::Migratetype;
 use crate::mapped::MappedPages;
 use crate::secret::{Access, SecretPages};
@@ -53,7 +54,6 @@ proptest! {
                     prop_assert_eq!(frames.count(), 1 << request.order);
                     prop_assert!(frames.start().0.is_multiple_of(frames.count()));
                     prop_assert!(zone.contains_range(frames));
-                    prop_assert!(held.iter().all(|(h, ..)| h.intersection(frames).is_none()));
                     prop_assert_eq!(mock.in_direct_map(frames), !secret);
                     if request.zero {
                         let zero = |frame| mock.state().frame(frame).contents.is_zero();
@@ -72,6 +72,22 @@ proptest! {
                 Step::Free(_) => {}
                 Step::Shrink => allocator.shrink().unwrap(),
             }
+            // Movable pages may lie elsewhere by now.
+            for (frames, handle, secret) in &mut held {
+                if *secret {
+                    let pages = SecretPages::from_raw(&allocator, *handle).unwrap();
+                    (*frames, *handle) = (pages.frames(), pages.into_raw());
+                } else {
+                    let pages = MappedPages::from_raw(&allocator, *handle).unwrap();
+                    (*frames, *handle) = (pages.frames(), pages.into_raw());
+                }
+            }
+            for (index, (frames, ..)) in held.iter().enumerate() {
+                let apart = |other: &(FrameRange, u64, bool)| other.0.intersection(*frames).is_none();
+                prop_assert!(held[..index].iter().all(apart), "{frames} is handed out twice");
+            }
+            let (pages, _) = allocator.pages();
+            prop_assert!(pages.iter().all(Pages::adds_up), "{pages:?}");
             let counters = allocator.counters();
             let allocated: u64 = held.iter().map(|(frames, ..)| frames.count()).sum();
             prop_assert_eq!(counters.nr_allocated, allocated);

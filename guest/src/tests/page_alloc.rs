@@ -1,13 +1,14 @@
 //! The page allocator as a whole: what is handed out, from where, and that the counts are exact.
 
 use crate::alloc::{AllocError, PageAllocator, Request};
+use crate::counters::Pages;
 use crate::freetype::{FREETYPES, Freetype, Migratetype};
 use crate::mapped::MappedPages;
 use crate::meta::Chunk;
 use crate::platform::{InterruptsOff, Platform};
 use crate::secret::{Access, SecretPages};
 use crate::testing::{Mock, Random, pages, zero_pages};
-use lacuna_abi::addr::PAGE_SIZE;
+use lacuna_abi::addr::{FrameRange, PAGE_SIZE};
 use std::vec::Vec;
 
 /// Checks that the counts add up and that `allocated` pages are in use.
@@ -17,6 +18,9 @@ fn check_counts(mock: &Mock, allocator: &PageAllocator<'_, Mock>, allocated: u64
     let zone = mock.layout.zone_frames().count();
     assert_eq!(free + counters.nr_allocated + counters.nr_fresh, zone);
     assert_eq!(counters.nr_allocated, allocated);
+    let (pages, fresh) = allocator.pages();
+    assert!(pages.iter().all(Pages::adds_up), "{pages:?}");
+    assert_eq!(pages.iter().map(|pages| pages.total).sum::<u32>() + fresh, zone as u32);
     allocator.zone().check(&mock.map());
 }
 
@@ -46,9 +50,9 @@ fn alloc_map_unmap() {
     let mapped: Vec<_> = (0..most).map(|_| allocator.alloc_mapped(pages(0)).unwrap()).collect();
     for (n, page) in (0..).zip(&mapped) {
         assert!(mock.in_direct_map(page.frames()));
-        mock.store(page.va(), n);
+        mock.store(page.pin().va(), n);
     }
-    assert!((0..).zip(&mapped).all(|(n, page)| mock.load(page.va()) == n));
+    assert!((0..).zip(&mapped).all(|(n, page)| mock.load(page.pin().va()) == n));
     check_counts(&mock, &allocator, most);
 }
 
@@ -86,7 +90,7 @@ impl Held<'_, '_> {
         match self {
             Self::Mapped(pages, number) => {
                 for page in 0..pages.frames().count() {
-                    let found = mock.load(pages.va().wrapping_add(page * PAGE_SIZE));
+                    let found = mock.load(pages.pin().va().wrapping_add(page * PAGE_SIZE));
                     assert_eq!(found, number + page);
                 }
             }
@@ -122,7 +126,7 @@ fn stress_alloc<'r, 'a>(
     }
     let pages = allocator.alloc_mapped(request)?;
     for page in 0..pages.frames().count() {
-        let va = pages.va().wrapping_add(page * PAGE_SIZE);
+        let va = pages.pin().va().wrapping_add(page * PAGE_SIZE);
         assert!(!request.zero || mock.load(va) == 0);
         mock.store(va, number + page);
     }
@@ -223,28 +227,35 @@ fn a_zone_can_be_handed_out_to_the_last_page() {
 }
 
 #[test]
-fn stealing_whole_blocks_changes_their_migratetype_and_less_does_not() {
+fn pageblocks_that_suit_are_claimed_and_of_others_the_smallest_chunk_is_stolen() {
     let mock = Mock::new(16, 1);
     let allocator = mock.allocator();
     let of = |migratetype, order| Request { migratetype, ..pages(order) };
-    let kind = |frames: lacuna_abi::addr::FrameRange| {
-        mock.map().part(lacuna_abi::addr::FrameRange::single(frames.start())).0.freetype()
+    let kind = |frames: FrameRange| {
+        mock.map().part(FrameRange::single(frames.start())).0.freetype().migratetype
     };
-    let first = allocator.alloc_mapped(of(Migratetype::Unmovable, 0)).unwrap();
-    assert_eq!(kind(first.frames()), Freetype::mapped(Migratetype::Unmovable));
+    // Orders without lists of their own, so that each request reaches the zone.
+    let first = allocator.alloc_mapped(of(Migratetype::Unmovable, 4)).unwrap();
+    assert_eq!(kind(first.frames()), Migratetype::Unmovable);
     assert_eq!(allocator.counters().alloc_fallback, 1, "fresh memory is movable");
-    let second = allocator.alloc_mapped(of(Migratetype::Unmovable, 0)).unwrap();
+    let second = allocator.alloc_mapped(of(Migratetype::Unmovable, 4)).unwrap();
     assert_eq!(allocator.counters().alloc_fallback, 1, "the rest of the chunk went along");
 
-    // Everything else that is large goes, so that only the unmovable chunk's rest can serve.
+    // Everything that is whole goes, so that only the rest of the unmovable block is left.
     let large: Vec<_> =
         (0..3).map(|_| allocator.alloc_mapped(of(Migratetype::Movable, 10)).unwrap()).collect();
-    let half = allocator.alloc_mapped(of(Migratetype::Movable, 9)).unwrap();
-    assert_eq!(kind(half.frames()), Freetype::mapped(Migratetype::Movable));
-    let stolen = allocator.alloc_mapped(of(Migratetype::Movable, 0)).unwrap();
-    assert_eq!(kind(stolen.frames()), Freetype::mapped(Migratetype::Unmovable));
-    assert_eq!(stolen.frames().start().0 % 512, 256, "from the largest chunk");
-    drop((first, second, large, half, stolen));
+    let half = allocator.alloc_mapped(of(Migratetype::Unmovable, 9)).unwrap();
+    // Most of the block is free: from a large chunk a movable request claims it.
+    let claimed = allocator.alloc_mapped(of(Migratetype::Movable, 8)).unwrap();
+    assert_eq!(kind(claimed.frames()), Migratetype::Movable);
+    assert_eq!(kind(first.frames()), Migratetype::Movable, "the same block");
+    // Now most of it is in use, by movable pages: another migratetype takes the smallest chunk.
+    let used = allocator.alloc_mapped(of(Migratetype::Movable, 7)).unwrap();
+    let stolen = allocator.alloc_mapped(of(Migratetype::Reclaimable, 4)).unwrap();
+    assert_eq!(kind(stolen.frames()), Migratetype::Movable, "the block stays what it is");
+    assert_eq!(stolen.frames().start().0 % 512, 32, "behind the two of order 4");
+    check_counts(&mock, &allocator, 16 + 16 + 3072 + 512 + 256 + 128 + 16);
+    drop((first, second, large, half, claimed, used, stolen));
     check_counts(&mock, &allocator, 0);
 }
 
@@ -276,9 +287,9 @@ fn mapped_pages_asked_for_as_zero_are_zero() {
     let mock = Mock::new(16, 1);
     let allocator = mock.allocator();
     let dirty = allocator.alloc_mapped(pages(3)).unwrap();
-    assert_ne!(mock.load(dirty.va()), 0, "the test machine's memory is dirty");
+    assert_ne!(mock.load(dirty.pin().va()), 0, "the test machine's memory is dirty");
     let zero = allocator.alloc_mapped(zero_pages(3)).unwrap();
-    assert!((0..8).all(|page| mock.load(zero.va().wrapping_add(page * PAGE_SIZE + 8)) == 0));
+    assert!((0..8).all(|page| mock.load(zero.pin().va().wrapping_add(page * PAGE_SIZE + 8)) == 0));
     assert_eq!(allocator.counters().zeroed_mapped, 8);
 }
 
@@ -330,7 +341,7 @@ fn a_double_free_is_noticed() {
     let mapped = allocator.alloc_mapped(pages(0)).unwrap();
     let index = (mapped.frames().start().0 - mock.layout.zone_frames().start().0) as u32;
     drop(mapped);
-    allocator.free_mapped(Chunk { index, order: 0 });
+    allocator.retire(Chunk { index, order: 0 });
 }
 
 #[test]
@@ -341,12 +352,5 @@ fn a_free_of_the_wrong_order_is_noticed() {
     let mapped = allocator.alloc_mapped(pages(3)).unwrap();
     let index = (mapped.frames().start().0 - mock.layout.zone_frames().start().0) as u32;
     core::mem::forget(mapped);
-    allocator.free_mapped(Chunk { index, order: 2 });
-}
-
-#[test]
-#[should_panic(expected = "is not in the zone")]
-fn a_free_outside_the_zone_is_noticed() {
-    let mock = Mock::new(16, 1);
-    mock.allocator().free_mapped(Chunk { index: 1 << 20, order: 0 });
+    allocator.retire(Chunk { index, order: 2 });
 }

@@ -165,7 +165,7 @@ fn a_page_that_should_be_zero_and_is_not_is_noticed() {
         drop(allocator.alloc_secret(crate::testing::zero_pages(9)).unwrap());
         // The pool believes that its pages are zero.
         let start = mock.layout.zone_frames().start();
-        mock.map().set_zero(lacuna_abi::addr::FrameRange::new(start, 512).unwrap(), true);
+        mock.map().set_known(lacuna_abi::addr::FrameRange::new(start, 512).unwrap(), true);
         for frame in &mut mock.state().frames {
             frame.contents = crate::testing::Contents::DIRTY;
         }

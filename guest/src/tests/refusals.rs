@@ -81,6 +81,7 @@ fn a_refused_scrub_leaves_the_block_in_the_pool_or_withholds_what_is_open() {
         let mock = Mock::new(16, 1);
         let allocator = mock.allocator_with(false);
         drop(allocator.alloc_secret(pages(0)).unwrap());
+        allocator.drain_all().unwrap();
         mock.refuse(nth);
         assert!(allocator.shrink().is_err());
         assert!(!mock.in_direct_map(frames(&mock, 0, 512)));
@@ -96,7 +97,7 @@ fn a_refusal_at_hand_out_puts_the_pages_back_or_withholds_them() {
         let mock = Mock::new(16, 1);
         let allocator = mock.allocator_with(false);
         drop(allocator.alloc_secret(pages(9)).unwrap());
-        mock.map().set_zero(frames(&mock, 0, 512), false);
+        mock.map().set_known(frames(&mock, 0, 512), false);
         mock.refuse(nth);
         assert!(refused(allocator.alloc_secret(zero_pages(0))));
         assert_eq!(allocator.counters().nr_free_unmapped, free);
@@ -114,10 +115,11 @@ fn a_refusal_at_a_free_keeps_the_page_unknown_or_withholds_it() {
         let window = secret.open(0, 1, Access::Write).unwrap();
         window.store(0, 1).unwrap();
         window.close().unwrap();
-        mock.refuse(nth);
         drop(secret);
+        mock.refuse(nth);
+        assert!(allocator.drain_all().is_err());
         assert_eq!(allocator.counters().nr_free_unmapped, free);
-        assert_eq!(mock.map().is_zero(page), nth == 1);
+        assert_eq!(mock.map().is_known(page), nth == 1);
         allocator.zone().check(&mock.map());
     }
 }

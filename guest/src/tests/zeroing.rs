@@ -42,7 +42,7 @@ fn every_pageblock_gets_exactly_its_own_pages() {
     for index in 0..1024 {
         assert_eq!(is_zero(&mock, index), (500..600).contains(&index), "page {index}");
     }
-    assert!(mock.map().is_zero(run));
+    assert!(mock.map().is_known(run));
     assert_eq!(allocator.counters().zeroed_scrub, 100);
 }
 
@@ -63,7 +63,7 @@ fn pages_known_to_be_zero_are_neither_opened_nor_touched() {
     let allocator = mock.allocator_with(false);
     let all = sealed(&mock, &allocator, 8);
     let known = FrameRange::new(Gfn(all.start().0 + 2), 3).unwrap();
-    mock.map().set_zero(known, true);
+    mock.map().set_known(known, true);
     allocator.zero_unknown(all, Purpose::Scrub).unwrap();
     let opened = |seen: &Seen| match seen {
         Seen::Gate(OpKind::Open, frames) => {

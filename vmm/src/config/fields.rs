@@ -41,6 +41,11 @@ pub const FIELDS: &[Field] = &[
     field("guest", "fill", "a byte, 0 to 255, with at most 1024 MiB of memory"),
     field("guest", "prezero", "true or false"),
     field("guest", "seed", "a number that is not negative"),
+    field("allocator", "min_free_kib", "a number of KiB that is at most half of the memory"),
+    field("allocator", "pool_low_kib", "a number of KiB that is not above pool_high_kib"),
+    field("allocator", "pool_high_kib", "a number of KiB that is at most half of the memory"),
+    field("allocator", "poison", "true or false"),
+    field("allocator", "check_zero", "true or false"),
     field("workload", "program", "\"replay\", \"secrets\", \"idle\", \"touch\" or \"crash\""),
     of(
         &[Program::Replay, Program::Secrets],
@@ -88,4 +93,5 @@ pub(super) fn names(section: &str) -> Vec<&'static str> {
 }
 
 /// The sections, as a list for a message.
-pub(super) const SECTIONS: &str = "[guest], [workload], [second_stage], [audit], [limits]";
+pub(super) const SECTIONS: &str =
+    "[guest], [allocator], [workload], [second_stage], [audit], [limits]";

@@ -38,6 +38,8 @@ pub struct Config {
     pub mediation: Mediation,
     /// The guest.
     pub guest: Guest,
+    /// Its allocator.
+    pub allocator: Allocator,
     /// What the guest does.
     pub workload: Workload,
     /// How secret frames are closed.
@@ -68,6 +70,22 @@ pub struct Guest {
     pub prezero: bool,
     /// Seed of whatever the guest draws at random.
     pub seed: u64,
+}
+
+/// Section `[allocator]`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Allocator {
+    /// KiB of mapped memory that are kept for callers that cannot wait; what suits the size if
+    /// `None`.
+    pub min_free_kib: Option<u64>,
+    /// KiB of free secret pages below which pageblocks flip ahead of demand.
+    pub pool_low_kib: u64,
+    /// KiB of free secret pages up to which they do.
+    pub pool_high_kib: u64,
+    /// Whether freed mapped pages are filled with a pattern that is checked.
+    pub poison: bool,
+    /// Whether secret pages are looked at before they are handed out as zero.
+    pub check_zero: bool,
 }
 
 /// Section `[workload]`: a program and what belongs to it.

@@ -11,6 +11,7 @@ pub(super) type Text = Option<Spanned<String>>;
 #[serde(deny_unknown_fields, default, expecting = "sections")]
 pub(super) struct Raw {
     pub guest: Guest,
+    pub allocator: Allocator,
     pub workload: Workload,
     pub second_stage: SecondStage,
     pub audit: Audit,
@@ -26,6 +27,16 @@ pub(super) struct Guest {
     pub fill: Number,
     pub prezero: Option<bool>,
     pub seed: Number,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "a section")]
+pub(super) struct Allocator {
+    pub min_free_kib: Number,
+    pub pool_low_kib: Number,
+    pub pool_high_kib: Number,
+    pub poison: Option<bool>,
+    pub check_zero: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]

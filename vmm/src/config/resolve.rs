@@ -5,14 +5,18 @@ use super::fields::{self, EVENTS_MIB, GUEST_LOG_KIB, MAX_FILL_MIB, MEMORY_MIB, T
 use super::raw::{self, Number, Raw};
 use super::source::Source;
 use super::{
-    Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, Output, Overrides,
-    ReportFormat, Seal, SecondStage, flags, input,
+    Allocator, Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, Output,
+    Overrides, ReportFormat, Seal, SecondStage, flags, input,
 };
 use crate::audit::Rule;
 use lacuna_abi::MAX_CPUS;
 use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use toml::Spanned;
+
+/// Marks of the pool where the file gives none.
+const POOL_LOW_KIB: u64 = 512;
+const POOL_HIGH_KIB: u64 = 2048;
 
 /// What [`Expect`] calls an access to a sealed frame.
 const SEALED_ACCESS: &str = "sealed-access";
@@ -26,6 +30,7 @@ pub(super) fn resolve(
     flags::refuse_what_is_missing(overrides)?;
     let mut guest = resolver.guest(&raw.guest)?;
     guest.seed = overrides.seed.unwrap_or(guest.seed);
+    let allocator = resolver.allocator(&raw.allocator, guest.memory_mib)?;
     let mut second_stage = resolver.second_stage(&raw.second_stage)?;
     second_stage.seal = overrides.seal.unwrap_or(second_stage.seal);
     Ok(Config {
@@ -33,6 +38,7 @@ pub(super) fn resolve(
         machine: overrides.machine.unwrap_or(MachineKind::Kvm),
         mediation: overrides.mediate.unwrap_or(Mediation::Trace),
         guest,
+        allocator,
         workload: resolver.workload(&raw.workload, overrides.input.as_deref())?,
         second_stage,
         audit: resolver.audit(&raw.audit)?,
@@ -73,6 +79,26 @@ impl Resolver<'_> {
             fill: fill.and_then(|fill| u8::try_from(fill).ok()),
             prezero: raw.prezero.unwrap_or(true),
             seed: self.number(("guest", "seed"), &raw.seed, 0..=u64::MAX)?.unwrap_or(0),
+        })
+    }
+
+    fn allocator(&self, raw: &raw::Allocator, memory_mib: u64) -> Result<Allocator, ConfigError> {
+        let half = memory_mib * 1024 / 2;
+        let kib = |name, number| self.number(("allocator", name), number, 0..=half);
+        let pool_high_kib = kib("pool_high_kib", &raw.pool_high_kib)?.unwrap_or(POOL_HIGH_KIB);
+        let pool_low_kib = kib("pool_low_kib", &raw.pool_low_kib)?;
+        if let Some((low, place)) = pool_low_kib.zip(raw.pool_low_kib.as_ref())
+            && low > pool_high_kib
+        {
+            let what = format!("{low} is above pool_high_kib, {pool_high_kib}");
+            return Err(self.refuse(("allocator", "pool_low_kib"), Some(place.span()), what));
+        }
+        Ok(Allocator {
+            min_free_kib: kib("min_free_kib", &raw.min_free_kib)?,
+            pool_low_kib: pool_low_kib.unwrap_or(POOL_LOW_KIB.min(pool_high_kib)),
+            pool_high_kib,
+            poison: raw.poison.unwrap_or(false),
+            check_zero: raw.check_zero.unwrap_or(false),
         })
     }
 

@@ -106,10 +106,14 @@ impl Machine {
             memory.fill_zone(byte)?;
         }
         let [arg0, arg1, arg2] = plan.args;
+        let [min_free, pool_low, pool_high] = plan.marks;
         let info = BootInfo {
             features: plan.features,
             faults: plan.faults,
             seed: plan.seed,
+            min_free,
+            pool_low,
+            pool_high,
             program: plan.program as u64,
             arg0,
             arg1,

@@ -4,7 +4,9 @@ use crate::config::{Config, GuardChoice, Seal, Workload};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
-use lacuna_abi::boot::{FEATURE_FLIP, FEATURE_PREZERO};
+use lacuna_abi::boot::{
+    FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, MIN_FREE_BY_SIZE,
+};
 use lacuna_abi::layout::MIN_MEMORY_MIB;
 use lacuna_abi::workload::{Program, SLOT_BYTES, secrets_scratch};
 use std::num::NonZeroU8;
@@ -52,6 +54,9 @@ pub struct Plan {
     pub faults: u64,
     /// Seed for the guest.
     pub seed: u64,
+    /// Pages that the guest's allocator keeps, as in the boot information: for callers that cannot
+    /// wait, and free in the pool, at least and at most.
+    pub marks: [u64; 3],
     /// Program.
     pub program: Program,
     /// Its arguments.
@@ -102,14 +107,26 @@ impl Plan {
             None => Image::parse(WITH_FAULTS)?,
         };
         let work = work(config)?;
-        let prezero = if config.guest.prezero { FEATURE_PREZERO } else { 0 };
+        let allocator = &config.allocator;
+        let features = [
+            (true, FEATURE_FLIP),
+            (config.guest.prezero, FEATURE_PREZERO),
+            (allocator.poison, FEATURE_POISON),
+            (allocator.check_zero, FEATURE_CHECK_ZERO),
+        ];
+        let features = features.iter().filter(|(on, _)| *on).fold(0, |bits, (_, bit)| bits | bit);
         let plan = Self {
             image,
             memory_mib: config.guest.memory_mib,
             fill: config.guest.fill,
-            features: FEATURE_FLIP | prezero,
+            features,
             faults: config.inject.iter().fold(0, |bits, fault| bits | fault.bit()),
             seed: config.guest.seed,
+            marks: [
+                allocator.min_free_kib.map_or(MIN_FREE_BY_SIZE, |kib| kib / 4),
+                allocator.pool_low_kib / 4,
+                allocator.pool_high_kib / 4,
+            ],
             program: config.workload.program(),
             args: work.args,
             input: work.input,

@@ -1,0 +1,100 @@
+//! A simple mover: empties one pageblock of movable pages, so that it can flip.
+
+use crate::alloc::PageAllocator;
+use crate::freetype::{Freetype, Migratetype};
+use crate::meta::{Chunk, State};
+use crate::platform::Platform;
+use crate::zone::{BLOCK_PAGES, heads};
+use lacuna_abi::addr::PAGE_SIZE;
+use lacuna_abi::layout::direct_map;
+
+/// Pageblocks that are tried before it is given up.
+const TRIES: usize = 4;
+
+impl<P: Platform> PageAllocator<'_, P> {
+    /// Moves what lies in some mapped, movable pageblock elsewhere; whether one is wholly free now.
+    /// Those with the least in them are tried first. What is pinned stays, and so does its block.
+    pub(crate) fn compact(&self) -> bool {
+        let mut bound = 0;
+        for _ in 0..TRIES {
+            let Some((block, allocated)) = self.least_used_block(bound) else { return false };
+            if self.empty_block(block) {
+                self.counts.compact_success.add(1);
+                return true;
+            }
+            self.counts.compact_fail.add(1);
+            bound = allocated + 1;
+        }
+        false
+    }
+
+    /// The movable pageblock with the fewest pages in use, but at least `bound`, whose pages find
+    /// room elsewhere; and how many they are.
+    fn least_used_block(&self, bound: u32) -> Option<(u32, u32)> {
+        let movable = Freetype::mapped(Migratetype::Movable);
+        let (entered, free) = {
+            let zone = self.zone();
+            (zone.entered(), zone.mapped_free(&self.map))
+        };
+        (0..entered)
+            .step_by(BLOCK_PAGES as usize)
+            .filter(|first| self.map.block_at(*first).freetype() == movable)
+            .map(|first| (first, self.map.block_at(first).allocated()))
+            .filter(|(_, used)| (bound.max(1)..BLOCK_PAGES).contains(used))
+            .filter(|(_, used)| free >= self.marks.min + BLOCK_PAGES.max(2 * used))
+            .min_by_key(|(_, used)| *used)
+    }
+
+    /// Moves everything out of a pageblock; whether that succeeded.
+    fn empty_block(&self, block: u32) -> bool {
+        {
+            let mut zone = self.zone();
+            // Another CPU may have flipped it, or freed all of it.
+            let kind = self.map.block_at(block).freetype();
+            if kind != Freetype::mapped(Migratetype::Movable) || zone.is_free(&self.map, block) {
+                return false;
+            }
+            zone.isolate(&self.map, block);
+        }
+        let mut next = block;
+        while let Some(chunk) = heads(&self.map, block, next, State::Allocated).next() {
+            next = chunk.index + chunk.pages();
+            if chunk.pages() >= BLOCK_PAGES || !self.relocate(chunk.index) {
+                break;
+            }
+        }
+        self.zone().end_isolation(&self.map, block)
+    }
+
+    /// Moves one allocation; whether it could be moved.
+    fn relocate(&self, from: u32) -> bool {
+        let page = self.map.page(from);
+        if !page.begin_move() {
+            return false;
+        }
+        let found = page.allocation();
+        let moved = found
+            .filter(|(_, kind)| *kind == Freetype::mapped(Migratetype::Movable))
+            .and_then(|(order, kind)| self.copy_away(Chunk { index: from, order }, kind));
+        page.end_move();
+        moved.is_some()
+    }
+
+    /// Copies an allocation that nobody can pin, and lets its slot lead to the copy.
+    fn copy_away(&self, from: Chunk, kind: Freetype) -> Option<()> {
+        // Isolated pages are on no list, so that this is never one of them.
+        let index = self.zone().take(&self.map, from.order, kind, self.marks.min)?.index;
+        let to = Chunk { index, order: from.order };
+        let place = |chunk| direct_map(self.map.frames(chunk).start().gpa());
+        self.check_poison(to).ok()?;
+        self.platform.copy(place(to), place(from), u64::from(from.pages()) * PAGE_SIZE);
+        self.map.page(to.index).hand_out(to.order, kind);
+        self.map.count_allocated(to, true);
+        self.map.exchange_slots(from.index, to.index);
+        self.map.count_allocated(from, false);
+        self.poison(from);
+        self.map.page(from.index).set_head(State::Isolated, from.order);
+        self.counts.pages_moved.add(u64::from(from.pages()));
+        Some(())
+    }
+}
