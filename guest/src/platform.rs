@@ -124,10 +124,10 @@ pub trait Platform {
     /// Copies `bytes` from `from` to `to`, which do not overlap.
     fn copy(&self, to: Gva, from: Gva, bytes: u64);
 
-    /// The word at `va`, a multiple of 8.
+    /// The word at `va`, a multiple of 8. No access that follows is made before it.
     fn load(&self, va: Gva) -> u64;
 
-    /// Stores a word at `va`, a multiple of 8.
+    /// Stores a word at `va`, a multiple of 8. No access that precedes is made after it.
     fn store(&self, va: Gva, value: u64);
 
     /// Whether this fault is planted.

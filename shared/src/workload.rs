@@ -9,8 +9,8 @@ named_enum! {
     pub enum Program {
         /// Boots, says that the allocator is ready, ends.
         Idle = "idle",
-        /// Replays a recording of allocations: the input region holds [`ReplayOp`]s, `arg0` is
-        /// their number, `arg1` the number of allocations that are alive at once.
+        /// Replays a recording of allocations on all CPUs: the input region holds [`ReplayOp`]s,
+        /// `arg0` is their number, `arg1` the number of allocations that are alive at once.
         Replay = "replay",
         /// Stores `arg0` bytes of input in secret pages and reads them back.
         Secrets = "secrets",
@@ -80,10 +80,13 @@ pub const REPLAY_BYTES: u64 = 8 * REPLAY_WORDS as u64;
 /// allocation and filled before a free.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ReplayOp {
-    /// CPU that the event ran on, already reduced to the CPUs of this guest.
+    /// CPU that carries it out: the one that the event ran on, reduced to the CPUs of this guest.
     pub cpu: u8,
     /// Where the guest keeps the allocation: less than the number of slots.
     pub slot: u32,
+    /// How many operations on this slot come before: an operation waits until they are done, on
+    /// whatever CPU.
+    pub turn: u32,
     /// What to do.
     pub action: ReplayAction,
 }
@@ -114,7 +117,7 @@ const OP_NOBLOCK: u64 = 1 << 2;
 const OP_SECRET: u64 = 1 << 3;
 
 impl ReplayOp {
-    /// Flags, order, migratetype and CPU in the first word, the slot in the second.
+    /// Flags, order, migratetype and CPU in the first word, slot and turn in the second.
     #[must_use]
     pub fn to_words(&self) -> [u64; REPLAY_WORDS] {
         let cpu = u64::from(self.cpu) << 24;
@@ -131,7 +134,7 @@ impl ReplayOp {
                     | cpu
             }
         };
-        [first, u64::from(self.slot)]
+        [first, u64::from(self.slot) | u64::from(self.turn) << 32]
     }
 
     /// The operation of these words.
@@ -150,13 +153,21 @@ impl ReplayOp {
         } else {
             ReplayAction::Free
         };
-        let [s0, s1, s2, s3, ..] = words[1].to_le_bytes();
-        Self { cpu, slot: u32::from_le_bytes([s0, s1, s2, s3]), action }
+        let [s0, s1, s2, s3, t0, t1, t2, t3] = words[1].to_le_bytes();
+        let slot = u32::from_le_bytes([s0, s1, s2, s3]);
+        Self { cpu, slot, turn: u32::from_le_bytes([t0, t1, t2, t3]), action }
+    }
+
+    /// The CPU of the operation with this first word: enough for the others to skip it.
+    #[must_use]
+    pub const fn cpu_of(first: u64) -> u8 {
+        first.to_le_bytes()[3]
     }
 }
 
-/// Bytes of scratch memory for one slot of a replay.
-pub const SLOT_BYTES: u64 = 8;
+/// Bytes of scratch memory for one slot of a replay: the handle of its allocation, and the turn of
+/// the operation that comes next.
+pub const SLOT_BYTES: u64 = 16;
 
 /// Bytes of scratch memory for one page of a stored secret: its handle and the hash of its bytes.
 pub const SECRET_PAGE_BYTES: u64 = 16;
@@ -175,7 +186,7 @@ mod tests {
     proptest! {
         #[test]
         fn an_operation_survives_its_encoding(
-            cpu: u8, slot: u32, alloc: bool, order in 0u8..=10, migratetype in 0u8..3,
+            cpu: u8, slot: u32, turn: u32, alloc: bool, order in 0u8..=10, migratetype in 0u8..3,
             zero: bool, noblock: bool, secret: bool,
         ) {
             let action = if alloc {
@@ -183,8 +194,9 @@ mod tests {
             } else {
                 ReplayAction::Free
             };
-            let op = ReplayOp { cpu, slot, action };
+            let op = ReplayOp { cpu, slot, turn, action };
             prop_assert_eq!(ReplayOp::from_words(&op.to_words()), op);
+            prop_assert_eq!(ReplayOp::cpu_of(op.to_words()[0]), cpu);
         }
     }
 }

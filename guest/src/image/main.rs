@@ -24,7 +24,7 @@ use lacuna_abi::gate::Call;
 use lacuna_abi::workload::Program;
 use lacuna_guest::alloc::{AllocConfig, PageAllocator};
 use lacuna_guest::meta::MemMap;
-use lacuna_guest::programs::{ProgramError, Services, replay, secrets};
+use lacuna_guest::programs::{self, ProgramError, Services, Team};
 
 use crate::machine::Machine;
 
@@ -32,6 +32,9 @@ use crate::machine::Machine;
 const DONE: u64 = 0;
 /// The program found something wrong.
 const FAILED: u64 = 1;
+
+/// The CPUs of the program.
+static TEAM: Team = Team::new();
 
 /// The image's main function, on the CPU's main stack.
 fn main(cpu: usize) -> ! {
@@ -66,10 +69,11 @@ fn run(
     machine: &Machine,
     allocator: &PageAllocator<'_, Machine>,
 ) -> Result<(), ProgramError> {
+    let args = [info.arg0, info.arg1, info.arg2];
     match Program::from_number(info.program) {
-        Some(Program::Idle) => Ok(()),
-        Some(Program::Replay) => replay::run(allocator, machine, machine, info.arg0, info.arg1),
-        Some(Program::Secrets) => secrets::run(allocator, machine, machine, info.arg0),
+        Some(program @ (Program::Idle | Program::Replay | Program::Secrets)) => {
+            programs::run(program, args, allocator, machine, machine, &TEAM)
+        }
         Some(Program::Touch) => {
             touch::run(allocator, machine, info.arg0);
             Ok(())

@@ -2,6 +2,8 @@
 #![allow(unsafe_code)]
 
 use core::arch::asm;
+use core::sync::atomic::Ordering::{Acquire, Release};
+use core::sync::atomic::compiler_fence;
 use lacuna_abi::addr::{Gpa, Gva};
 use lacuna_abi::layout::{DIRECT_MAP, INPUT, MERMAP, POOL, SCRATCH};
 use lacuna_abi::paging::{Entry, Level};
@@ -26,13 +28,18 @@ pub(crate) fn load(va: Gva) -> u64 {
     check(va, 8, false);
     // SAFETY: `check` admits addresses that no Rust object lies at; an address that is not mapped
     // raises an exception, which ends the run with a report.
-    unsafe { (va.0 as *const u64).read_volatile() }
+    let word = unsafe { (va.0 as *const u64).read_volatile() };
+    // The processor keeps loads and stores in the order that the platform promises; the compiler
+    // must too.
+    compiler_fence(Acquire);
+    word
 }
 
 /// Stores a word at `va`.
 #[inline]
 pub(crate) fn store(va: Gva, value: u64) {
     check(va, 8, true);
+    compiler_fence(Release);
     // SAFETY: as `load`.
     unsafe { (va.0 as *mut u64).write_volatile(value) };
 }

@@ -1,7 +1,10 @@
 //! The guest programs: what they need of their surroundings, and how they fail.
 
-pub mod replay;
-pub mod secrets;
+mod replay;
+mod secrets;
+mod team;
+
+pub use team::Team;
 
 use crate::alloc::{AllocError, PageAllocator};
 use crate::handle::BadHandle;
@@ -10,13 +13,14 @@ use crate::platform::Platform;
 use crate::secret::UseError;
 use core::fmt;
 use lacuna_abi::addr::Gfn;
+use lacuna_abi::workload::Program;
 
 /// What a program needs besides the allocator.
 pub trait Services {
     /// Writes a line to the guest log.
     fn log(&self, text: fmt::Arguments<'_>);
 
-    /// Says how much work is done, in units that the program counts.
+    /// Says how much work this CPU has done, in units that the program counts.
     fn progress(&self, done: u64);
 
     /// All input has been taken over: the host wipes the input region.
@@ -74,6 +78,10 @@ pub enum ProgramError {
     },
     /// Windows are still mapped at the end.
     Leaks(Leaks),
+    /// Another CPU gave up, so that this one waited in vain; the other one knows why.
+    Abandoned,
+    /// The program exists in the guest image only.
+    ImageOnly(Program),
 }
 
 impl From<UseError> for ProgramError {
@@ -109,8 +117,39 @@ impl fmt::Display for ProgramError {
             Self::Leaks(Leaks(counts)) => {
                 write!(f, "windows are still mapped, by CPU: {counts:?}")
             }
+            Self::Abandoned => write!(f, "another CPU gave up"),
+            Self::ImageOnly(program) => {
+                write!(f, "the program {} exists in the guest image only", program.name())
+            }
         }
     }
+}
+
+/// Runs this CPU's part of `program`, whose arguments are said at [`Program`]. Every CPU of the
+/// machine calls this, with interrupts on, and all of them with the same arguments and the same
+/// `team`, which no program has used before. What one CPU does alone CPU 0 does, and the others
+/// return after it.
+///
+/// # Errors
+/// [`ProgramError`]. When one CPU ends so, the others end with [`ProgramError::Abandoned`] as soon
+/// as they wait.
+pub fn run<P: Platform>(
+    program: Program,
+    args: [u64; 3],
+    allocator: &PageAllocator<'_, P>,
+    platform: &P,
+    services: &impl Services,
+    team: &Team,
+) -> Result<(), ProgramError> {
+    let lead = platform.cpu() == 0;
+    let [arg0, arg1, _] = args;
+    let ended = match program {
+        Program::Replay => replay::run(allocator, platform, services, team, (arg0, arg1)),
+        Program::Secrets if lead => secrets::run(allocator, platform, services, arg0),
+        Program::Secrets | Program::Idle => Ok(()),
+        Program::Touch | Program::Crash => Err(ProgramError::ImageOnly(program)),
+    };
+    team.leave(platform, ended)
 }
 
 /// The end of every program: what is free goes back to the direct map, and no window may be left.

@@ -2,7 +2,13 @@
 //!
 //! Each page gets a tag in its first word, and the tag is checked before the page is freed. The
 //! only thing kept of an allocation is its handle, one word in a slot of scratch memory.
+//!
+//! Every CPU walks the whole recording and carries out its own operations, in their order. What a
+//! slot sees keeps its order too: beside the handle the slot holds the turn of the operation that
+//! comes next, and an operation waits for its turn. The oldest operation that is not done waits for
+//! none, so that the replay always goes on.
 
+use super::team::Team;
 use super::{PROGRESS, ProgramError, Services, finish};
 use crate::alloc::{AllocError, PageAllocator, Request};
 use crate::freetype::Migratetype;
@@ -14,31 +20,47 @@ use lacuna_abi::addr::{Gfn, Gva, PAGE_SIZE};
 use lacuna_abi::layout::{INPUT, SCRATCH};
 use lacuna_abi::workload::{REPLAY_BYTES, ReplayAction, ReplayOp, SLOT_BYTES};
 
-/// Replays `ops` operations from the input region, with `slots` words of scratch memory, all zero
-/// at the start. An allocation that fails for want of memory is one that failed in the kernel: its
-/// free is skipped.
+/// Replays this CPU's part of the operations in the input region; `sizes` is their number, and the
+/// number of slots in scratch memory, all zero at the start. An allocation that fails for want of
+/// memory is one that failed in the kernel: its free is skipped.
 ///
 /// # Errors
 /// [`ProgramError`]: a page that is not as it should be, nonsense in the recording, or a refusal of
 /// the host.
-pub fn run<P: Platform>(
+pub(super) fn run<P: Platform>(
     allocator: &PageAllocator<'_, P>,
     platform: &P,
     services: &impl Services,
-    ops: u64,
-    slots: u64,
+    team: &Team,
+    sizes: (u64, u64),
 ) -> Result<(), ProgramError> {
-    let replay = Replay { allocator, platform, slots };
+    let (ops, slots) = sizes;
+    let replay = Replay { allocator, platform, team, slots };
+    let cpu = platform.cpu();
+    let mut done = 0;
     for number in 0..ops {
         let at = INPUT.wrapping_add(number * REPLAY_BYTES);
-        let words = [platform.load(at), platform.load(at.wrapping_add(8))];
+        let first = platform.load(at);
+        let owner = usize::from(ReplayOp::cpu_of(first));
+        if owner != cpu {
+            if owner >= platform.cpus() {
+                return Err(ProgramError::BadOperation { op: number });
+            }
+            continue;
+        }
+        let words = [first, platform.load(at.wrapping_add(8))];
         replay.step(number, &ReplayOp::from_words(&words))?;
         allocator.count_work();
-        if number % PROGRESS == PROGRESS - 1 {
-            services.progress(number + 1);
+        done += 1;
+        if done % PROGRESS == 0 {
+            services.progress(done);
         }
     }
-    services.progress(ops);
+    services.progress(done);
+    team.barrier(platform)?;
+    if cpu != 0 {
+        return Ok(());
+    }
     for slot in 0..slots {
         replay.free(slot)?;
     }
@@ -48,17 +70,34 @@ pub fn run<P: Platform>(
 struct Replay<'r, 'a, P: Platform> {
     allocator: &'r PageAllocator<'a, P>,
     platform: &'r P,
+    team: &'r Team,
     slots: u64,
 }
 
 impl<'r, 'a, P: Platform> Replay<'r, 'a, P> {
+    /// Waits for the operation's turn, carries it out, and passes the turn on.
     fn step(&self, number: u64, op: &ReplayOp) -> Result<(), ProgramError> {
         let bad = ProgramError::BadOperation { op: number };
         let slot = u64::from(op.slot);
         if slot >= self.slots {
             return Err(bad);
         }
-        let ReplayAction::Alloc { order, migratetype, zero, noblock, secret } = op.action else {
+        let turn = turn_address(slot);
+        let mine = || self.platform.load(turn) == u64::from(op.turn);
+        if self.platform.cpus() == 1 && !mine() {
+            // Nobody else could make it so.
+            return Err(bad);
+        }
+        self.team.wait_until(self.platform, mine)?;
+        self.carry_out(number, slot, op.action)?;
+        // An allocation that failed passes the turn too.
+        self.platform.store(turn, u64::from(op.turn) + 1);
+        Ok(())
+    }
+
+    fn carry_out(&self, number: u64, slot: u64, action: ReplayAction) -> Result<(), ProgramError> {
+        let bad = ProgramError::BadOperation { op: number };
+        let ReplayAction::Alloc { order, migratetype, zero, noblock, secret } = action else {
             return self.free(slot);
         };
         let migratetype = Migratetype::from_number(migratetype).ok_or(bad)?;
@@ -184,8 +223,14 @@ fn failed(number: u64, error: AllocError) -> Result<(), ProgramError> {
     }
 }
 
+/// Where the slot keeps its handle, 0 for none.
 fn slot_address(slot: u64) -> Gva {
     SCRATCH.wrapping_add(slot * SLOT_BYTES)
+}
+
+/// Where the slot keeps the turn of its next operation.
+fn turn_address(slot: u64) -> Gva {
+    slot_address(slot).wrapping_add(8)
 }
 
 fn check_zero(frame: Gfn, found: u64) -> Result<(), ProgramError> {

@@ -21,7 +21,7 @@ const REQUEST: Request =
 ///
 /// # Errors
 /// [`ProgramError`]: no memory, a page that is not as it was stored, or a refusal of the host.
-pub fn run<P: Platform>(
+pub(super) fn run<P: Platform>(
     allocator: &PageAllocator<'_, P>,
     platform: &P,
     services: &impl Services,

@@ -1,9 +1,9 @@
 //! Every planted slip really happens in a normal replay, and is of the kind that its rule names.
 
-use crate::programs::{ProgramError, replay};
+use crate::programs::{self, ProgramError, Team};
 use crate::testing::{Mock, Random};
 use lacuna_abi::fault::Fault;
-use lacuna_abi::workload::{ReplayAction, ReplayOp};
+use lacuna_abi::workload::{Program, ReplayAction, ReplayOp};
 use std::string::String;
 use std::vec::Vec;
 
@@ -17,23 +17,26 @@ fn replay(fault: Option<Fault>) -> (Option<ProgramError>, Vec<String>) {
         mock.plant(fault);
     }
     let mut random = Random(3);
-    let mut filled = [false; SLOTS as usize];
+    let mut turns = [0; SLOTS as usize];
     let ops: Vec<_> = (0..2000)
         .map(|_| {
             let slot = random.below(SLOTS) as usize;
-            filled[slot] = !filled[slot];
-            let action = if filled[slot] {
+            let turn = turns[slot];
+            turns[slot] += 1;
+            let action = if turn % 2 == 0 {
                 let order = [0, 1, 2, 9][random.below(4) as usize];
                 let (zero, secret) = (random.below(2) == 0, random.below(2) == 0);
                 ReplayAction::Alloc { order, migratetype: 0, zero, noblock: false, secret }
             } else {
                 ReplayAction::Free
             };
-            ReplayOp { cpu: 0, slot: slot as u32, action }
+            ReplayOp { cpu: 0, slot: slot as u32, turn, action }
         })
         .collect();
     mock.state().input = ops.iter().flat_map(ReplayOp::to_words).collect();
-    let error = replay::run(&mock.allocator(), &mock, &mock, ops.len() as u64, SLOTS).err();
+    let args = [ops.len() as u64, SLOTS, 0];
+    let team = Team::new();
+    let error = programs::run(Program::Replay, args, &mock.allocator(), &mock, &mock, &team).err();
     (error, mock.violations())
 }
 

@@ -1,14 +1,15 @@
 //! The programs: clean runs, and each kind of wrong page, handle and recording noticed.
 
 use crate::alloc::AllocError;
+use crate::alloc::PageAllocator;
 use crate::platform::Platform;
-use crate::programs::{ProgramError, Services, replay, secrets};
+use crate::programs::{self, ProgramError, Services, Team};
 use crate::testing::{Mock, Random, Seen};
 use core::fmt;
 use lacuna_abi::addr::PAGE_SIZE;
 use lacuna_abi::event::Life;
 use lacuna_abi::layout::SCRATCH;
-use lacuna_abi::workload::{ReplayAction, ReplayOp, SECRET_PAGE_BYTES};
+use lacuna_abi::workload::{Program, ReplayAction, ReplayOp, SECRET_PAGE_BYTES, SLOT_BYTES};
 use std::cell::RefCell;
 use std::format;
 use std::vec::Vec;
@@ -17,32 +18,57 @@ const SLOTS: u64 = 64;
 
 fn alloc(slot: u32, order: u8, secret: bool, zero: bool) -> ReplayOp {
     let action = ReplayAction::Alloc { order, migratetype: 0, zero, noblock: false, secret };
-    ReplayOp { cpu: 0, slot, action }
+    ReplayOp { cpu: 0, slot, turn: 0, action }
 }
 
+/// The second operation on the slot.
 fn free(slot: u32) -> ReplayOp {
-    ReplayOp { cpu: 0, slot, action: ReplayAction::Free }
+    ReplayOp { cpu: 0, slot, turn: 1, action: ReplayAction::Free }
 }
 
-fn set_input(mock: &Mock, ops: &[ReplayOp]) {
+/// Replays `ops` operations of the input on CPU 0.
+pub(crate) fn replay(
+    allocator: &PageAllocator<'_, Mock>,
+    mock: &Mock,
+    services: &impl Services,
+    ops: usize,
+) -> Result<(), ProgramError> {
+    let args = [ops as u64, SLOTS, 0];
+    programs::run(Program::Replay, args, allocator, mock, services, &Team::new())
+}
+
+fn store(
+    allocator: &PageAllocator<'_, Mock>,
+    mock: &Mock,
+    services: &impl Services,
+    bytes: u64,
+) -> Result<(), ProgramError> {
+    let args = [bytes, 0, 0];
+    programs::run(Program::Secrets, args, allocator, mock, services, &Team::new())
+}
+
+pub(crate) fn set_input(mock: &Mock, ops: &[ReplayOp]) {
     mock.state().input = ops.iter().flat_map(ReplayOp::to_words).collect();
 }
 
 fn replay_ops(mock: &Mock, prezero: bool, ops: &[ReplayOp]) -> Result<(), ProgramError> {
     set_input(mock, ops);
-    replay::run(&mock.allocator_with(prezero), mock, mock, ops.len() as u64, SLOTS)
+    replay(&mock.allocator_with(prezero), mock, mock, ops.len())
 }
 
-/// A recording as a host hands it over: slots are free before an allocation, filled before a free.
-fn recording(count: usize) -> Vec<ReplayOp> {
+/// A recording as a host hands it over: slots are free before an allocation, filled before a free,
+/// and each operation has its turn. It is for `cpus` CPUs.
+fn recording(count: usize, cpus: u64) -> Vec<ReplayOp> {
     let mut random = Random(7);
-    let mut filled = [false; SLOTS as usize];
+    let mut turns = [0; SLOTS as usize];
     (0..count)
         .map(|_| {
             let slot = random.below(SLOTS) as usize;
-            filled[slot] = !filled[slot];
-            if !filled[slot] {
-                return free(slot as u32);
+            let turn = turns[slot];
+            turns[slot] += 1;
+            let cpu = random.below(cpus) as u8;
+            if turn % 2 == 1 {
+                return ReplayOp { cpu, turn, ..free(slot as u32) };
             }
             let order = [0, 0, 0, 1, 3, 9, 10][random.below(7) as usize];
             let action = ReplayAction::Alloc {
@@ -52,7 +78,7 @@ fn recording(count: usize) -> Vec<ReplayOp> {
                 noblock: random.below(4) == 0,
                 secret: random.below(2) == 0,
             };
-            ReplayOp { cpu: 0, slot: slot as u32, action }
+            ReplayOp { cpu, slot: slot as u32, turn, action }
         })
         .collect()
 }
@@ -62,18 +88,96 @@ fn a_recording_is_replayed_and_leaves_nothing_behind() {
     for prezero in [true, false] {
         let mock = Mock::new(32, 1);
         mock.stop_recording();
-        let ops = recording(3000);
+        let ops = recording(3000, 1);
         set_input(&mock, &ops);
         let allocator = mock.allocator_with(prezero);
-        replay::run(&allocator, &mock, &mock, ops.len() as u64, SLOTS).unwrap();
+        replay(&allocator, &mock, &mock, ops.len()).unwrap();
         let counters = allocator.counters();
         assert_eq!((counters.work, counters.nr_allocated, counters.nr_free_unmapped), (3000, 0, 0));
         assert_eq!(counters.alloc, counters.free);
         assert!(counters.tags_checked > counters.alloc && counters.alloc_secret > 100);
         assert!(counters.alloc_fail + counters.alloc_fail_no_block > 0, "memory was short");
         assert_eq!(mock.state().progress, 3000);
-        assert!(mock.state().scratch.values().all(|slot| *slot == 0));
+        assert!(slots_are_empty(&mock));
         assert!(mock.in_direct_map(mock.layout.zone_frames()));
+    }
+}
+
+/// Whether no slot holds a handle; the turns beside them stay.
+fn slots_are_empty(mock: &Mock) -> bool {
+    (0..SLOTS).all(|slot| mock.load(SCRATCH.wrapping_add(slot * SLOT_BYTES)) == 0)
+}
+
+/// Runs `body` on as many CPUs as the machine has, at once; what each ended with.
+fn on_all_cpus<R: Send>(mock: &Mock, body: impl Fn(usize) -> R + Sync) -> Vec<R> {
+    std::thread::scope(|scope| {
+        let run = |cpu| {
+            mock.on_cpu(cpu);
+            body(cpu)
+        };
+        let cpus = 0..mock.layout.cpus;
+        let threads: Vec<_> = cpus.map(|cpu| scope.spawn(move || run(cpu))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn a_recording_is_replayed_by_several_cpus_that_free_for_each_other() {
+    for cpus in [2, 4] {
+        let mock = Mock::new(32, cpus);
+        mock.stop_recording();
+        let ops = recording(2000, cpus as u64);
+        set_input(&mock, &ops);
+        let allocator = mock.allocator();
+        let team = Team::new();
+        let args = [ops.len() as u64, SLOTS, 0];
+        let ends = on_all_cpus(&mock, |_| {
+            programs::run(Program::Replay, args, &allocator, &mock, &mock, &team)
+        });
+        assert!(ends.iter().all(Result::is_ok), "{ends:?}");
+        let counters = allocator.counters();
+        assert_eq!((counters.work, counters.nr_allocated, counters.nr_free_unmapped), (2000, 0, 0));
+        assert_eq!(counters.alloc, counters.free);
+        assert!(counters.tags_checked > counters.alloc && counters.alloc_secret > 100);
+        assert!(slots_are_empty(&mock));
+        assert!(mock.in_direct_map(mock.layout.zone_frames()));
+    }
+}
+
+#[test]
+fn when_one_cpu_gives_up_none_waits_for_it() {
+    let mock = Mock::new(16, 2);
+    mock.stop_recording();
+    // CPU 1 waits for the turn that CPU 0, whose operation is impossible, never passes on.
+    let first = ReplayOp { cpu: 0, ..alloc(1, 11, true, false) };
+    let second = ReplayOp { cpu: 1, ..free(1) };
+    set_input(&mock, &[first, second]);
+    let (allocator, team) = (mock.allocator(), Team::new());
+    let ends = on_all_cpus(&mock, |_| {
+        programs::run(Program::Replay, [2, SLOTS, 0], &allocator, &mock, &mock, &team)
+    });
+    assert_eq!(ends, [Err(ProgramError::BadOperation { op: 0 }), Err(ProgramError::Abandoned)]);
+}
+
+#[test]
+fn what_cpu_0_does_alone_the_others_wait_for() {
+    let mock = Mock::new(16, 3);
+    secret_input(&mock, 9000);
+    let (allocator, team) = (mock.allocator(), Team::new());
+    let ends = on_all_cpus(&mock, |_| {
+        let ended = programs::run(Program::Secrets, [9000, 0, 0], &allocator, &mock, &mock, &team);
+        (ended, allocator.counters().work)
+    });
+    assert_eq!(ends, [(Ok(()), 3); 3]);
+}
+
+#[test]
+fn what_belongs_to_the_image_is_refused() {
+    for program in [Program::Touch, Program::Crash] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator();
+        let ended = programs::run(program, [0; 3], &allocator, &mock, &mock, &Team::new());
+        assert_eq!(ended, Err(ProgramError::ImageOnly(program)));
     }
 }
 
@@ -87,18 +191,22 @@ fn a_failed_allocation_is_skipped_and_so_is_its_free() {
 
 #[test]
 fn impossible_operations_are_refused() {
-    let bad = |action| ReplayOp { cpu: 0, slot: 0, action };
+    let bad = |action| ReplayOp { cpu: 0, slot: 0, turn: 0, action };
     let with = |order, migratetype| {
         bad(ReplayAction::Alloc { order, migratetype, zero: false, noblock: false, secret: true })
     };
-    for op in [with(11, 0), with(0, 3), alloc(64, 0, false, false), free(u32::MAX)] {
+    let foreign = ReplayOp { cpu: 1, ..alloc(2, 0, false, false) };
+    let lost = ReplayOp { turn: 7, ..alloc(2, 0, false, false) };
+    let others = [alloc(64, 0, false, false), free(u32::MAX), foreign, lost];
+    for op in [with(11, 0), with(0, 3)].into_iter().chain(others) {
         let mock = Mock::new(16, 1);
         let ops = [alloc(1, 0, true, false), op];
         let error = replay_ops(&mock, true, &ops).err();
         assert_eq!(error, Some(ProgramError::BadOperation { op: 1 }), "{op:?}");
     }
     let mock = Mock::new(16, 1);
-    let twice = [alloc(1, 0, true, false), alloc(1, 0, true, false)];
+    let again = ReplayOp { turn: 1, ..alloc(1, 0, true, false) };
+    let twice = [alloc(1, 0, true, false), again];
     assert_eq!(replay_ops(&mock, true, &twice), Err(ProgramError::BadOperation { op: 1 }));
 }
 
@@ -128,7 +236,7 @@ fn meddled(op: ReplayOp, meddle: impl FnOnce(&Mock)) -> Option<ProgramError> {
     let mock = Mock::new(16, 1);
     set_input(&mock, &[op]);
     let meddler = Meddler(&mock, RefCell::new(Some(meddle)));
-    replay::run(&mock.allocator(), &mock, &meddler, 1, SLOTS).err()
+    replay(&mock.allocator(), &mock, &meddler, 1).err()
 }
 
 /// Overwrites the first word of the last allocation's last page behind the program's back.
@@ -152,7 +260,7 @@ fn a_spoiled_page_is_noticed_mapped_and_secret() {
 #[test]
 fn a_lost_handle_is_noticed() {
     let error = meddled(alloc(3, 0, true, false), |mock| {
-        mock.store(SCRATCH.wrapping_add(24), 0x77);
+        mock.store(SCRATCH.wrapping_add(3 * SLOT_BYTES), 0x77);
     });
     assert!(matches!(error, Some(ProgramError::Handle(_))), "{error:?}");
 }
@@ -170,7 +278,7 @@ fn a_page_that_should_be_zero_and_is_not_is_noticed() {
             frame.contents = crate::testing::Contents::DIRTY;
         }
         set_input(&mock, &[alloc(0, 0, true, true)]);
-        let error = replay::run(&allocator, &mock, &mock, 1, SLOTS).err();
+        let error = replay(&allocator, &mock, &mock, 1).err();
         assert!(matches!(error, Some(ProgramError::NotZero { .. })), "{error:?}");
         assert!(!mock.violations().is_empty(), "the machine's host saw it too");
     }
@@ -201,7 +309,7 @@ fn input_is_stored_compared_read_back_and_scrubbed() {
         let mock = Mock::new(16, 1);
         secret_input(&mock, bytes);
         let allocator = mock.allocator();
-        secrets::run(&allocator, &mock, &mock, bytes as u64).unwrap();
+        store(&allocator, &mock, &mock, bytes as u64).unwrap();
         let seen = mock.seen();
         let marks: Vec<_> =
             seen.iter().filter(|s| matches!(s, Seen::InputDone | Seen::Checkpoint)).collect();
@@ -226,7 +334,7 @@ fn no_word_of_the_input_is_left_outside_secret_pages() {
         }
     };
     let meddler = Meddler(&mock, RefCell::new(Some(look)));
-    secrets::run(&mock.allocator(), &mock, &meddler, 5000).unwrap();
+    store(&mock.allocator(), &mock, &meddler, 5000).unwrap();
     let state = mock.state();
     assert!(state.frames.iter().filter(|f| !f.direct).all(|f| f.contents.is_zero()));
 }
@@ -236,7 +344,7 @@ fn stored_input_that_changes_is_noticed_by_compare_and_by_hash() {
     let mock = Mock::new(16, 1);
     secret_input(&mock, 5000);
     let meddler = Meddler(&mock, RefCell::new(Some(spoil)));
-    let error = secrets::run(&mock.allocator(), &mock, &meddler, 5000).err();
+    let error = store(&mock.allocator(), &mock, &meddler, 5000).err();
     assert!(matches!(error, Some(ProgramError::Differs { .. })), "{error:?}");
 
     // A wrong hash stands for a page that changed after the input was wiped.
@@ -245,7 +353,7 @@ fn stored_input_that_changes_is_noticed_by_compare_and_by_hash() {
     let hash = SCRATCH.wrapping_add(SECRET_PAGE_BYTES + 8);
     let flip = |mock: &Mock| mock.store(hash, mock.load(hash) ^ 1);
     let meddler = Meddler(&mock, RefCell::new(Some(flip)));
-    let error = secrets::run(&mock.allocator(), &mock, &meddler, 5000).err();
+    let error = store(&mock.allocator(), &mock, &meddler, 5000).err();
     assert!(matches!(error, Some(ProgramError::Differs { page: 1, .. })), "{error:?}");
 }
 
@@ -257,7 +365,7 @@ fn input_that_does_not_fit_is_said() {
     let order = |order| allocator.alloc_mapped(crate::testing::pages(order)).unwrap();
     let _others = [order(10), order(10), order(10), order(9)];
     let pages = 512 + 1;
-    let error = secrets::run(&allocator, &mock, &mock, pages * PAGE_SIZE).err();
+    let error = store(&allocator, &mock, &mock, pages * PAGE_SIZE).err();
     let memory = ProgramError::Alloc { number: pages - 1, error: AllocError::NoMemory };
     assert_eq!(error, Some(memory));
 }
@@ -270,7 +378,7 @@ fn a_window_that_is_still_mapped_at_the_end_is_a_leak() {
     let frame = mock.layout.zone_frames().start().wrapping_add(last);
     let range = lacuna_abi::addr::FrameRange::single(frame);
     let leak = allocator.mermap().get(range, crate::mermap::Protection::READ).unwrap();
-    let error = replay::run(&allocator, &mock, &mock, 0, 0).err();
+    let error = replay(&allocator, &mock, &mock, 0).err();
     assert!(matches!(error, Some(ProgramError::Leaks(_))), "{error:?}");
     drop(leak);
 }

@@ -149,6 +149,8 @@ struct Builder<'a> {
     alive: HashMap<u64, Alive>,
     free: Vec<u32>,
     slots: u32,
+    /// For each slot, operations so far.
+    turns: Vec<u32>,
     times: Option<(u64, u64)>,
     pages: [u64; 2],
     matched: Vec<bool>,
@@ -166,6 +168,7 @@ impl<'a> Builder<'a> {
             alive: HashMap::new(),
             free: Vec::new(),
             slots: 0,
+            turns: Vec::new(),
             times: None,
             pages: [0; 2],
             matched: vec![false; names],
@@ -198,7 +201,8 @@ impl<'a> Builder<'a> {
             }
             Event::Free { order } => (self.release(line.id, order)?, ReplayAction::Free),
         };
-        self.ops.push(ReplayOp { cpu: line.cpu % self.selection.cpus, slot, action });
+        let turn = self.turn(slot);
+        self.ops.push(ReplayOp { cpu: line.cpu % self.selection.cpus, slot, turn, action });
         Ok(())
     }
 
@@ -217,6 +221,17 @@ impl<'a> Builder<'a> {
                 any
             }
         }
+    }
+
+    /// The turn of the next operation on a slot; there are far fewer events than a turn can count.
+    fn turn(&mut self, slot: u32) -> u32 {
+        let index = slot as usize;
+        if index >= self.turns.len() {
+            self.turns.resize(index + 1, 0);
+        }
+        let turn = self.turns[index];
+        self.turns[index] = turn.saturating_add(1);
+        turn
     }
 
     fn allocate(&mut self, id: u64, new: Alive) -> Result<u32, Problem> {

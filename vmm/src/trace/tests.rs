@@ -43,12 +43,12 @@ fn events_become_operations() {
         noblock,
         secret,
     };
-    let expected: [(u8, u32, ReplayAction); 3] = [
-        (0, 0, alloc(0, 1, true, false, true)),
-        (1, 1, alloc(10, 2, false, true, false)),
-        (1, 0, Free),
+    let expected: [(u8, u32, u32, ReplayAction); 3] = [
+        (0, 0, 0, alloc(0, 1, true, false, true)),
+        (1, 1, 0, alloc(10, 2, false, true, false)),
+        (1, 0, 1, Free),
     ];
-    let expected = expected.map(|(cpu, slot, action)| ReplayOp { cpu, slot, action });
+    let expected = expected.map(|(cpu, slot, turn, action)| ReplayOp { cpu, slot, turn, action });
     assert_eq!(replay.ops, expected);
     assert_eq!(replay.slots, 2);
     let stats = Stats {
