@@ -7,6 +7,7 @@ mod team;
 pub use team::Team;
 
 use crate::alloc::{AllocError, PageAllocator};
+use crate::counters::Pages;
 use crate::handle::BadHandle;
 use crate::mermap::Leaks;
 use crate::platform::Platform;
@@ -76,6 +77,13 @@ pub enum ProgramError {
         /// Where it is stored.
         frame: Gfn,
     },
+    /// The counters of a freetype do not add up.
+    Miscounted {
+        /// Number of the freetype.
+        freetype: usize,
+        /// What was counted.
+        pages: Pages,
+    },
     /// Windows are still mapped at the end.
     Leaks(Leaks),
     /// Another CPU gave up, so that this one waited in vain; the other one knows why.
@@ -113,6 +121,9 @@ impl fmt::Display for ProgramError {
             }
             Self::Differs { page, frame } => {
                 write!(f, "page {page} of the input, stored at {frame}, is not what was stored")
+            }
+            Self::Miscounted { freetype, pages } => {
+                write!(f, "the pages of freetype {freetype} do not add up: {pages:?}")
             }
             Self::Leaks(Leaks(counts)) => {
                 write!(f, "windows are still mapped, by CPU: {counts:?}")
@@ -159,6 +170,21 @@ fn finish<P: Platform>(
 ) -> Result<(), ProgramError> {
     allocator.shrink()?;
     allocator.mermap().teardown().map_err(ProgramError::Leaks)?;
+    settle(allocator, services)
+}
+
+/// A point at which nothing is under way on any CPU: every page must be somewhere, and the host may
+/// check everything.
+fn settle<P: Platform>(
+    allocator: &PageAllocator<'_, P>,
+    services: &impl Services,
+) -> Result<(), ProgramError> {
+    let (pages, _) = allocator.pages();
+    for (freetype, pages) in pages.into_iter().enumerate() {
+        if !pages.adds_up() {
+            return Err(ProgramError::Miscounted { freetype, pages });
+        }
+    }
     services.checkpoint();
     Ok(())
 }

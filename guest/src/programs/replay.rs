@@ -51,6 +51,7 @@ pub(super) fn run<P: Platform>(
         let words = [first, platform.load(at.wrapping_add(8))];
         replay.step(number, &ReplayOp::from_words(&words))?;
         allocator.count_work();
+        allocator.balance().map_err(|error| ProgramError::Alloc { number, error })?;
         done += 1;
         if done % PROGRESS == 0 {
             services.progress(done);

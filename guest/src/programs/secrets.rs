@@ -3,7 +3,7 @@
 //! Of the input nothing but a hash of each page is kept outside secret pages, and never more than
 //! one word of it is on its way.
 
-use super::{PROGRESS, ProgramError, Services, finish};
+use super::{PROGRESS, ProgramError, Services, finish, settle};
 use crate::alloc::{PageAllocator, Request};
 use crate::freetype::Migratetype;
 use crate::platform::Platform;
@@ -32,6 +32,7 @@ pub(super) fn run<P: Platform>(
     for page in 0..pages {
         secrets.store(page)?;
         allocator.count_work();
+        allocator.balance().map_err(|error| ProgramError::Alloc { number: page, error })?;
         if page % PROGRESS == PROGRESS - 1 {
             services.progress(page + 1);
         }
@@ -41,12 +42,12 @@ pub(super) fn run<P: Platform>(
         secrets.check(page, |window, len| window.equals(input(page), 0, len))?;
     }
     services.input_done();
-    services.checkpoint();
+    settle(allocator, services)?;
     for page in 0..pages {
         let stored = platform.load(record(page).wrapping_add(8));
         secrets.check(page, |window, len| Ok(hash(window, len)? == stored))?;
     }
-    services.checkpoint();
+    settle(allocator, services)?;
     for page in 0..pages {
         drop(secrets.resolve(page)?);
     }
