@@ -8,6 +8,7 @@ mod support;
 
 use lacuna_abi::addr::{FrameRange, Gpa};
 use lacuna_abi::event::{Event, HostAct, Life};
+use lacuna_abi::workload::Selftest;
 use libtest_mimic::{Arguments, Trial};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -58,6 +59,10 @@ fn trials() -> Vec<Trial> {
             trials.push(trial(&name, move || fault_is_found(fault, rule, seal)));
         }
     }
+    for test in Selftest::ALL.iter().filter(|test| test.cpus() == 1) {
+        trials.push(trial(&format!("selftest::{}", test.name()), move || selftest(*test)));
+    }
+    trials.push(trial("random_requests_find_every_page_as_it_should_be", stress));
     for (touch, kind) in TOUCHES {
         for seal in ["guard", "mprotect", "memslot"] {
             let name = format!("a_{touch}_of_a_sealed_frame_is_caught_under_{seal}");
@@ -110,6 +115,28 @@ const CRASHES: &[(&str, &[&str])] = &[
 
 fn trial(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Trial {
     Trial::test(name, run)
+}
+
+/// A test of allocator and mermap in the guest itself, which must find nothing, and nor may the host.
+fn selftest(test: Selftest) -> Check {
+    let name = test.name();
+    let config = format!(
+        "[guest]\nmemory_mib = 16\nvcpus = {}\nfill = 0xa5\n[workload]\nprogram = \"selftest\"\n\
+         test = \"{name}\"\n",
+        test.cpus()
+    );
+    lacuna(&config, &[])?.clean()
+}
+
+fn stress() -> Check {
+    let config = "[guest]\nmemory_mib = 64\nfill = 0xa5\n[allocator]\npoison = true\n\
+                  [workload]\nprogram = \"stress\"\noperations = 1500\nmax_order = 6\n";
+    let run = lacuna(config, &["--seed", "5"])?;
+    run.clean()?;
+    for counter in ["alloc", "alloc_secret", "flip_to_unmapped", "tags_checked", "poison_checked"] {
+        ensure(run.counter(counter) > 0, &format!("{counter} is 0"))?;
+    }
+    Ok(())
 }
 
 fn quickstart() -> Check {

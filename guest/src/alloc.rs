@@ -20,7 +20,7 @@ use lacuna_abi::boot::{
     BootInfo, FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, MIN_FREE_BY_SIZE,
 };
 use lacuna_abi::event::Life;
-use lacuna_abi::layout::{Layout, Region, direct_map};
+use lacuna_abi::layout::{Layout, direct_map};
 
 /// How the allocator behaves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -123,8 +123,7 @@ impl From<UseError> for AllocError {
 /// The allocator of the zone. All CPUs share one.
 pub struct PageAllocator<'a, P: Platform> {
     pub(crate) platform: &'a P,
-    /// The table pool.
-    pub(crate) tables: Region,
+    pub(crate) layout: Layout,
     pub(crate) map: MemMap<'a>,
     pub(crate) mermap: Mermap<'a, P>,
     pub(crate) config: AllocConfig,
@@ -143,7 +142,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     pub fn new(platform: &'a P, layout: &Layout, map: MemMap<'a>, config: AllocConfig) -> Self {
         Self {
             platform,
-            tables: layout.pool,
+            layout: *layout,
             map,
             mermap: Mermap::new(platform, layout, map),
             config,

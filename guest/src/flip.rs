@@ -278,7 +278,7 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// The directory entries of pageblocks in the direct map.
     fn direct_map_run(&self, chunk: Chunk) -> Run {
         let va = direct_map(self.map.frames(chunk).start().gpa());
-        let at = space::locate(self.platform, &self.tables, va, Level::Pd)
+        let at = space::locate(self.platform, &self.layout.pool, va, Level::Pd)
             .unwrap_or_else(|error| panic!("no directory entry for {va}: {error:?}"));
         Run { at, va, level: Level::Pd, count: chunk.pages() >> BLOCK }
     }

@@ -14,10 +14,74 @@ named_enum! {
         Replay = "replay",
         /// Stores `arg0` bytes of input in secret pages and reads them back.
         Secrets = "secrets",
+        /// Random requests on every CPU: `arg0` operations each, of order `arg1` at most; `arg2` is the
+        /// seed.
+        Stress = "stress",
+        /// Tests the allocator and the mermap from inside: `arg0` is the [`Selftest`].
+        Selftest = "selftest",
         /// Touches a sealed frame on purpose: `arg0` is the [`Touch`].
         Touch = "touch",
         /// Fails on purpose: `arg0` is the [`Crash`].
         Crash = "crash",
+    }
+}
+
+named_enum! {
+    /// Tests of the program `selftest`. Those named `regression` are one for each fault that was
+    /// found in the Linux series.
+    #[repr(u64)]
+    pub enum Selftest {
+        /// A one-page mapping.
+        MermapBasicAlloc = "mermap::basic_alloc",
+        /// What fits into a window, and the reserve.
+        MermapSize = "mermap::size",
+        /// All slots at once.
+        MermapMultipleAllocs = "mermap::multiple_allocs",
+        /// One flush when addresses are used again.
+        MermapTlbFlushed = "mermap::tlb_flushed",
+        /// Over half of memory, secret and then mapped.
+        PageAllocAllocMapUnmap = "page_alloc::alloc_map_unmap",
+        /// Numbers of the lists of CPUs.
+        PageAllocPindexHelpers = "page_alloc::pindex_helpers",
+        /// Numbers of freetypes.
+        PageAllocFreetypeIdx = "page_alloc::freetype_idx",
+        /// Random allocations and frees.
+        PageAllocStressInterleaved = "page_alloc::stress_interleaved",
+        /// The clearing of several pageblocks.
+        Series01 = "regression::series_01",
+        /// The count of pages on the last pageblock.
+        Series02 = "regression::series_02",
+        /// What a failed get leaves behind.
+        Series03 = "regression::series_03",
+        /// Teardown and the windows of other CPUs.
+        Series04 = "regression::series_04",
+        /// Readiness before the tables.
+        Series05 = "regression::series_05",
+        /// A reserve without a slot.
+        Series06 = "regression::series_06",
+        /// A descriptor in place of an address.
+        Series07 = "regression::series_07",
+        /// A flush in vain.
+        Series08 = "regression::series_08",
+        /// Flips that reclaim does not see.
+        Series09 = "regression::series_09",
+        /// Release before the flush of windows.
+        Series10 = "regression::series_10",
+        /// Freed pages and the direct map.
+        Series11 = "regression::series_11",
+        /// Secret memory that is not configured.
+        Series12 = "regression::series_12",
+    }
+}
+
+impl Selftest {
+    /// CPUs that the test needs.
+    #[must_use]
+    pub const fn cpus(self) -> usize {
+        match self {
+            Self::Series04 | Self::Series10 => 2,
+            _ => 1,
+        }
     }
 }
 
@@ -168,6 +232,17 @@ impl ReplayOp {
 /// Bytes of scratch memory for one slot of a replay: the handle of its allocation, and the turn of
 /// the operation that comes next.
 pub const SLOT_BYTES: u64 = 16;
+
+/// Allocations that one CPU of the program `stress` has at once.
+pub const STRESS_SLOTS: u64 = 96;
+/// Words of scratch memory for one CPU of it: its slots, and a letter box for each CPU.
+pub const STRESS_CPU_WORDS: u64 = STRESS_SLOTS + crate::MAX_CPUS as u64;
+
+/// Bytes of scratch memory that the program `selftest` needs for a zone of `frames` frames.
+#[must_use]
+pub const fn selftest_scratch(frames: u64) -> u64 {
+    8 * frames
+}
 
 /// Bytes of scratch memory for one page of a stored secret: its handle and the hash of its bytes.
 pub const SECRET_PAGE_BYTES: u64 = 16;

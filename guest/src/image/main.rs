@@ -71,9 +71,13 @@ fn run(
 ) -> Result<(), ProgramError> {
     let args = [info.arg0, info.arg1, info.arg2];
     match Program::from_number(info.program) {
-        Some(program @ (Program::Idle | Program::Replay | Program::Secrets)) => {
-            programs::run(program, args, allocator, machine, machine, &TEAM)
-        }
+        Some(
+            program @ (Program::Idle
+            | Program::Replay
+            | Program::Secrets
+            | Program::Stress
+            | Program::Selftest),
+        ) => programs::run(program, args, allocator, machine, machine, &TEAM),
         Some(Program::Touch) => {
             touch::run(allocator, machine, info.arg0);
             Ok(())

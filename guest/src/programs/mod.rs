@@ -2,6 +2,8 @@
 
 mod replay;
 mod secrets;
+mod stress;
+mod tags;
 mod team;
 
 pub use team::Team;
@@ -12,9 +14,10 @@ use crate::handle::BadHandle;
 use crate::mermap::Leaks;
 use crate::platform::Platform;
 use crate::secret::UseError;
+use crate::selftest;
 use core::fmt;
 use lacuna_abi::addr::Gfn;
-use lacuna_abi::workload::Program;
+use lacuna_abi::workload::{Program, Selftest};
 
 /// What a program needs besides the allocator.
 pub trait Services {
@@ -77,6 +80,8 @@ pub enum ProgramError {
         /// Where it is stored.
         frame: Gfn,
     },
+    /// No test has this number.
+    NoSuchTest(u64),
     /// The counters of a freetype do not add up.
     Miscounted {
         /// Number of the freetype.
@@ -122,6 +127,7 @@ impl fmt::Display for ProgramError {
             Self::Differs { page, frame } => {
                 write!(f, "page {page} of the input, stored at {frame}, is not what was stored")
             }
+            Self::NoSuchTest(number) => write!(f, "no test has the number {number}"),
             Self::Miscounted { freetype, pages } => {
                 write!(f, "the pages of freetype {freetype} do not add up: {pages:?}")
             }
@@ -156,6 +162,14 @@ pub fn run<P: Platform>(
     let [arg0, arg1, _] = args;
     let ended = match program {
         Program::Replay => replay::run(allocator, platform, services, team, (arg0, arg1)),
+        Program::Stress => stress::run(allocator, platform, services, team, args),
+        Program::Selftest => match Selftest::from_number(arg0) {
+            Some(test) => {
+                selftest::run(test, allocator, platform, team);
+                Ok(())
+            }
+            None => Err(ProgramError::NoSuchTest(arg0)),
+        },
         Program::Secrets if lead => secrets::run(allocator, platform, services, arg0),
         Program::Secrets | Program::Idle => Ok(()),
         Program::Touch | Program::Crash => Err(ProgramError::ImageOnly(program)),

@@ -8,15 +8,14 @@
 //! comes next, and an operation waits for its turn. The oldest operation that is not done waits for
 //! none, so that the replay always goes on.
 
+use super::tags::Tagger;
 use super::team::Team;
 use super::{PROGRESS, ProgramError, Services, finish};
 use crate::alloc::{AllocError, PageAllocator, Request};
 use crate::freetype::Migratetype;
-use crate::mapped::MappedPages;
 use crate::meta::MAX_ORDER;
 use crate::platform::Platform;
-use crate::secret::{Access, SecretPages, SecretWindow};
-use lacuna_abi::addr::{Gfn, Gva, PAGE_SIZE};
+use lacuna_abi::addr::Gva;
 use lacuna_abi::layout::{INPUT, SCRATCH};
 use lacuna_abi::workload::{REPLAY_BYTES, ReplayAction, ReplayOp, SLOT_BYTES};
 
@@ -35,7 +34,8 @@ pub(super) fn run<P: Platform>(
     sizes: (u64, u64),
 ) -> Result<(), ProgramError> {
     let (ops, slots) = sizes;
-    let replay = Replay { allocator, platform, team, slots };
+    let tagger = Tagger { allocator, platform, every_page: true };
+    let replay = Replay { allocator, platform, team, slots, tagger };
     let cpu = platform.cpu();
     let mut done = 0;
     for number in 0..ops {
@@ -73,9 +73,10 @@ struct Replay<'r, 'a, P: Platform> {
     platform: &'r P,
     team: &'r Team,
     slots: u64,
+    tagger: Tagger<'r, 'a, P>,
 }
 
-impl<'r, 'a, P: Platform> Replay<'r, 'a, P> {
+impl<P: Platform> Replay<'_, '_, P> {
     /// Waits for the operation's turn, carries it out, and passes the turn on.
     fn step(&self, number: u64, op: &ReplayOp) -> Result<(), ProgramError> {
         let bad = ProgramError::BadOperation { op: number };
@@ -108,12 +109,12 @@ impl<'r, 'a, P: Platform> Replay<'r, 'a, P> {
         let request = Request { order, migratetype, zero, noblock };
         let handle = if secret {
             match self.allocator.alloc_secret(request) {
-                Ok(pages) => self.tag_secret(slot, pages, zero)?,
+                Ok(pages) => self.tagger.tag_secret(pages, slot, zero)?,
                 Err(error) => return failed(number, error),
             }
         } else {
             match self.allocator.alloc_mapped(request) {
-                Ok(pages) => self.tag_mapped(slot, pages, zero)?,
+                Ok(pages) => self.tagger.tag_mapped(pages, slot, zero)?,
                 Err(error) => return failed(number, error),
             }
         };
@@ -128,92 +129,8 @@ impl<'r, 'a, P: Platform> Replay<'r, 'a, P> {
             return Ok(());
         }
         self.platform.store(slot_address(slot), 0);
-        let tags = Tags::new(slot, handle);
-        // A handle says by itself which kind it is of: the other kind refuses it.
-        if let Ok(pages) = MappedPages::from_raw(self.allocator, handle) {
-            self.check_mapped(&pages, tags)
-        } else {
-            self.check_secret(&SecretPages::from_raw(self.allocator, handle)?, tags)
-        }
+        self.tagger.check_and_free(handle, slot)
     }
-
-    fn tag_mapped(
-        &self,
-        slot: u64,
-        pages: MappedPages<'r, 'a, P>,
-        zero: bool,
-    ) -> Result<u64, ProgramError> {
-        let tags = Tags::new(slot, pages.handle());
-        let pinned = pages.pin();
-        let mut va = pinned.va();
-        for (page, frame) in (0..).zip(pinned.frames().iter()) {
-            if zero {
-                check_zero(frame, self.platform.load(va))?;
-            }
-            self.platform.store(va, tags.of(page));
-            va = va.wrapping_add(PAGE_SIZE);
-        }
-        drop(pinned);
-        Ok(pages.into_raw())
-    }
-
-    fn check_mapped(&self, pages: &MappedPages<'r, 'a, P>, tags: Tags) -> Result<(), ProgramError> {
-        let pages = pages.pin();
-        let mut va: Gva = pages.va();
-        for (page, frame) in (0..).zip(pages.frames().iter()) {
-            tags.check(page, frame, self.platform.load(va))?;
-            va = va.wrapping_add(PAGE_SIZE);
-        }
-        self.allocator.count_tags(pages.frames().count());
-        Ok(())
-    }
-
-    fn tag_secret(
-        &self,
-        slot: u64,
-        pages: SecretPages<'r, 'a, P>,
-        zero: bool,
-    ) -> Result<u64, ProgramError> {
-        let tags = Tags::new(slot, pages.handle());
-        each_window(&pages, Access::Write, |window, first| {
-            for (index, frame) in (0..).zip(window.frames().iter()) {
-                if zero {
-                    check_zero(frame, window.load(index * PAGE_SIZE)?)?;
-                }
-                window.store(index * PAGE_SIZE, tags.of(first + index))?;
-            }
-            Ok(())
-        })?;
-        Ok(pages.into_raw())
-    }
-
-    fn check_secret(&self, pages: &SecretPages<'r, 'a, P>, tags: Tags) -> Result<(), ProgramError> {
-        each_window(pages, Access::Read, |window, first| {
-            for (index, frame) in (0..).zip(window.frames().iter()) {
-                tags.check(first + index, frame, window.load(index * PAGE_SIZE)?)?;
-            }
-            Ok(())
-        })?;
-        self.allocator.count_tags(pages.frames().count());
-        Ok(())
-    }
-}
-
-/// Opens the pages, a pageblock at a time, and has `body` use each window; it gets the number of
-/// the window's first page.
-fn each_window<'a, P: Platform>(
-    pages: &SecretPages<'_, 'a, P>,
-    access: Access,
-    mut body: impl FnMut(&SecretWindow<'_, 'a, P>, u64) -> Result<(), ProgramError>,
-) -> Result<(), ProgramError> {
-    let mut first = 0;
-    for part in pages.frames().by_block() {
-        let window = pages.open(first, part.count(), access)?;
-        body(&window, first)?;
-        window.close()?;
-        first += part.count();
-    }
-    Ok(())
 }
 
 /// An allocation that failed for want of memory is skipped, anything else ends the program.
@@ -232,28 +149,4 @@ fn slot_address(slot: u64) -> Gva {
 /// Where the slot keeps the turn of its next operation.
 fn turn_address(slot: u64) -> Gva {
     slot_address(slot).wrapping_add(8)
-}
-
-fn check_zero(frame: Gfn, found: u64) -> Result<(), ProgramError> {
-    if found == 0 { Ok(()) } else { Err(ProgramError::NotZero { frame, found }) }
-}
-
-/// The tags of one allocation: they differ from page to page, from slot to slot and, as handles
-/// do, from one hand-out of a page to the next. None is 0.
-#[derive(Clone, Copy)]
-struct Tags(u64);
-
-impl Tags {
-    fn new(slot: u64, handle: u64) -> Self {
-        Self(slot.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ handle.rotate_left(32))
-    }
-
-    fn of(self, page: u64) -> u64 {
-        self.0.wrapping_add(page.wrapping_mul(0xd6e8_feb8_6659_fd93)) | 1
-    }
-
-    fn check(self, page: u64, frame: Gfn, found: u64) -> Result<(), ProgramError> {
-        let expected = self.of(page);
-        if found == expected { Ok(()) } else { Err(ProgramError::Tag { frame, expected, found }) }
-    }
 }

@@ -15,6 +15,7 @@ use crate::freetype::Migratetype;
 use crate::meta::{BlockMeta, MemMap, PageMeta};
 use crate::platform::{AddressSpace, CpuSet, GateError, Platform};
 use crate::programs::Services;
+pub(crate) use crate::random::Random;
 use judge::State;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
 use lacuna_abi::event::{EntryWrite, Flush, Life};
@@ -246,17 +247,4 @@ pub(crate) const fn pages(order: u8) -> Request {
 /// As [`pages`], but zero.
 pub(crate) const fn zero_pages(order: u8) -> Request {
     Request { zero: true, ..pages(order) }
-}
-
-/// A source of numbers that a seed repeats (Steele and others, "SplitMix").
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut word = self.0;
-        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (word ^ (word >> 31)) % limit
-    }
 }

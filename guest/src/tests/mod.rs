@@ -11,4 +11,5 @@ mod page_alloc;
 mod programs;
 mod refusals;
 mod secret;
+mod selftests;
 mod zeroing;

@@ -1,5 +1,6 @@
 //! The programs: clean runs, and each kind of wrong page, handle and recording noticed.
 
+use crate::alloc::AllocConfig;
 use crate::alloc::AllocError;
 use crate::alloc::PageAllocator;
 use crate::platform::Platform;
@@ -381,4 +382,28 @@ fn a_window_that_is_still_mapped_at_the_end_is_a_leak() {
     let error = replay(&allocator, &mock, &mock, 0).err();
     assert!(matches!(error, Some(ProgramError::Leaks(_))), "{error:?}");
     drop(leak);
+}
+
+#[test]
+fn random_requests_on_two_cpus_find_every_page_as_it_should_be() {
+    for prezero in [true, false] {
+        let mock = Mock::new(64, 2);
+        mock.stop_recording();
+        let config = AllocConfig { prezero, pool_low: 512, pool_high: 2048, ..AllocConfig::PLAIN };
+        let allocator = mock.allocator_as(config);
+        let team = Team::new();
+        std::thread::scope(|scope| {
+            for cpu in 0..2 {
+                let (mock, allocator, team) = (&mock, &allocator, &team);
+                scope.spawn(move || {
+                    mock.on_cpu(cpu);
+                    let args = [20_000, 10, 7];
+                    programs::run(Program::Stress, args, allocator, mock, mock, team).unwrap();
+                });
+            }
+        });
+        let counters = allocator.counters();
+        assert_eq!((counters.nr_allocated, counters.nr_withheld), (0, 0));
+        assert!(counters.tags_checked > 5000 && counters.flip_to_mapped > 0, "{counters:?}");
+    }
 }

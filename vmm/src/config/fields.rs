@@ -46,7 +46,11 @@ pub const FIELDS: &[Field] = &[
     field("allocator", "pool_high_kib", "a number of KiB that is at most half of the memory"),
     field("allocator", "poison", "true or false"),
     field("allocator", "check_zero", "true or false"),
-    field("workload", "program", "\"replay\", \"secrets\", \"idle\", \"touch\" or \"crash\""),
+    field(
+        "workload",
+        "program",
+        "\"replay\", \"secrets\", \"idle\", \"stress\", \"selftest\", \"touch\" or \"crash\"",
+    ),
     of(
         &[Program::Replay, Program::Secrets],
         "input",
@@ -57,6 +61,17 @@ pub const FIELDS: &[Field] = &[
         &[Program::Replay],
         "secret",
         "\"user\", \"all\", \"none\" or a list of flag names such as [\"GFP_HIGHUSER\"]",
+    ),
+    of(&[Program::Stress], "operations", "a number of operations on each CPU, at least 1"),
+    of(&[Program::Stress], "max_order", "an order from 0 to 10"),
+    of(
+        &[Program::Selftest],
+        "test",
+        "the name of a test in the guest: \"mermap::basic_alloc\", \"mermap::size\", \
+         \"mermap::multiple_allocs\", \"mermap::tlb_flushed\", \"page_alloc::alloc_map_unmap\", \
+         \"page_alloc::pindex_helpers\", \"page_alloc::freetype_idx\", \
+         \"page_alloc::stress_interleaved\", or \"regression::series_01\" to \
+         \"regression::series_12\"",
     ),
     of(
         &[Program::Touch],

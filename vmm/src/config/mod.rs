@@ -23,7 +23,7 @@ pub use names::{GuardChoice, MachineKind, Mediation, ReportFormat, Seal};
 use crate::audit::Rule;
 use crate::trace::Secret;
 use lacuna_abi::fault::Fault;
-use lacuna_abi::workload::{Crash, Program, Touch};
+use lacuna_abi::workload::{Crash, Program, Selftest, Touch};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -108,6 +108,19 @@ pub enum Workload {
         /// The file.
         input: PathBuf,
     },
+    /// Random requests on every CPU.
+    Stress {
+        /// Operations on each CPU.
+        operations: u64,
+        /// Largest order.
+        max_order: u8,
+    },
+    /// Tests the allocator and the mermap from inside.
+    Selftest {
+        /// The test.
+        #[serde(serialize_with = "names::selftest")]
+        test: Selftest,
+    },
     /// Touches a sealed frame.
     Touch {
         /// How.
@@ -130,6 +143,8 @@ impl Workload {
             Self::Idle => Program::Idle,
             Self::Replay { .. } => Program::Replay,
             Self::Secrets { .. } => Program::Secrets,
+            Self::Stress { .. } => Program::Stress,
+            Self::Selftest { .. } => Program::Selftest,
             Self::Touch { .. } => Program::Touch,
             Self::Crash { .. } => Program::Crash,
         }
@@ -140,7 +155,11 @@ impl Workload {
     pub fn input(&self) -> Option<&Path> {
         match self {
             Self::Replay { input, .. } | Self::Secrets { input } => Some(input),
-            Self::Idle | Self::Touch { .. } | Self::Crash { .. } => None,
+            Self::Idle
+            | Self::Stress { .. }
+            | Self::Selftest { .. }
+            | Self::Touch { .. }
+            | Self::Crash { .. } => None,
         }
     }
 }

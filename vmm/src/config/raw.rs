@@ -46,6 +46,9 @@ pub(super) struct Workload {
     pub input: Text,
     pub events: Number,
     pub secret: Option<Spanned<Secret>>,
+    pub operations: Number,
+    pub max_order: Number,
+    pub test: Text,
     pub touch: Text,
     pub crash: Text,
 }

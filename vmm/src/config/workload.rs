@@ -6,15 +6,19 @@ use super::resolve::Resolver;
 use super::{Workload, fields, input};
 use crate::leak::MAX_SECRET;
 use crate::trace::{Secret, is_gfp_name};
-use lacuna_abi::workload::{Crash, Program, Touch};
+use lacuna_abi::workload::{Crash, Program, Selftest, Touch};
 use std::path::{Path, PathBuf};
 use toml::Spanned;
+
+/// Operations of the program `stress` where the file gives no number.
+const STRESS_OPERATIONS: u64 = 5000;
 
 impl Resolver<'_> {
     pub(super) fn workload(
         &self,
         raw: &raw::Workload,
         flag: Option<&Path>,
+        vcpus: u8,
     ) -> Result<Workload, ConfigError> {
         let Some(program) = &raw.program else {
             return Err(self.refuse(("workload", "program"), None, "it is missing"));
@@ -40,6 +44,27 @@ impl Resolver<'_> {
                 secret: self.secret(raw.secret.as_ref())?,
             },
             Program::Secrets => Workload::Secrets { input: self.input(program, &raw.input, flag)? },
+            Program::Stress => {
+                let operations = ("workload", "operations");
+                let order = self.number(("workload", "max_order"), &raw.max_order, 0..=10)?;
+                Workload::Stress {
+                    operations: self
+                        .number(operations, &raw.operations, 1..=u64::MAX)?
+                        .unwrap_or(STRESS_OPERATIONS),
+                    max_order: order.and_then(|order| u8::try_from(order).ok()).unwrap_or(10),
+                }
+            }
+            Program::Selftest => {
+                let test = required("test", &raw.test)?;
+                let place = Some(test.span());
+                let test = self.named(("workload", "test"), &test, Selftest::from_name)?;
+                if usize::from(vcpus) < test.cpus() {
+                    let what = format!("{} needs {} vCPUs", test.name(), test.cpus());
+                    let remedy = format!("set [guest] vcpus = {}", test.cpus());
+                    return Err(self.source.error("workload", "test", place, what, remedy));
+                }
+                Workload::Selftest { test }
+            }
             Program::Touch => {
                 let touch = required("touch", &raw.touch)?;
                 Workload::Touch {
@@ -64,6 +89,9 @@ impl Resolver<'_> {
             ("input", raw.input.is_some()),
             ("events", raw.events.is_some()),
             ("secret", raw.secret.is_some()),
+            ("operations", raw.operations.is_some()),
+            ("max_order", raw.max_order.is_some()),
+            ("test", raw.test.is_some()),
             ("touch", raw.touch.is_some()),
             ("crash", raw.crash.is_some()),
         ];

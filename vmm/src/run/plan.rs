@@ -8,7 +8,9 @@ use lacuna_abi::boot::{
     FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, MIN_FREE_BY_SIZE,
 };
 use lacuna_abi::layout::MIN_MEMORY_MIB;
-use lacuna_abi::workload::{Program, SLOT_BYTES, secrets_scratch};
+use lacuna_abi::workload::{
+    Program, SLOT_BYTES, STRESS_CPU_WORDS, secrets_scratch, selftest_scratch,
+};
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -147,6 +149,16 @@ fn work(config: &Config) -> Result<Work, PlanError> {
     let nothing = Work { args: [0; 3], input: Vec::new(), scratch: 0, warnings: Vec::new() };
     Ok(match &config.workload {
         Workload::Idle => nothing,
+        Workload::Stress { operations, max_order } => Work {
+            args: [*operations, (*max_order).into(), config.guest.seed],
+            scratch: u64::from(config.guest.vcpus) * STRESS_CPU_WORDS * 8,
+            ..nothing
+        },
+        Workload::Selftest { test } => Work {
+            args: [*test as u64, 0, 0],
+            scratch: selftest_scratch(config.guest.memory_mib << 8),
+            ..nothing
+        },
         Workload::Touch { touch } => Work { args: [*touch as u64, 0, 0], ..nothing },
         Workload::Crash { crash } => Work { args: [*crash as u64, 0, 0], ..nothing },
         Workload::Replay { input, events, secret } => {

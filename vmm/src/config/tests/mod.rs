@@ -111,6 +111,11 @@ fn the_choices_that_fields_name_are_all_choices() {
         quoted("workload", "crash"),
         Crash::ALL.iter().map(|c| c.name()).collect::<Vec<_>>()
     );
+    // The regression tests stand there as a range.
+    let tests: Vec<_> = Selftest::ALL.iter().map(|t| t.name()).collect();
+    let series = tests.iter().position(|t| *t == "regression::series_01").unwrap();
+    let listed = [&tests[..=series], &tests[tests.len() - 1..]].concat();
+    assert_eq!(quoted("workload", "test"), listed);
     assert_eq!(
         quoted("second_stage", "seal"),
         Seal::ALL.iter().map(|s| s.name()).collect::<Vec<_>>()
@@ -136,6 +141,12 @@ fn each_program_takes_its_fields() {
         let workload = loaded(&text, &Overrides::default()).unwrap().workload;
         assert!(matches!(workload, Workload::Replay { secret: s, .. } if s == secret));
     }
+    let stress = "[workload]\nprogram = \"stress\"\noperations = 7\nmax_order = 3\n";
+    let stress = loaded(stress, &Overrides::default()).unwrap().workload;
+    assert_eq!(stress, Workload::Stress { operations: 7, max_order: 3 });
+    let test = "[workload]\nprogram = \"selftest\"\ntest = \"mermap::size\"\n";
+    let test = loaded(test, &Overrides::default()).unwrap().workload;
+    assert_eq!(test, Workload::Selftest { test: Selftest::MermapSize });
     let touch = "[workload]\nprogram = \"touch\"\ntouch = \"page-walk\"\n";
     let touch = loaded(touch, &Overrides::default()).unwrap().workload;
     assert_eq!(touch, Workload::Touch { touch: Touch::PageWalk });

@@ -1,0 +1,162 @@
+//! Random requests of every kind, on every CPU: allocations of all orders and flags, frees on other
+//! CPUs, callers that cannot wait, background work. Every allocation is tagged and checked.
+
+use super::tags::Tagger;
+use super::team::Team;
+use super::{PROGRESS, ProgramError, Services, finish, settle};
+use crate::alloc::{AllocError, PageAllocator, Request};
+use crate::freetype::Migratetype;
+use crate::meta::MAX_ORDER;
+use crate::platform::{InterruptsOff, Platform};
+use crate::random::Random;
+use lacuna_abi::addr::Gva;
+use lacuna_abi::layout::SCRATCH;
+use lacuna_abi::workload::{STRESS_CPU_WORDS, STRESS_SLOTS};
+
+/// Operations of a phase in which memory gets short, and of one in which it gets free again.
+const PHASE: u64 = 2048;
+/// Operations between two points at which all CPUs meet and everything is counted.
+const ROUND: u64 = 1 << 16;
+
+/// Carries out `ops` random operations of at most `max_order` on this CPU, in an order that `seed`
+/// decides. Scratch memory is all zero at the start.
+///
+/// # Errors
+/// [`ProgramError`]: a page that is not as it should be, counters that do not add up, or a refusal
+/// of the host.
+pub(super) fn run<P: Platform>(
+    allocator: &PageAllocator<'_, P>,
+    platform: &P,
+    services: &impl Services,
+    team: &Team,
+    [ops, max_order, seed]: [u64; 3],
+) -> Result<(), ProgramError> {
+    let cpu = platform.cpu() as u64;
+    let max_order = u8::try_from(max_order).unwrap_or(MAX_ORDER).min(MAX_ORDER);
+    let stress = Stress {
+        allocator,
+        platform,
+        tagger: Tagger { allocator, platform, every_page: false },
+        max_order,
+        cpu,
+    };
+    let mut random = Random(seed ^ cpu.wrapping_mul(0xa076_1d64_78bd_642f));
+    for number in 0..ops {
+        stress.step(number, &mut random)?;
+        allocator.count_work();
+        if number % PROGRESS == PROGRESS - 1 {
+            services.progress(number + 1);
+        }
+        if number % ROUND == ROUND - 1 {
+            team.barrier(platform)?;
+            if cpu == 0 {
+                settle(allocator, services)?;
+            }
+            team.barrier(platform)?;
+        }
+    }
+    services.progress(ops);
+    team.barrier(platform)?;
+    if cpu != 0 {
+        return Ok(());
+    }
+    for at in 0..platform.cpus() as u64 * STRESS_CPU_WORDS {
+        stress.free_at(SCRATCH.wrapping_add(8 * at))?;
+    }
+    finish(allocator, services)
+}
+
+struct Stress<'r, 'a, P: Platform> {
+    allocator: &'r PageAllocator<'a, P>,
+    platform: &'r P,
+    tagger: Tagger<'r, 'a, P>,
+    max_order: u8,
+    cpu: u64,
+}
+
+impl<P: Platform> Stress<'_, '_, P> {
+    fn step(&self, number: u64, random: &mut Random) -> Result<(), ProgramError> {
+        let slot = self.slot(random.below(STRESS_SLOTS));
+        let filled = self.platform.load(slot) != 0;
+        // In turn memory gets short and free again, and the sides of the direct map change places.
+        let grows = (number / PHASE).is_multiple_of(2);
+        let secret = if (number / (2 * PHASE)).is_multiple_of(2) { 9 } else { 1 };
+        match random.below(16) {
+            // What another CPU sent is freed here.
+            0 => self.free_at(self.letter(random.below(self.cpus()), self.cpu)),
+            1 if filled => {
+                let letter = self.letter(self.cpu, random.below(self.cpus()));
+                if self.platform.load(letter) == 0 {
+                    let handle = self.platform.load(slot);
+                    self.platform.store(slot, 0);
+                    self.platform.store(letter, handle);
+                }
+                Ok(())
+            }
+            2 => self.allocator.balance().map_err(|error| ProgramError::Alloc { number, error }),
+            3 if random.below(256) == 0 => Ok(self.allocator.shrink()?),
+            choice if filled && (choice < 6 || !grows) => self.free_at(slot),
+            _ if !filled && (grows || random.below(4) == 0) => {
+                self.alloc(number, slot, random.below(10) < secret, random)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn alloc(
+        &self,
+        number: u64,
+        slot: Gva,
+        secret: bool,
+        random: &mut Random,
+    ) -> Result<(), ProgramError> {
+        // Each order half as often as the one below it; all are met.
+        let order = (random.next_word() | 1 << self.max_order).trailing_zeros() as u8;
+        let migratetype = Migratetype::ALL[random.below(3) as usize];
+        let [zero, noblock] = [random.below(2) == 0, random.below(8) == 0];
+        let request = Request { order, migratetype, zero, noblock };
+        let off = noblock.then(|| InterruptsOff::new(self.platform));
+        let handle = if secret {
+            let pages = self.allocator.alloc_secret(request);
+            pages.map(|pages| self.tagger.tag_secret(pages, 0, zero))
+        } else {
+            let pages = self.allocator.alloc_mapped(request);
+            pages.map(|pages| self.tagger.tag_mapped(pages, 0, zero))
+        };
+        drop(off);
+        match handle {
+            Ok(handle) => {
+                self.platform.store(slot, handle?);
+                Ok(())
+            }
+            Err(AllocError::NoMemory | AllocError::NoBlock | AllocError::WouldBlock) => Ok(()),
+            Err(error) => Err(ProgramError::Alloc { number, error }),
+        }
+    }
+
+    /// Checks and frees what the word holds, if it holds something.
+    fn free_at(&self, at: Gva) -> Result<(), ProgramError> {
+        let handle = self.platform.load(at);
+        if handle == 0 {
+            return Ok(());
+        }
+        self.tagger.check_and_free(handle, 0)?;
+        self.platform.store(at, 0);
+        Ok(())
+    }
+
+    fn cpus(&self) -> u64 {
+        self.platform.cpus() as u64
+    }
+
+    /// One of this CPU's own slots.
+    fn slot(&self, number: u64) -> Gva {
+        SCRATCH.wrapping_add(8 * (self.cpu * STRESS_CPU_WORDS + number))
+    }
+
+    /// Where one CPU leaves an allocation for another: only the one fills it, only the other empties
+    /// it.
+    fn letter(&self, from: u64, to: u64) -> Gva {
+        SCRATCH.wrapping_add(8 * (from * STRESS_CPU_WORDS + STRESS_SLOTS + to))
+    }
+}
