@@ -36,10 +36,35 @@ const GROUPS: &[(&str, &[&str])] = &[
             "window_flushes",
         ],
     ),
+    (
+        "background",
+        &[
+            "balance_refill",
+            "balance_reclaim",
+            "scrubs",
+            "drains",
+            "compact_success",
+            "compact_fail",
+            "pages_moved",
+        ],
+    ),
+    ("checked pages", &["tags_checked", "poison_checked", "zero_checked"]),
     ("gate", &["gate_calls", "gate_refused", "seals", "opens", "releases"]),
     ("events", &["events", "events_lost", "quiesces"]),
-    ("pages at end", &["nr_free_mapped", "nr_free_unmapped", "nr_allocated", "nr_fresh"]),
+    ("pages at end", &["nr_free_mapped", "nr_free_unmapped", "nr_allocated", "nr_withheld", "nr_fresh"]),
 ];
+
+/// Freetypes, as the names of their counters end.
+const FREETYPES: [&str; 6] = [
+    "unmovable",
+    "movable",
+    "reclaimable",
+    "unmapped_unmovable",
+    "unmapped_movable",
+    "unmapped_reclaimable",
+];
+/// What is counted for each.
+const PLACES: [&str; 4] = ["free", "cached", "allocated", "total"];
 
 pub(super) fn render(report: &Report) -> String {
     let mut out = String::new();
@@ -50,6 +75,7 @@ pub(super) fn render(report: &Report) -> String {
     sealed_accesses(&mut out, report);
     rules(&mut out, report);
     counters(&mut out, report);
+    freetypes(&mut out, report);
     timing(&mut out, report);
     out
 }
@@ -229,9 +255,13 @@ fn rules(out: &mut String, report: &Report) {
 }
 
 fn counters(out: &mut String, report: &Report) {
-    let grouped_names: Vec<_> = GROUPS.iter().flat_map(|(_, names)| *names).copied().collect();
+    let elsewhere = |name: &str| {
+        let place = |place: &&str| name.strip_prefix(&format!("nr_{place}_"));
+        GROUPS.iter().any(|(_, names)| names.contains(&name))
+            || PLACES.iter().find_map(place).is_some_and(|kind| FREETYPES.contains(&kind))
+    };
     let others: Vec<_> =
-        report.counters.keys().map(String::as_str).filter(|n| !grouped_names.contains(n)).collect();
+        report.counters.keys().map(String::as_str).filter(|name| !elsewhere(name)).collect();
     let all = GROUPS.iter().map(|(title, names)| (*title, *names)).chain([("other", &*others)]);
     for (title, names) in all {
         let value = |name: &&str| {
@@ -244,6 +274,23 @@ fn counters(out: &mut String, report: &Report) {
         if !names.iter().all(zero) {
             line(out, title, &values.join(", "));
         }
+    }
+}
+
+/// Where the pages of each freetype are that has any.
+fn freetypes(out: &mut String, report: &Report) {
+    let pages = |place: &str, kind: &str| {
+        report.counters.get(format!("nr_{place}_{kind}").as_str()).copied().unwrap_or(0)
+    };
+    let mut label = "by freetype";
+    for kind in FREETYPES.iter().filter(|kind| pages("total", kind) > 0) {
+        let [free, cached, allocated, total] = PLACES.map(|place| grouped(pages(place, kind)));
+        let text = format!(
+            "{total} {} pages: {free} free, {cached} on lists of CPUs, {allocated} allocated",
+            kind.replace('_', " ")
+        );
+        line(out, label, &text);
+        label = "";
     }
 }
 
