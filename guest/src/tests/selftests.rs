@@ -5,22 +5,47 @@ use crate::programs::{self, Team};
 use crate::testing::Mock;
 use lacuna_abi::workload::{Program, Selftest};
 
-#[test]
-fn every_selftest_passes() {
-    for (number, test) in (0..).zip(Selftest::ALL) {
-        let mock = Mock::new(16, test.cpus());
-        mock.stop_recording();
-        let allocator = mock.allocator_as(AllocConfig::PLAIN);
-        let team = Team::new();
-        std::thread::scope(|scope| {
-            for cpu in 0..test.cpus() {
-                let (mock, allocator, team) = (&mock, &allocator, &team);
-                scope.spawn(move || {
-                    mock.on_cpu(cpu);
-                    let args = [number, 0, 0];
-                    programs::run(Program::Selftest, args, allocator, mock, mock, team).unwrap();
-                });
-            }
-        });
+fn run(test: Selftest) {
+    let mock = Mock::new(16, test.cpus());
+    mock.stop_recording();
+    let allocator = mock.allocator_as(AllocConfig::PLAIN);
+    let team = Team::new();
+    std::thread::scope(|scope| {
+        for cpu in 0..test.cpus() {
+            let (mock, allocator, team) = (&mock, &allocator, &team);
+            scope.spawn(move || {
+                mock.on_cpu(cpu);
+                let args = [test as u64, 0, 0];
+                programs::run(Program::Selftest, args, allocator, mock, mock, team).unwrap();
+            });
+        }
+    });
+}
+
+/// One test for each of them, with the name that it has in the guest.
+macro_rules! selftests {
+    ($($module:ident { $($name:ident)* })*) => {
+        $(mod $module {
+            $(#[test]
+            fn $name() {
+                let name = concat!(stringify!($module), "::", stringify!($name));
+                super::run(lacuna_abi::workload::Selftest::from_name(name).unwrap());
+            })*
+        })*
+
+        #[test]
+        fn none_is_left_out() {
+            let here = [$($(concat!(stringify!($module), "::", stringify!($name))),*),*];
+            assert!(Selftest::ALL.iter().map(|test| test.name()).eq(here));
+        }
+    };
+}
+
+selftests! {
+    mermap { basic_alloc size multiple_allocs tlb_flushed }
+    page_alloc { alloc_map_unmap pindex_helpers freetype_idx stress_interleaved }
+    regression {
+        series_01 series_02 series_03 series_04 series_05 series_06
+        series_07 series_08 series_09 series_10 series_11 series_12
     }
 }
