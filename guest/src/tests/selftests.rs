@@ -5,6 +5,17 @@ use crate::programs::{self, Team};
 use crate::testing::Mock;
 use lacuna_abi::workload::{Program, Selftest};
 
+/// A CPU whose test panics is not waited for.
+struct Leave<'t>(&'t Team);
+
+impl Drop for Leave<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.give_up();
+        }
+    }
+}
+
 fn run(test: Selftest) {
     let mock = Mock::new(16, test.cpus());
     mock.stop_recording();
@@ -15,6 +26,7 @@ fn run(test: Selftest) {
             let (mock, allocator, team) = (&mock, &allocator, &team);
             scope.spawn(move || {
                 mock.on_cpu(cpu);
+                let _leave = Leave(team);
                 let args = [test as u64, 0, 0];
                 programs::run(Program::Selftest, args, allocator, mock, mock, team).unwrap();
             });
