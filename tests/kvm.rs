@@ -129,7 +129,7 @@ fn selftest(test: Selftest) -> Check {
 }
 
 fn stress() -> Check {
-    let config = "[guest]\nmemory_mib = 64\nfill = 0xa5\n[allocator]\npoison = true\n\
+    let config = "[guest]\nmemory_mib = 64\nfill = 0xa5\n[allocator]\non_free = \"poison\"\n\
                   [workload]\nprogram = \"stress\"\noperations = 1500\nmax_order = 6\n";
     let run = lacuna(config, &["--seed", "5"])?;
     run.clean()?;

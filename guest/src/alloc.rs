@@ -1,6 +1,7 @@
 //! The page allocator: requests for mapped and for secret pages.
 
 use crate::balance::Watermarks;
+use crate::contents::OnFree;
 use crate::counters::Counts;
 use crate::freetype::{Freetype, Migratetype};
 use crate::handle::{Pin, Slot};
@@ -17,7 +18,8 @@ use core::sync::atomic::AtomicBool;
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{Gfn, PAGE_SIZE};
 use lacuna_abi::boot::{
-    BootInfo, FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, MIN_FREE_BY_SIZE,
+    BootInfo, FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, FEATURE_SCRUB,
+    FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
 };
 use lacuna_abi::event::Life;
 use lacuna_abi::layout::{Layout, direct_map};
@@ -29,8 +31,11 @@ pub struct AllocConfig {
     pub prezero: bool,
     /// An empty pool is refilled by flipping pageblocks.
     pub flip: bool,
-    /// Freed mapped pages are filled with a pattern, which is checked when they are handed out.
-    pub poison: bool,
+    /// What happens to freed mapped pages.
+    pub on_free: OnFree,
+    /// Freed secret pages that were written to are zeroed; otherwise they are when they are handed
+    /// out as zero.
+    pub scrub: bool,
     /// Secret pages that are known to be zero are looked at when they are handed out as zero.
     pub check_zero: bool,
     /// Pages of the mapped side that are kept for callers that cannot wait; `None` for what suits the
@@ -50,7 +55,12 @@ impl AllocConfig {
         Self {
             prezero: info.features & FEATURE_PREZERO != 0,
             flip: info.features & FEATURE_FLIP != 0,
-            poison: info.features & FEATURE_POISON != 0,
+            on_free: match info.features & (FEATURE_POISON | FEATURE_ZERO_ON_FREE) {
+                0 => OnFree::Leave,
+                FEATURE_ZERO_ON_FREE => OnFree::Zero,
+                _ => OnFree::Poison,
+            },
+            scrub: info.features & FEATURE_SCRUB != 0,
             check_zero: info.features & FEATURE_CHECK_ZERO != 0,
             min_free: (info.min_free != MIN_FREE_BY_SIZE).then(|| pages(info.min_free)),
             pool_low: pages(info.pool_low),
@@ -62,7 +72,8 @@ impl AllocConfig {
     pub const PLAIN: Self = Self {
         prezero: true,
         flip: true,
-        poison: false,
+        on_free: OnFree::Leave,
+        scrub: true,
         check_zero: false,
         min_free: None,
         pool_low: 0,
@@ -178,8 +189,8 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             None => self.take_mapped_slowly(request)?,
         };
         let chunk = Chunk { index, order };
-        self.check_poison(chunk)?;
-        if zero {
+        let is_zero = self.check_mapped(chunk)?;
+        if zero && !is_zero {
             let frames = self.map.frames(chunk);
             self.platform.zero(direct_map(frames.start().gpa()), frames.count() * PAGE_SIZE);
             self.counts.zeroed_mapped.add(frames.count());
@@ -381,7 +392,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     pub(crate) fn free_mapped(&self, pin: Pin<'_>) {
         let chunk = pin.chunk();
         self.retire(chunk);
-        self.poison(chunk);
+        self.clear_freed(chunk);
         self.put(chunk);
         self.counts.free.add(1);
     }
@@ -400,7 +411,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             return;
         }
         self.retire(chunk);
-        if self.map.is_known(frames) {
+        if !self.config.scrub || self.map.is_known(frames) {
             self.report_pooled(frames);
             self.put(chunk);
         } else {

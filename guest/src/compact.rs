@@ -86,13 +86,13 @@ impl<P: Platform> PageAllocator<'_, P> {
         let index = self.zone().take(&self.map, from.order, kind, self.marks.min)?.index;
         let to = Chunk { index, order: from.order };
         let place = |chunk| direct_map(self.map.frames(chunk).start().gpa());
-        self.check_poison(to).ok()?;
+        self.check_mapped(to).ok()?;
         self.platform.copy(place(to), place(from), u64::from(from.pages()) * PAGE_SIZE);
         self.map.page(to.index).hand_out(to.order, kind);
         self.map.count_allocated(to, true);
         self.map.exchange_slots(from.index, to.index);
         self.map.count_allocated(from, false);
-        self.poison(from);
+        self.clear_freed(from);
         self.map.page(from.index).set_head(State::Isolated, from.order);
         self.counts.pages_moved.add(u64::from(from.pages()));
         Some(())

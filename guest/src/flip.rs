@@ -2,6 +2,7 @@
 //! under one shootdown.
 
 use crate::alloc::{AllocError, PageAllocator};
+use crate::contents::OnFree;
 use crate::freetype::{Freetype, Migratetype};
 use crate::meta::{Chunk, MAX_ORDER};
 use crate::platform::{CpuSet, GateError, Platform, planted};
@@ -242,7 +243,7 @@ impl<P: Platform> PageAllocator<'_, P> {
             self.flush_direct_map();
         }
         for chunk in chunks {
-            if self.config.poison {
+            if self.config.on_free != OnFree::Leave {
                 self.map.set_known(self.map.frames(*chunk), false);
             }
             if !planted!(self.platform, LeaveDirectMapAlias) {

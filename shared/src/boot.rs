@@ -10,7 +10,7 @@ use crate::words_struct;
 /// First word of the boot information: "LACUNA" and the format's number.
 pub const BOOT_MAGIC: u64 = 0x4c41_4355_4e41_0001;
 
-/// Freed secret pages and flipped blocks are zeroed ahead of demand (the pre-zeroed pool).
+/// Pageblocks are zeroed when they flip, ahead of demand (the pre-zeroed pool).
 pub const FEATURE_PREZERO: u64 = 1 << 0;
 /// An empty pool may be refilled by flipping pageblocks. Without it every secret request of an
 /// empty pool fails.
@@ -19,8 +19,18 @@ pub const FEATURE_FLIP: u64 = 1 << 1;
 pub const FEATURE_POISON: u64 = 1 << 2;
 /// Secret pages that are known to be zero are looked at when they are handed out as zero.
 pub const FEATURE_CHECK_ZERO: u64 = 1 << 3;
+/// Freed mapped pages are zeroed. Without this and [`FEATURE_POISON`] they are left as they are.
+pub const FEATURE_ZERO_ON_FREE: u64 = 1 << 4;
+/// Freed secret pages that were written to are zeroed, many together. Without it they are zeroed
+/// when they are handed out as zero, or leave the unmapped side.
+pub const FEATURE_SCRUB: u64 = 1 << 5;
 /// Everything that this version knows.
-pub const FEATURES: u64 = FEATURE_PREZERO | FEATURE_FLIP | FEATURE_POISON | FEATURE_CHECK_ZERO;
+pub const FEATURES: u64 = FEATURE_PREZERO
+    | FEATURE_FLIP
+    | FEATURE_POISON
+    | FEATURE_CHECK_ZERO
+    | FEATURE_ZERO_ON_FREE
+    | FEATURE_SCRUB;
 
 /// [`BootInfo::min_free`] that leaves the choice to the guest.
 pub const MIN_FREE_BY_SIZE: u64 = u64::MAX;

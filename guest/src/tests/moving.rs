@@ -1,6 +1,7 @@
 //! Handles that are resolved at use, and the mover.
 
 use crate::alloc::{AllocConfig, AllocError, PageAllocator, Request};
+use crate::contents::OnFree;
 use crate::counters::Pages;
 use crate::freetype::Migratetype;
 use crate::mapped::MappedPages;
@@ -119,7 +120,7 @@ fn pages_are_moved_under_an_owner_that_pins_and_unpins_all_the_time() {
 #[test]
 fn a_write_after_a_free_is_noticed_and_the_page_is_withheld() {
     let mock = Mock::new(16, 1);
-    let allocator = mock.allocator_as(AllocConfig { poison: true, ..EAGER });
+    let allocator = mock.allocator_as(AllocConfig { on_free: OnFree::Poison, ..EAGER });
     let page = allocator.alloc_mapped(pages(0)).unwrap();
     let (va, frame) = (page.pin().va(), page.frames().start());
     drop(page);
@@ -137,7 +138,7 @@ fn a_write_after_a_free_is_noticed_and_the_page_is_withheld() {
 fn poison_that_nobody_touched_is_checked_and_gone_when_a_block_flips() {
     let mock = Mock::new(16, 1);
     mock.stop_recording();
-    let allocator = mock.allocator_as(AllocConfig { poison: true, ..EAGER });
+    let allocator = mock.allocator_as(AllocConfig { on_free: OnFree::Poison, ..EAGER });
     for order in [0, 3, 5, 9, 10] {
         drop(allocator.alloc_mapped(pages(order)).unwrap());
         drop(allocator.alloc_mapped(pages(order)).unwrap());
@@ -166,4 +167,42 @@ fn a_zero_page_that_is_not_zero_is_noticed_when_it_is_looked_at() {
     assert_eq!(allocator.counters().nr_withheld, 1);
     // The machine's host saw the page in the pool as zero only before it was spoilt.
     assert!(allocator.alloc_secret(zero).is_ok());
+}
+
+#[test]
+fn pages_zeroed_when_they_were_freed_are_not_zeroed_again() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator_as(AllocConfig { on_free: OnFree::Zero, ..EAGER });
+    let page = allocator.alloc_mapped(pages(0)).unwrap();
+    let va = page.pin().va();
+    mock.store(va, 5);
+    drop(page);
+    assert_eq!(mock.load(va), 0);
+    let zeroed = allocator.counters().zeroed_mapped;
+    let again = allocator.alloc_mapped(crate::testing::zero_pages(0)).unwrap();
+    assert_eq!(again.pin().va(), va);
+    assert_eq!((mock.load(va), allocator.counters().zeroed_mapped), (0, zeroed));
+    mock.store(va, 5);
+    drop(again);
+    // What leaves the mapped side is known no more.
+    allocator.drain_all().unwrap();
+    let secret = allocator.alloc_secret(crate::testing::zero_pages(9)).unwrap();
+    assert_eq!(allocator.counters().zeroed_flip, 512);
+    drop(secret);
+}
+
+#[test]
+fn without_scrubbing_pages_are_zeroed_when_they_are_handed_out_as_zero() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator_as(AllocConfig { prezero: false, scrub: false, ..EAGER });
+    for round in 1..=2 {
+        let page = allocator.alloc_secret(crate::testing::zero_pages(0)).unwrap();
+        let window = page.open(0, 1, crate::secret::Access::Write).unwrap();
+        assert_eq!(window.load(0), Ok(0));
+        window.store(0, 5).unwrap();
+        window.close().unwrap();
+        assert_eq!(allocator.counters().zeroed_alloc, round);
+    }
+    allocator.shrink().unwrap();
+    assert!(mock.state().frames.iter().all(|frame| !frame.secret), "released, so scrubbed before");
 }

@@ -44,7 +44,8 @@ pub const FIELDS: &[Field] = &[
     field("allocator", "min_free_kib", "a number of KiB that is at most half of the memory"),
     field("allocator", "pool_low_kib", "a number of KiB that is not above pool_high_kib"),
     field("allocator", "pool_high_kib", "a number of KiB that is at most half of the memory"),
-    field("allocator", "poison", "true or false"),
+    field("allocator", "on_free", "\"leave\", \"zero\" or \"poison\""),
+    field("allocator", "scrub", "true or false"),
     field("allocator", "check_zero", "true or false"),
     field(
         "workload",

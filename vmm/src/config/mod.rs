@@ -18,7 +18,7 @@ mod workload;
 
 pub use error::{ConfigError, Place};
 pub use fields::{FIELDS, Field};
-pub use names::{GuardChoice, MachineKind, Mediation, ReportFormat, Seal};
+pub use names::{GuardChoice, MachineKind, Mediation, OnFree, ReportFormat, Seal};
 
 use crate::audit::Rule;
 use crate::trace::Secret;
@@ -82,8 +82,10 @@ pub struct Allocator {
     pub pool_low_kib: u64,
     /// KiB of free secret pages up to which they do.
     pub pool_high_kib: u64,
-    /// Whether freed mapped pages are filled with a pattern that is checked.
-    pub poison: bool,
+    /// What happens to freed mapped pages.
+    pub on_free: OnFree,
+    /// Whether freed secret pages are zeroed, rather than when they are handed out as zero.
+    pub scrub: bool,
     /// Whether secret pages are looked at before they are handed out as zero.
     pub check_zero: bool,
 }

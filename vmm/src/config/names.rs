@@ -49,6 +49,20 @@ named_enum! {
 }
 
 named_enum! {
+    /// What happens to mapped pages that are freed.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum OnFree {
+        /// Nothing.
+        Leave = "leave",
+        /// They are zeroed.
+        Zero = "zero",
+        /// They are filled with a pattern, which is checked when they are handed out.
+        Poison = "poison",
+    }
+}
+
+named_enum! {
     /// How the back end `guard` closes memory.
     #[derive(Serialize, Deserialize)]
     #[serde(rename_all = "lowercase")]

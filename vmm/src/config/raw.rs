@@ -35,7 +35,8 @@ pub(super) struct Allocator {
     pub min_free_kib: Number,
     pub pool_low_kib: Number,
     pub pool_high_kib: Number,
-    pub poison: Option<bool>,
+    pub on_free: Text,
+    pub scrub: Option<bool>,
     pub check_zero: Option<bool>,
 }
 

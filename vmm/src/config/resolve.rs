@@ -5,8 +5,8 @@ use super::fields::{self, EVENTS_MIB, GUEST_LOG_KIB, MAX_FILL_MIB, MEMORY_MIB, T
 use super::raw::{self, Number, Raw};
 use super::source::Source;
 use super::{
-    Allocator, Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, Output,
-    Overrides, ReportFormat, Seal, SecondStage, flags, input,
+    Allocator, Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, OnFree,
+    Output, Overrides, ReportFormat, Seal, SecondStage, flags, input,
 };
 use crate::audit::Rule;
 use lacuna_abi::MAX_CPUS;
@@ -97,7 +97,11 @@ impl Resolver<'_> {
             min_free_kib: kib("min_free_kib", &raw.min_free_kib)?,
             pool_low_kib: pool_low_kib.unwrap_or(POOL_LOW_KIB.min(pool_high_kib)),
             pool_high_kib,
-            poison: raw.poison.unwrap_or(false),
+            on_free: match &raw.on_free {
+                Some(what) => self.named(("allocator", "on_free"), what, OnFree::from_name)?,
+                None => OnFree::Leave,
+            },
+            scrub: raw.scrub.unwrap_or(true),
             check_zero: raw.check_zero.unwrap_or(false),
         })
     }

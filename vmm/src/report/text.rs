@@ -51,7 +51,10 @@ const GROUPS: &[(&str, &[&str])] = &[
     ("checked pages", &["tags_checked", "poison_checked", "zero_checked"]),
     ("gate", &["gate_calls", "gate_refused", "seals", "opens", "releases"]),
     ("events", &["events", "events_lost", "quiesces"]),
-    ("pages at end", &["nr_free_mapped", "nr_free_unmapped", "nr_allocated", "nr_withheld", "nr_fresh"]),
+    (
+        "pages at end",
+        &["nr_free_mapped", "nr_free_unmapped", "nr_allocated", "nr_withheld", "nr_fresh"],
+    ),
 ];
 
 /// Freetypes, as the names of their counters end.

@@ -1,11 +1,12 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
-use crate::config::{Config, GuardChoice, Seal, Workload};
+use crate::config::{Config, GuardChoice, OnFree, Seal, Workload};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
 use lacuna_abi::boot::{
-    FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, MIN_FREE_BY_SIZE,
+    FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, FEATURE_SCRUB,
+    FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
 };
 use lacuna_abi::layout::MIN_MEMORY_MIB;
 use lacuna_abi::workload::{
@@ -113,7 +114,9 @@ impl Plan {
         let features = [
             (true, FEATURE_FLIP),
             (config.guest.prezero, FEATURE_PREZERO),
-            (allocator.poison, FEATURE_POISON),
+            (allocator.on_free == OnFree::Poison, FEATURE_POISON),
+            (allocator.on_free == OnFree::Zero, FEATURE_ZERO_ON_FREE),
+            (allocator.scrub, FEATURE_SCRUB),
             (allocator.check_zero, FEATURE_CHECK_ZERO),
         ];
         let features = features.iter().filter(|(on, _)| *on).fold(0, |bits, (_, bit)| bits | bit);

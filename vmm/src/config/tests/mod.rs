@@ -120,6 +120,8 @@ fn the_choices_that_fields_name_are_all_choices() {
         quoted("second_stage", "seal"),
         Seal::ALL.iter().map(|s| s.name()).collect::<Vec<_>>()
     );
+    let on_free: Vec<_> = OnFree::ALL.iter().map(|o| o.name()).collect();
+    assert_eq!(quoted("allocator", "on_free"), on_free);
     let guard: Vec<_> = GuardChoice::ALL.iter().map(|g| g.name()).collect();
     assert_eq!(quoted("second_stage", "guard"), guard);
 }

@@ -1,5 +1,6 @@
-//! Poison: freed mapped pages are filled with a pattern, and who gets them next finds it intact
-//! unless somebody wrote to them after they were freed.
+//! What free pages hold. Freed mapped pages can be zeroed, or filled with a pattern that the next
+//! owner finds intact unless somebody wrote to them after they were freed; secret pages that are
+//! said to be zero can be looked at.
 
 use crate::alloc::{AllocError, PageAllocator};
 use crate::meta::Chunk;
@@ -8,29 +9,61 @@ use crate::secret::UseError;
 use lacuna_abi::addr::{Gfn, PAGE_SIZE};
 use lacuna_abi::layout::direct_map;
 
-/// What freed mapped pages hold.
+/// What freed mapped pages hold with [`OnFree::Poison`].
 pub const POISON: u64 = 0xaaaa_aaaa_aaaa_aaaa;
 
-impl<P: Platform> PageAllocator<'_, P> {
-    /// Fills mapped pages that become free.
-    pub(crate) fn poison(&self, chunk: Chunk) {
-        if !self.config.poison {
-            return;
+/// What happens to mapped pages that are freed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnFree {
+    /// Nothing.
+    Leave,
+    /// They are zeroed, and not again when they are handed out as zero.
+    Zero,
+    /// They are filled with a pattern, which is checked when they are handed out.
+    Poison,
+}
+
+impl OnFree {
+    const fn word(self) -> Option<u64> {
+        match self {
+            Self::Leave => None,
+            Self::Zero => Some(0),
+            Self::Poison => Some(POISON),
         }
+    }
+}
+
+impl<P: Platform> PageAllocator<'_, P> {
+    /// Treats mapped pages that become free as the configuration says.
+    pub(crate) fn clear_freed(&self, chunk: Chunk) {
+        let Some(word) = self.config.on_free.word() else { return };
         let frames = self.map.frames(chunk);
-        self.platform.fill(direct_map(frames.start().gpa()), frames.count() * PAGE_SIZE, POISON);
+        let (va, bytes) = (direct_map(frames.start().gpa()), frames.count() * PAGE_SIZE);
+        if word == 0 {
+            self.platform.zero(va, bytes);
+            self.counts.zeroed_mapped.add(frames.count());
+        } else {
+            self.platform.fill(va, bytes, word);
+        }
         self.map.set_known(frames, true);
     }
 
-    /// Checks mapped pages that are about to be handed out, those of them that were filled.
+    /// Looks at mapped pages that are about to be handed out, those of them that were filled; whether
+    /// all are known to be zero.
     ///
     /// # Errors
     /// [`AllocError::Corrupted`]; the pages are withheld.
-    pub(crate) fn check_poison(&self, chunk: Chunk) -> Result<(), AllocError> {
-        if !self.config.poison {
-            return Ok(());
-        }
+    pub(crate) fn check_mapped(&self, chunk: Chunk) -> Result<bool, AllocError> {
         let frames = self.map.frames(chunk);
+        match self.config.on_free {
+            OnFree::Leave => return Ok(false),
+            OnFree::Zero => {
+                let known = self.map.is_known(frames);
+                self.map.set_known(frames, false);
+                return Ok(known);
+            }
+            OnFree::Poison => {}
+        }
         for part in frames.by_block() {
             let (block, first) = self.map.part(part);
             for (page, frame) in (first..).zip(part.iter()) {
@@ -44,7 +77,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
         self.counts.poison_checked.add(frames.count());
         self.map.set_known(frames, false);
-        Ok(())
+        Ok(false)
     }
 
     /// The first word of a mapped page that is not `value`.
