@@ -5,7 +5,7 @@
 //! for KVM only; this process reads it by file offset, whether sealed or not, so that closing the
 //! mapping can never fault the VMM itself.
 
-use crate::machine::sys::{self, HostMapping};
+use crate::machine::sys::{self, HostMapping, Words};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::gate::PAGE_WORDS;
 use lacuna_abi::layout::{Layout, Region, SEQUENCE_OFFSET};
@@ -92,6 +92,21 @@ impl Memory {
     #[must_use]
     pub const fn zone_mapping(&self) -> &HostMapping {
         &self.zone
+    }
+
+    /// Low memory and the zone as simulated CPUs access them.
+    ///
+    /// # Errors
+    /// [`MemoryError::Create`].
+    pub fn for_simulation(&self) -> Result<(Words, Words), MemoryError> {
+        let low_len = self.layout.scratch.end().0;
+        let map = |file, len: u64| {
+            let mapped = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory.into());
+            mapped
+                .and_then(|len| Words::new(file, len))
+                .map_err(|error| MemoryError::Create { mib: len >> 20, error })
+        };
+        Ok((map(&self.low_file, low_len)?, map(&self.zone_file, self.layout.zone.len)?))
     }
 
     /// Reads bytes of low memory.

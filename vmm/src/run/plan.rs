@@ -42,6 +42,8 @@ pub enum PlanError {
 pub struct Plan {
     /// Kernel image.
     pub image: Image,
+    /// Number of CPUs.
+    pub cpus: u8,
     /// Memory for the guest's allocator.
     pub memory_mib: u64,
     /// Byte that the allocator's memory is filled with before the start.
@@ -105,6 +107,7 @@ impl Plan {
         let prezero = if config.guest.prezero { FEATURE_PREZERO } else { 0 };
         let plan = Self {
             image,
+            cpus: config.guest.vcpus,
             memory_mib: config.guest.memory_mib,
             fill: config.guest.fill,
             features: FEATURE_FLIP | prezero,
