@@ -87,7 +87,7 @@ impl Resolver<'_> {
         let what = match usize::from(count) {
             1 => return Ok(1),
             2..=MAX_CPUS if machine == MachineKind::Sim => return Ok(count),
-            2..=MAX_CPUS => "this version runs one vCPU on KVM".to_owned(),
+            2..=MAX_CPUS => "this version runs one vCPU".to_owned(),
             _ => format!("{} vCPUs are impossible", vcpus.get_ref()),
         };
         Err(self.refuse(("guest", "vcpus"), Some(vcpus.span()), what))

@@ -76,6 +76,17 @@ impl Frames {
         self.secret_bit(frame).is_some_and(|(word, bit)| word.load(Relaxed) & bit != 0)
     }
 
+    /// Notes whether the host calls these frames secret.
+    pub(super) fn set_secret(&self, frames: FrameRange, secret: bool) {
+        for (word, bit) in frames.iter().filter_map(|frame| self.secret_bit(frame)) {
+            if secret {
+                word.fetch_or(bit, Relaxed);
+            } else {
+                word.fetch_and(!bit, Relaxed);
+            }
+        }
+    }
+
     #[inline]
     fn state(&self, frame: Gfn) -> Option<&AtomicU64> {
         let index = frame.0.checked_sub(self.zone.start().0)?;
@@ -100,13 +111,7 @@ impl Observer for Secrecy {
             HostAct::Released => false,
             HostAct::Opened | HostAct::Quiesced | HostAct::Refused => return,
         };
-        for (word, bit) in frames.iter().filter_map(|frame| self.0.secret_bit(frame)) {
-            if secret {
-                word.fetch_or(bit, Relaxed);
-            } else {
-                word.fetch_and(!bit, Relaxed);
-            }
-        }
+        self.0.set_secret(frames, secret);
     }
 }
 

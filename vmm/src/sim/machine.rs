@@ -26,9 +26,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Calls of [`Platform`] between two looks at what is left to chance, as a power of two: 1 to this
 /// many.
-const LOOK_BITS: u64 = 7;
+const LOOK_BITS: u64 = 6;
 /// Of so many looks one passes the baton on.
-const SWITCH: u64 = 3;
+const SWITCH: u64 = 2;
 
 /// What a simulated CPU's thread unwinds with when the run is over. Nobody but the thread's own
 /// start sees it.

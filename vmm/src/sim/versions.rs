@@ -1,11 +1,12 @@
 //! Counts writes to the tables, so that a cached translation that cannot be stale need not be
 //! compared with them.
 
+use super::random::Random;
 use lacuna_abi::addr::Gva;
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::paging::Level;
 use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::{AcqRel, Acquire};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 /// Counters that the blocks of address space share.
 const PLACES: usize = 4096;
@@ -20,12 +21,16 @@ pub struct Versions {
     all: AtomicU64,
     /// Writes to entries that may point to a table.
     links: AtomicU64,
+    /// First address and bytes of the latest write: where translations change is where a CPU that
+    /// guesses does most harm.
+    latest: [AtomicU64; 2],
 }
 
 impl Default for Versions {
     fn default() -> Self {
         let blocks = (0..PLACES).map(|_| AtomicU64::new(0)).collect();
-        Self { blocks, all: AtomicU64::new(1), links: AtomicU64::new(1) }
+        let [all, links] = [1, 1].map(AtomicU64::new);
+        Self { blocks, all, links, latest: [0, 1].map(AtomicU64::new) }
     }
 }
 
@@ -45,6 +50,12 @@ impl Versions {
         self.links.load(Acquire)
     }
 
+    /// An address that the latest write concerns.
+    pub fn recent(&self, random: &mut Random) -> Gva {
+        let [va, bytes] = [&self.latest[0], &self.latest[1]].map(|word| word.load(Acquire));
+        Gva(va).wrapping_add(random.below(bytes))
+    }
+
     /// Counts a write, once it is visible.
     pub fn count(&self, write: &EntryWrite) {
         let block = write.va.0 >> Level::Pd.span_shift();
@@ -56,6 +67,8 @@ impl Versions {
         } else {
             self.all.fetch_add(1, AcqRel);
         }
+        self.latest[0].store(write.va.0, Release);
+        self.latest[1].store(write.span(), Release);
         if write.level > Level::Pt {
             self.links.fetch_add(1, AcqRel);
         }
