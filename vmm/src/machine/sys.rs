@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::atomic::AtomicU64;
+use vm_memory::{VolatileMemory, VolatileSlice};
 
 /// `MADV_GUARD_INSTALL`, Linux 6.13; for file-backed mappings 6.15.
 const MADV_GUARD_INSTALL: i32 = 102;
@@ -85,8 +86,8 @@ impl HostMapping {
     }
 }
 
-/// A part of this process's address space that shows guest memory as words, for simulated CPUs.
-/// Nothing but whole words and whole pages is ever accessed, and no reference but to atomics exists.
+/// A part of this process's address space that shows guest memory: to the VMM, and to simulated
+/// CPUs. Guests and others access it at any time, so that no reference into it exists but to atomics.
 #[derive(Debug)]
 pub struct Words {
     region: vm_memory::MmapRegion,
@@ -110,9 +111,20 @@ impl Words {
             return None;
         }
         // SAFETY: the words lie in the mapping that `self` owns, which starts at a page; whatever
-        // bits they hold are an `AtomicU64`. Others access this memory only by atomics, or by the
-        // kernel, as a device would.
+        // bits they hold are an `AtomicU64`. Nobody holds a reference of another kind into it.
         Some(unsafe { std::slice::from_raw_parts(start.cast::<AtomicU64>(), count) })
+    }
+
+    /// Address of the mapping in this process, as KVM takes it.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.region.as_ptr() as u64
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> VolatileSlice<'_> {
+        self.region.as_volatile_slice()
     }
 
     /// Zeroes `len` bytes from `offset`; false if they do not all lie here.

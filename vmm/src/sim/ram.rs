@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering::Acquire;
 #[derive(Debug)]
 pub struct Ram {
     layout: Layout,
-    low: Words,
+    memory: Arc<Memory>,
     zone: Words,
     /// The second stage.
     pub(super) frames: Arc<Frames>,
@@ -29,10 +29,9 @@ impl Ram {
     ///
     /// # Errors
     /// [`MemoryError::Create`].
-    pub fn new(memory: &Memory, frames: Arc<Frames>) -> Result<Self, MemoryError> {
-        let (low, zone) = memory.for_simulation()?;
-        let layout = *memory.layout();
-        Ok(Self { layout, low, zone, frames, versions: Versions::default() })
+    pub fn new(memory: Arc<Memory>, frames: Arc<Frames>) -> Result<Self, MemoryError> {
+        let (layout, zone) = (*memory.layout(), memory.map_zone()?);
+        Ok(Self { layout, memory, zone, frames, versions: Versions::default() })
     }
 
     /// Where everything lies.
@@ -54,7 +53,7 @@ impl Ram {
     pub fn region(&self, region: &Region, offset: u64, count: usize) -> Option<&[AtomicU64]> {
         let end = offset.checked_add(8 * u64::try_from(count).ok()?)?;
         (end <= region.len).then_some(())?;
-        self.low.words(region.gpa.0 + offset, count)
+        self.memory.low().words(region.gpa.0 + offset, count)
     }
 
     /// Zeroes `len` bytes from `at`; false where there is no memory.
@@ -68,7 +67,7 @@ impl Ram {
     fn place(&self, at: Gpa) -> (&Words, u64) {
         match at.offset_from(self.layout.zone.gpa) {
             Some(offset) => (&self.zone, offset),
-            None => (&self.low, at.0),
+            None => (self.memory.low(), at.0),
         }
     }
 }
@@ -95,7 +94,7 @@ pub(super) mod tests {
         let info = lacuna_abi::boot::BootInfo::for_layout(&layout);
         let info = crate::machine::boot::prepare(&memory, &image, info).unwrap();
         let frames = Arc::new(Frames::new(layout.zone_frames()));
-        let ram = Ram::new(&memory, frames).unwrap();
+        let ram = Ram::new(Arc::clone(&memory), frames).unwrap();
         (memory, ram, Gpa(info.root))
     }
 

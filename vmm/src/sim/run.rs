@@ -80,7 +80,7 @@ impl Prepared {
 
     fn try_run(self) -> Result<Simulated, MemoryError> {
         let Self { memory, frames, gate, root, faults, seed, stop } = self;
-        let ram = Ram::new(&memory, frames)?;
+        let ram = Ram::new(Arc::clone(&memory), frames)?;
         let machine = SimMachine::new(Parts { ram, gate, root, faults, seed, stop });
         let metadata = Metadata::new(&memory);
         let guest = Guest::new(&machine, &memory, &metadata)?;
