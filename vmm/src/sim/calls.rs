@@ -124,7 +124,8 @@ impl SimMachine {
         let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
         cpu.in_gate.fetch_add(nanos, Relaxed);
         match served {
-            Ok(Served::Resume) => {}
+            // A call that was broken off has an answer that no guest should see.
+            Ok(Served::Resume) => self.halt_if_told(number),
             Ok(Served::Exit(status, counters)) => self.end(number, End::Exit(status, counters)),
             Ok(Served::Panic(message)) => {
                 self.end(number, self.guest_end(number, "panic", message))

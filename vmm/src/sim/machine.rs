@@ -3,6 +3,7 @@
 //! [`Platform`] is simulated.
 
 use super::baton::{Baton, Over};
+use super::calls::here;
 use super::cpu::{self, Cpu, Request};
 use super::mmu::{Fault, MmuCounters};
 use super::ram::Ram;
@@ -99,6 +100,13 @@ impl SimMachine {
         resume_unwind(Box::new(Halted))
     }
 
+    /// Ends the run if it was told to stop.
+    pub(super) fn halt_if_told(&self, number: usize) {
+        if let Some(stopped) = self.stop.told() {
+            self.end(number, End::Stopped(stopped, Box::new(here(number))));
+        }
+    }
+
     /// The registers of a CPU, as far as it has any.
     pub(super) fn registers(&self) -> Registers {
         Registers { cr0: CR0, cr3: self.space.root.0, cr4: CR4, efer: EFER, ..Registers::default() }
@@ -146,10 +154,7 @@ impl SimMachine {
         if self.over.load(Acquire) {
             self.halt();
         }
-        if let Some(stopped) = self.stop.told() {
-            let place = crate::run::Place { cpu: number as u8, ..Default::default() };
-            self.end(number, End::Stopped(stopped, Box::new(place)));
-        }
+        self.halt_if_told(number);
         let cpu = &self.cpus[number];
         let (until, switch) = {
             let mut mmu = cpu.mmu();
