@@ -142,7 +142,7 @@ fn two_seeds() -> Check {
 }
 
 fn many_seeds() -> Check {
-    for seed in 0..40_u64 {
+    for seed in 0..30_u64 {
         let cpus = [1, 2, 3, 4, 8][seed as usize % 5];
         let seal = SEALS[seed as usize % 3];
         let config = on_cpus(cpus, &dirty(&replay(EVENTS, "all")));
@@ -296,14 +296,22 @@ fn sparse() -> Check {
     ensure(peak > 0 && peak < 400 << 10, &format!("{peak} KiB were resident"))
 }
 
+/// A guest that waits is stopped where it waits; one that never calls its platform is given up.
 fn hang() -> Check {
-    let config = "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"hang\"\n\
-                  [limits]\ntimeout_s = 1\n";
-    let started = Instant::now();
-    let run = sim(config, &[])?;
-    run.expect(4, "guest-error")?;
-    ensure(run.report["guest_error"]["kind"] == "timeout", "the kind is not timeout")?;
-    ensure(started.elapsed() < Duration::from_secs(20), "it took too long")
+    for (crash, given_up) in [("halt", false), ("hang", true)] {
+        let config = format!(
+            "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"{crash}\"\n\
+             [limits]\ntimeout_s = 1\n"
+        );
+        let started = Instant::now();
+        let run = sim(&config, &[])?;
+        run.expect(4, "guest-error")?;
+        ensure(run.report["guest_error"]["kind"] == "timeout", "the kind is not timeout")?;
+        let said = run.report["inconclusive"].to_string().contains("never calls its platform");
+        ensure(said == given_up, &format!("{crash}: {:#}", run.report))?;
+        ensure(started.elapsed() < Duration::from_secs(20), "it took too long")?;
+    }
+    Ok(())
 }
 
 /// Runs `lacuna` where `/dev` is empty.
@@ -332,12 +340,12 @@ fn cancel() -> Check {
     let text = on_cpus(4, &dirty(&replay(100_000, "all")));
     let config = Config::from_text(Path::new("cancel.toml"), &text, &overrides)?;
     let mut stopped = 0;
-    for round in 0..40 {
+    for round in 0..16 {
         let (mut plan, _) = Plan::new(&config)?;
         plan.seed = round;
         let running = Machine::open(Host::of(config.machine)?, plan, Vec::new())?.start()?;
         let cancel = running.cancel_handle();
-        std::thread::sleep(Duration::from_micros(500 + 700 * round));
+        std::thread::sleep(Duration::from_micros(500 + 2000 * round));
         cancel.cancel();
         let outcome = running.wait(|_| ControlFlow::Continue(()));
         match &outcome.end {
@@ -348,5 +356,5 @@ fn cancel() -> Check {
         let findings = outcome.with_gate(|gate| gate.result().findings);
         ensure(findings.is_empty(), &format!("round {round}: {findings:#?}"))?;
     }
-    ensure(stopped > 20, &format!("only {stopped} runs were stopped"))
+    ensure(stopped > 8, &format!("only {stopped} runs were stopped"))
 }

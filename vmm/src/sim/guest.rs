@@ -123,7 +123,11 @@ fn crash(machine: &SimMachine, kind: u64) {
             machine.load(lacuna_abi::addr::Gva(1 << 63));
         }
         Some(Crash::WriteText) => machine.store(lacuna_abi::layout::IMAGE, 0),
-        Some(Crash::Hang) => wait(machine),
+        // Nobody gets a word in: what a real CPU would have to be kicked out of.
+        Some(Crash::Hang) => loop {
+            std::hint::spin_loop();
+        },
+        Some(Crash::Halt) => wait(machine),
         Some(other) => panic!("a simulated CPU cannot fail by {}", other.name()),
         None => panic!("there is no way to fail with the number {kind}"),
     }
@@ -134,6 +138,11 @@ fn crash(machine: &SimMachine, kind: u64) {
 pub(super) const fn can_crash(kind: Crash) -> bool {
     matches!(
         kind,
-        Crash::Panic | Crash::PageFault | Crash::GeneralProtection | Crash::WriteText | Crash::Hang
+        Crash::Panic
+            | Crash::PageFault
+            | Crash::GeneralProtection
+            | Crash::WriteText
+            | Crash::Hang
+            | Crash::Halt
     )
 }

@@ -213,7 +213,10 @@ fn what_a_simulated_machine_cannot_do_is_refused() {
             "\"touch\"\ntouch = \"fetch\"\n",
             "--machine: a simulated CPU cannot touch a frame by \"fetch\"",
         ),
-        ("\"crash\"\ncrash = \"halt\"\n", "--machine: a simulated CPU cannot fail by \"halt\""),
+        (
+            "\"crash\"\ncrash = \"triple-fault\"\n",
+            "--machine: a simulated CPU cannot fail by \"triple-fault\"",
+        ),
     ] {
         let error = loaded(&format!("[workload]\nprogram = {workload}"), &sim).unwrap_err();
         assert!(error.to_string().starts_with(message), "{error}");
