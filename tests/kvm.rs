@@ -14,7 +14,7 @@ use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use support::{Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository};
+use support::{Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest};
 
 fn main() {
     let args = Arguments::from_args();
@@ -60,7 +60,9 @@ fn trials() -> Vec<Trial> {
         }
     }
     for test in Selftest::ALL.iter().filter(|test| test.cpus() == 1) {
-        trials.push(trial(&format!("selftest::{}", test.name()), move || selftest(*test)));
+        trials.push(trial(&format!("selftest::{}", test.name()), move || {
+            lacuna(&selftest(*test), &[])?.clean()
+        }));
     }
     trials.push(trial("random_requests_find_every_page_as_it_should_be", stress));
     for (touch, kind) in TOUCHES {
@@ -115,17 +117,6 @@ const CRASHES: &[(&str, &[&str])] = &[
 
 fn trial(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Trial {
     Trial::test(name, run)
-}
-
-/// A test of allocator and mermap in the guest itself, which must find nothing, and nor may the host.
-fn selftest(test: Selftest) -> Check {
-    let name = test.name();
-    let config = format!(
-        "[guest]\nmemory_mib = 16\nvcpus = {}\nfill = 0xa5\n[workload]\nprogram = \"selftest\"\n\
-         test = \"{name}\"\n",
-        test.cpus()
-    );
-    lacuna(&config, &[])?.clean()
 }
 
 fn stress() -> Check {

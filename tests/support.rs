@@ -1,5 +1,6 @@
 //! Calls `lacuna run` and reads its JSON report.
 
+use lacuna_abi::workload::Selftest;
 use libtest_mimic::Failed;
 use serde_json::Value;
 use std::path::Path;
@@ -83,6 +84,16 @@ pub fn lacuna(config: &str, args: &[&str]) -> Result<Run, Failed> {
         .stdin(Stdio::null())
         .output()?;
     Run::of(&output)
+}
+
+/// A configuration that runs a test of allocator and mermap in the guest itself.
+pub fn selftest(test: Selftest) -> String {
+    format!(
+        "[guest]\nmemory_mib = 16\nvcpus = {}\nfill = 0xa5\n[workload]\nprogram = \"selftest\"\n\
+         test = \"{}\"\n",
+        test.cpus(),
+        test.name()
+    )
 }
 
 /// Events of the recording that are enough for a window to wrap.

@@ -5,14 +5,14 @@
 //! process.
 //!
 //! ```no_run
-//! use lacuna::{config, doctor, run};
+//! use lacuna::{config, run};
 //! use std::ops::ControlFlow;
 //! use std::path::Path;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let config = config::Config::load(Path::new("quickstart.toml"), &config::Overrides::default())?;
 //! let (plan, _warnings) = run::Plan::new(&config)?;
-//! let machine = run::Machine::open(doctor::open_kvm()?, plan, Vec::new())?;
+//! let machine = run::Machine::open(run::Host::of(config.machine)?, plan, Vec::new())?;
 //! let outcome = machine.start()?.wait(|_work_done| ControlFlow::Continue(()));
 //! let result = outcome.with_gate(|gate| gate.result());
 //! println!("{} findings", result.findings.len());
@@ -34,5 +34,6 @@ pub mod printable;
 pub mod report;
 pub mod run;
 pub mod second_stage;
+pub mod sim;
 pub mod stop;
 pub mod trace;

@@ -3,7 +3,7 @@
 
 use crate::config::{Config, ConfigError, Overrides};
 use crate::doctor::HostError;
-use crate::run::{Machine, OpenError, Plan, PlanError};
+use crate::run::{Host, Machine, OpenError, Plan, PlanError};
 use kvm_ioctls::Kvm;
 use serde::Serialize;
 use std::fmt::Write;
@@ -103,8 +103,9 @@ fn one(kvm: Kvm, memory_mib: u64) -> Result<Size, BenchError> {
     let text = format!("[guest]\nmemory_mib = {memory_mib}\n[workload]\nprogram = \"idle\"\n");
     let config = Config::from_text(Path::new("bench-boot"), &text, &Overrides::default())?;
     let (plan, _) = Plan::new(&config)?;
-    let outcome =
-        Machine::open(kvm, plan, Vec::new())?.start()?.wait(|_| ControlFlow::Continue(()));
+    let outcome = Machine::open(Host::Kvm(kvm), plan, Vec::new())?
+        .start()?
+        .wait(|_| ControlFlow::Continue(()));
     outcome.with_gate(|gate| {
         let Some(ready) = gate.ready_at() else {
             return Err(BenchError::NotReady(memory_mib, format!("{:?}", outcome.end)));

@@ -69,7 +69,7 @@ pub enum Command {
 pub struct RunArgs {
     /// Configuration in TOML; configs/reference.toml explains every field.
     pub config: PathBuf,
-    /// What runs the guest. This version has kvm.
+    /// What runs the guest: the host's KVM, or a simulated machine, which needs none.
     #[arg(long, value_parser = MachineKind::parser())]
     pub machine: Option<MachineKind>,
     /// How the host learns of table writes. This version has trace.

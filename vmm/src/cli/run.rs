@@ -1,12 +1,12 @@
 //! `lacuna run`.
 
 use super::{ExitStatus, Progress, RunArgs, print};
-use crate::config::{Config, ReportFormat, Workload};
-use crate::doctor::{self, Flavour, HostFacts, ThisHost};
+use crate::config::{Config, MachineKind, ReportFormat, Workload};
+use crate::doctor::{Flavour, HostFacts, ThisHost};
 use crate::events::EventFile;
 use crate::gate::Observer;
 use crate::report::{self as reports, Report};
-use crate::run::{Machine, Outcome, Plan, Surroundings, report};
+use crate::run::{Host, Machine, Outcome, Plan, Surroundings, report};
 use lacuna_abi::event::Record;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -47,7 +47,9 @@ fn try_run(args: &RunArgs) -> Result<ExitStatus, Failure> {
     let config = Config::load(&args.config, &args.overrides()).map_err(|e| usage(&e))?;
     let (plan, warnings) = Plan::new(&config).map_err(|e| usage(&e))?;
     let total = expected_work(&config, &plan);
-    let kvm = doctor::open_kvm().map_err(|e| host(&e))?;
+    let machine = Host::of(config.machine).map_err(|error| {
+        Failure(ExitStatus::Host, format!("{error}; --machine sim needs no KVM"))
+    })?;
     let log = GuestLog::new(config.limits.guest_log_kib);
     let mut observers: Vec<Box<dyn Observer>> = vec![Box::new(log.clone())];
     let events = match &config.output.out {
@@ -60,7 +62,7 @@ fn try_run(args: &RunArgs) -> Result<ExitStatus, Failure> {
     };
     let interrupted = interrupts()
         .map_err(|error| Failure(ExitStatus::Host, format!("cannot listen for Ctrl-C: {error}")))?;
-    let machine = Machine::open(kvm, plan, observers).map_err(|e| host(&e))?;
+    let machine = Machine::open(machine, plan, observers).map_err(|e| host(&e))?;
     let running = machine.start().map_err(|e| host(&e))?;
     let mut progress = Progress::new(total);
     let outcome = running.wait(|done| {
@@ -106,12 +108,17 @@ impl Kept {
 fn describe_machine(config: &Config) -> reports::Machine {
     let facts = HostFacts::read(&ThisHost);
     let unknown = || "unknown".to_owned();
+    let translation = match config.machine {
+        MachineKind::Kvm => Flavour::detect(&ThisHost).translation.name(),
+        MachineKind::Sim => "software",
+    };
     reports::Machine {
         kind: config.machine.name().to_owned(),
-        translation: Flavour::detect(&ThisHost).translation.name().to_owned(),
+        translation: translation.to_owned(),
         mediation: config.mediation.name().to_owned(),
         kernel: facts.kernel.unwrap_or_else(unknown),
         cpu: facts.cpu_model.or(facts.cpu_vendor).unwrap_or_else(unknown),
+        simulation: None,
     }
 }
 

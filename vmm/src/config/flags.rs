@@ -1,7 +1,8 @@
 //! Flags of the command line that need a look of their own.
 
 use super::error::ConfigError;
-use super::{MachineKind, Mediation, Overrides};
+use super::{Guest, Mediation, Overrides, Workload};
+use crate::sim;
 use lacuna_abi::fault::Fault;
 use std::path::{Path, PathBuf};
 
@@ -9,11 +10,6 @@ use std::path::{Path, PathBuf};
 pub(super) fn refuse_what_is_missing(overrides: &Overrides) -> Result<(), ConfigError> {
     let refuse = |flag, what: String, remedy: &str| Err(ConfigError::flag(flag, what, remedy));
     match overrides {
-        Overrides { machine: Some(machine), .. } if *machine != MachineKind::Kvm => refuse(
-            "--machine",
-            format!("this version has no machine \"{}\"", machine.name()),
-            "use --machine kvm",
-        ),
         Overrides { mediate: Some(mode), .. } if *mode != Mediation::Trace => refuse(
             "--mediate",
             format!("this version has no mediation \"{}\"", mode.name()),
@@ -36,6 +32,26 @@ pub(super) fn refuse_what_is_missing(overrides: &Overrides) -> Result<(), Config
         ),
         _ => Ok(()),
     }
+}
+
+/// Refuses what a guest needs KVM for: instructions of its own.
+pub(super) fn refuse_what_a_simulation_lacks(
+    guest: &Guest,
+    workload: &Workload,
+) -> Result<(), ConfigError> {
+    let what = match workload {
+        _ if guest.image.is_some() => {
+            "a simulated machine runs no image ([guest] image)".to_owned()
+        }
+        Workload::Touch { touch } if !sim::can_touch(*touch) => {
+            format!("a simulated CPU cannot touch a frame by \"{}\"", touch.name())
+        }
+        Workload::Crash { crash } if !sim::can_crash(*crash) => {
+            format!("a simulated CPU cannot fail by \"{}\"", crash.name())
+        }
+        _ => return Ok(()),
+    };
+    Err(ConfigError::flag("--machine", what, "use --machine kvm"))
 }
 
 /// The faults of these names, each once.

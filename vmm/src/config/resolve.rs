@@ -28,18 +28,23 @@ pub(super) fn resolve(
 ) -> Result<Config, ConfigError> {
     let resolver = Resolver { source };
     flags::refuse_what_is_missing(overrides)?;
-    let mut guest = resolver.guest(&raw.guest)?;
+    let machine = overrides.machine.unwrap_or(MachineKind::Kvm);
+    let mut guest = resolver.guest(&raw.guest, machine)?;
     guest.seed = overrides.seed.unwrap_or(guest.seed);
     let allocator = resolver.allocator(&raw.allocator, guest.memory_mib)?;
     let mut second_stage = resolver.second_stage(&raw.second_stage)?;
     second_stage.seal = overrides.seal.unwrap_or(second_stage.seal);
+    let workload = resolver.workload(&raw.workload, overrides.input.as_deref(), guest.vcpus)?;
+    if machine == MachineKind::Sim {
+        flags::refuse_what_a_simulation_lacks(&guest, &workload)?;
+    }
     Ok(Config {
         file: source.file().to_owned(),
-        machine: overrides.machine.unwrap_or(MachineKind::Kvm),
+        machine,
         mediation: overrides.mediate.unwrap_or(Mediation::Trace),
-        workload: resolver.workload(&raw.workload, overrides.input.as_deref(), guest.vcpus)?,
         guest,
         allocator,
+        workload,
         second_stage,
         audit: resolver.audit(&raw.audit)?,
         limits: resolver.limits(&raw.limits)?,
@@ -57,7 +62,7 @@ pub(super) struct Resolver<'a> {
 }
 
 impl Resolver<'_> {
-    fn guest(&self, raw: &raw::Guest) -> Result<Guest, ConfigError> {
+    fn guest(&self, raw: &raw::Guest, machine: MachineKind) -> Result<Guest, ConfigError> {
         let memory_mib = self.number(("guest", "memory_mib"), &raw.memory_mib, MEMORY_MIB)?;
         let memory_mib = memory_mib.unwrap_or(64);
         if memory_mib % 2 != 0 {
@@ -71,7 +76,7 @@ impl Resolver<'_> {
         }
         Ok(Guest {
             memory_mib,
-            vcpus: self.vcpus(&raw.vcpus)?,
+            vcpus: self.vcpus(&raw.vcpus, machine)?,
             image: match &raw.image {
                 Some(image) => Some(self.file(("guest", "image"), image)?),
                 None => None,
@@ -106,11 +111,12 @@ impl Resolver<'_> {
         })
     }
 
-    fn vcpus(&self, raw: &Number) -> Result<u8, ConfigError> {
+    fn vcpus(&self, raw: &Number, machine: MachineKind) -> Result<u8, ConfigError> {
         let Some(vcpus) = raw else { return Ok(1) };
-        let count = usize::try_from(*vcpus.get_ref()).unwrap_or(0);
-        let what = match count {
+        let count = u8::try_from(*vcpus.get_ref()).unwrap_or(0);
+        let what = match usize::from(count) {
             1 => return Ok(1),
+            2..=MAX_CPUS if machine == MachineKind::Sim => return Ok(count),
             2..=MAX_CPUS => "this version runs one vCPU".to_owned(),
             _ => format!("{} vCPUs are impossible", vcpus.get_ref()),
         };

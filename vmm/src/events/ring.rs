@@ -65,22 +65,14 @@ impl RingReader {
     /// # Errors
     /// [`MemoryError`] as [`Self::drain`]; an intent that makes no sense is the inner error.
     pub fn intent(&self, memory: &Memory) -> Result<Result<Option<Intent>, String>, MemoryError> {
-        let mut words = [0; INTENT_WORDS];
-        for (index, word) in words.iter_mut().enumerate() {
-            *word = memory.load(self.word(RING_INTENT_WORD + index))?;
-        }
+        let words = memory.load_words::<INTENT_WORDS>(self.word(RING_INTENT_WORD))?;
         Ok(Intent::from_words(&words)
             .map_err(|bad| format!("CPU {}'s intent makes no sense: {bad:?}", self.cpu)))
     }
 
     fn record(&self, memory: &Memory, index: u64) -> Result<Result<Record, String>, MemoryError> {
         let offset = PAGE_SIZE + (index % RING_RECORDS) * RECORD_BYTES;
-        let mut words = [0; RECORD_WORDS];
-        let mut at = self.control.wrapping_add(offset);
-        for word in &mut words {
-            *word = memory.load(at)?;
-            at = at.wrapping_add(8);
-        }
+        let words = memory.load_words::<RECORD_WORDS>(self.control.wrapping_add(offset))?;
         Ok(match Record::from_words(&words) {
             Ok(Record { event: Event::Host(..), .. }) => Err(format!(
                 "record {index} in CPU {}'s event ring claims to be the host's",

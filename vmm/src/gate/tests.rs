@@ -6,6 +6,7 @@ use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
 use crate::second_stage::{Guard, Mechanism, Off};
+use crate::stop::Stopped;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::event::{Flush, RECORD_BYTES, RING_HEAD_WORD};
 use lacuna_abi::gate::OpWriter;
@@ -41,6 +42,7 @@ struct Guest {
     root: Gpa,
     still: Still,
     lines: Lines,
+    stop: Arc<Stop>,
     ring_head: u64,
 }
 
@@ -59,7 +61,7 @@ impl Guest {
         } else {
             Box::new(Off)
         };
-        let lines = Lines::default();
+        let (lines, stop) = (Lines::default(), Arc::new(Stop::default()));
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
@@ -67,13 +69,13 @@ impl Guest {
             quiesce_every: 1000,
             max_findings: 10,
             scanner: Some(LeakScanner::new(SECRET)),
-            stop: Arc::new(Stop::default()),
+            stop: Arc::clone(&stop),
             observers: vec![Box::new(lines.clone())],
         });
         let (cr0, cr4, efer) =
             (crate::machine::kvm::CR0, crate::machine::kvm::CR4, crate::machine::kvm::EFER);
         let still = Still(Registers { cr0, cr3: root.0, cr4, efer, ..Registers::default() });
-        Self { gate, memory, root, still, lines, ring_head: 0 }
+        Self { gate, memory, root, still, lines, stop, ring_head: 0 }
     }
 
     fn call(&mut self, call: Call) -> (Served, Status) {
@@ -176,6 +178,21 @@ fn a_flip_without_its_flush_is_found_when_the_seal_arrives() {
     assert_eq!(guest.ops(&[(OpKind::Seal, guest.frames(0, 512))]), Status::Ok);
     assert_eq!(guest.violations(Rule::StaleDirectMap), 1);
     assert_eq!(guest.violations(Rule::DirectMapAlias), 0);
+}
+
+#[test]
+fn a_run_that_was_stopped_blames_nobody_for_events_that_were_not_judged() {
+    for told in [false, true] {
+        let mut guest = Guest::new(true);
+        guest.unmap_first_block(true);
+        if told {
+            guest.stop.tell(Stopped::Cancelled);
+        }
+        guest.gate.finish(0, &mut guest.still, false).unwrap();
+        let result = guest.gate.result();
+        assert_eq!(result.findings, []);
+        assert_eq!(result.inconclusive.len(), usize::from(told), "{:?}", result.inconclusive);
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! for KVM only; this process reads it by file offset, whether sealed or not, so that closing the
 //! mapping can never fault the VMM itself.
 
-use crate::machine::sys::{self, HostMapping};
+use crate::machine::sys::{self, HostMapping, Words};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::gate::PAGE_WORDS;
 use lacuna_abi::layout::{Layout, Region, SEQUENCE_OFFSET};
@@ -15,10 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion,
-    VolatileMemory,
-};
+use vm_memory::Bytes;
 
 /// Bytes that are read or written at once.
 const CHUNK: usize = 1 << 20;
@@ -46,8 +43,7 @@ pub enum MemoryError {
 pub struct Memory {
     layout: Layout,
     low_file: File,
-    low: GuestMemoryMmap,
-    low_address: u64,
+    low: Words,
     zone_file: File,
     zone: HostMapping,
 }
@@ -64,16 +60,9 @@ impl Memory {
         let zone_file = sys::memory_file(c"lacuna-zone", layout.zone.len).map_err(failed)?;
         let size =
             |len| usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()));
-        let offset = FileOffset::new(low_file.try_clone().map_err(failed)?, 0);
-        let region = MmapRegion::from_file(offset, size(low_len)?)
-            .map_err(|error| failed(io::Error::other(error)))?;
-        let low_address = region.as_ptr() as u64;
-        let region = vm_memory::GuestRegionMmap::new(region, GuestAddress(0))
-            .ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
-        let low = GuestMemoryMmap::from_regions(vec![region])
-            .map_err(|error| failed(io::Error::other(error)))?;
+        let low = Words::new(&low_file, size(low_len)?).map_err(failed)?;
         let zone = HostMapping::new(&zone_file, size(layout.zone.len)?).map_err(failed)?;
-        Ok(Self { layout, low_file, low, low_address, zone_file, zone })
+        Ok(Self { layout, low_file, low, zone_file, zone })
     }
 
     /// Where everything lies.
@@ -84,8 +73,8 @@ impl Memory {
 
     /// Address in this process at which KVM finds a low region.
     #[must_use]
-    pub const fn host_address(&self, region: &Region) -> u64 {
-        self.low_address + region.gpa.0
+    pub fn host_address(&self, region: &Region) -> u64 {
+        self.low.address() + region.gpa.0
     }
 
     /// The mapping of the zone, which the second stage closes and opens.
@@ -94,12 +83,30 @@ impl Memory {
         &self.zone
     }
 
+    /// Low memory, for simulated CPUs.
+    #[must_use]
+    pub const fn low(&self) -> &Words {
+        &self.low
+    }
+
+    /// The zone as simulated CPUs access it, in a mapping of its own that is never closed.
+    ///
+    /// # Errors
+    /// [`MemoryError::Create`].
+    pub fn map_zone(&self) -> Result<Words, MemoryError> {
+        let len = self.layout.zone.len;
+        let mapped = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory.into());
+        mapped
+            .and_then(|len| Words::new(&self.zone_file, len))
+            .map_err(|error| MemoryError::Create { mib: len >> 20, error })
+    }
+
     /// Reads bytes of low memory.
     ///
     /// # Errors
     /// [`MemoryError::Access`] if they do not all lie there.
     pub fn read(&self, at: Gpa, into: &mut [u8]) -> Result<(), MemoryError> {
-        self.low.read_slice(into, GuestAddress(at.0)).map_err(|e| access(at, &e))
+        self.low.bytes().read_slice(into, offset(at)?).map_err(|e| access(at, &e))
     }
 
     /// Writes bytes of low memory.
@@ -107,23 +114,36 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::Access`] if they do not all lie there.
     pub fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
-        self.low.write_slice(bytes, GuestAddress(at.0)).map_err(|e| access(at, &e))
+        self.low.bytes().write_slice(bytes, offset(at)?).map_err(|e| access(at, &e))
+    }
+
+    /// `count` words of low memory from `at`, a multiple of 8, which the guest may write at any
+    /// time.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`] if they do not all lie there or are not aligned.
+    #[inline]
+    pub fn words(&self, at: Gpa, count: usize) -> Result<&[AtomicU64], MemoryError> {
+        self.low.words(at.0, count).ok_or_else(|| access(at, &"no words are there"))
     }
 
     /// Reads an aligned word of low memory by one load: what the guest wrote, once, by value.
     ///
     /// # Errors
     /// [`MemoryError::Access`] outside low memory or if not aligned.
+    #[inline]
     pub fn load(&self, at: Gpa) -> Result<u64, MemoryError> {
-        self.low.load(GuestAddress(at.0), Ordering::Acquire).map_err(|e| access(at, &e))
+        Ok(self.word(at)?.load(Ordering::Acquire))
     }
 
     /// Writes an aligned word of low memory by one store.
     ///
     /// # Errors
     /// [`MemoryError::Access`] outside low memory or if not aligned.
+    #[inline]
     pub fn store(&self, at: Gpa, value: u64) -> Result<(), MemoryError> {
-        self.low.store(value, GuestAddress(at.0), Ordering::Release).map_err(|e| access(at, &e))
+        self.word(at)?.store(value, Ordering::Release);
+        Ok(())
     }
 
     /// Writes consecutive words of low memory.
@@ -131,12 +151,23 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::Access`].
     pub fn store_words(&self, at: Gpa, words: &[u64]) -> Result<(), MemoryError> {
-        let mut next = at;
-        for word in words {
-            self.store(next, *word)?;
-            next = next.wrapping_add(8);
+        for (place, word) in self.words(at, words.len())?.iter().zip(words) {
+            place.store(*word, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// Copies of consecutive words of low memory, each read once.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`].
+    #[inline]
+    pub fn load_words<const N: usize>(&self, at: Gpa) -> Result<[u64; N], MemoryError> {
+        let mut words = [0; N];
+        for (word, place) in words.iter_mut().zip(self.words(at, N)?) {
+            *word = place.load(Ordering::Acquire);
+        }
+        Ok(words)
     }
 
     /// A copy of a page of words in the shared region, at this offset.
@@ -144,13 +175,7 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::Access`].
     pub fn shared_page(&self, offset: u64) -> Result<[u64; PAGE_WORDS], MemoryError> {
-        let mut words = [0; PAGE_WORDS];
-        let mut at = self.layout.shared.gpa.wrapping_add(offset);
-        for word in &mut words {
-            *word = self.load(at)?;
-            at = at.wrapping_add(8);
-        }
-        Ok(words)
+        self.load_words(self.layout.shared.gpa.wrapping_add(offset))
     }
 
     /// Takes the next event number from the counter that guest and host share.
@@ -158,9 +183,7 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::Access`].
     pub fn next_event_number(&self) -> Result<u64, MemoryError> {
-        let at = self.layout.shared.gpa.wrapping_add(SEQUENCE_OFFSET);
-        let slice = self.low.get_slice(GuestAddress(at.0), 8).map_err(|e| access(at, &e))?;
-        let counter = slice.get_atomic_ref::<AtomicU64>(0).map_err(|e| access(at, &e))?;
+        let counter = self.word(self.layout.shared.gpa.wrapping_add(SEQUENCE_OFFSET))?;
         Ok(counter.fetch_add(1, Ordering::AcqRel).wrapping_add(1))
     }
 
@@ -170,6 +193,11 @@ impl Memory {
     /// [`MemoryError::Access`].
     pub fn last_event_number(&self) -> Result<u64, MemoryError> {
         self.load(self.layout.shared.gpa.wrapping_add(SEQUENCE_OFFSET))
+    }
+
+    #[inline]
+    fn word(&self, at: Gpa) -> Result<&AtomicU64, MemoryError> {
+        self.words(at, 1)?.first().ok_or_else(|| access(at, &"no word is there"))
     }
 
     /// Units of work that CPU `cpu` says it has done.
@@ -280,6 +308,10 @@ impl Tables for Memory {
         }
         self.load(at).ok().map(Entry)
     }
+}
+
+fn offset(at: Gpa) -> Result<usize, MemoryError> {
+    usize::try_from(at.0).map_err(|error| access(at, &error))
 }
 
 fn access(at: Gpa, error: &impl ToString) -> MemoryError {

@@ -1,9 +1,12 @@
 //! The system calls of the machine that no crate wraps.
 #![allow(unsafe_code)]
 
+use lacuna_guest::meta::{BlockMeta, PageMeta};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::atomic::AtomicU64;
+use vm_memory::{VolatileMemory, VolatileSlice};
 
 /// `MADV_GUARD_INSTALL`, Linux 6.13; for file-backed mappings 6.15.
 const MADV_GUARD_INSTALL: i32 = 102;
@@ -83,6 +86,89 @@ impl HostMapping {
     }
 }
 
+/// A part of this process's address space that shows guest memory: to the VMM, and to simulated
+/// CPUs. Guests and others access it at any time, so that no reference into it exists but to atomics.
+#[derive(Debug)]
+pub struct Words {
+    region: vm_memory::MmapRegion,
+}
+
+impl Words {
+    /// Maps `len` bytes of `file` from its start, shared, without reserving memory.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn new(file: &File, len: usize) -> io::Result<Self> {
+        Ok(Self { region: HostMapping::new(file, len)?.region })
+    }
+
+    /// `count` words from byte `offset`; `None` if they are not aligned or do not all lie here.
+    #[inline]
+    #[must_use]
+    pub fn words(&self, offset: u64, count: usize) -> Option<&[AtomicU64]> {
+        let start = self.place(offset, count.checked_mul(8)?)?;
+        if !offset.is_multiple_of(8) {
+            return None;
+        }
+        // SAFETY: the words lie in the mapping that `self` owns, which starts at a page; whatever
+        // bits they hold are an `AtomicU64`. Nobody holds a reference of another kind into it.
+        Some(unsafe { std::slice::from_raw_parts(start.cast::<AtomicU64>(), count) })
+    }
+
+    /// Address of the mapping in this process, as KVM takes it.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.region.as_ptr() as u64
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> VolatileSlice<'_> {
+        self.region.as_volatile_slice()
+    }
+
+    /// Zeroes `len` bytes from `offset`; false if they do not all lie here.
+    #[must_use]
+    pub fn zero(&self, offset: u64, len: usize) -> bool {
+        let Some(start) = self.place(offset, len) else { return false };
+        // SAFETY: the bytes lie in the mapping that `self` owns. Guest memory may be written by
+        // several CPUs at once; what is then left is the guest's business, as on hardware.
+        unsafe { start.write_bytes(0, len) };
+        true
+    }
+
+    /// Where `len` bytes from `offset` lie.
+    #[inline]
+    fn place(&self, offset: u64, len: usize) -> Option<*mut u8> {
+        let offset = usize::try_from(offset).ok()?;
+        if offset.checked_add(len)? > self.region.size() {
+            return None;
+        }
+        // SAFETY: the offset lies in the mapping, or at its end.
+        Some(unsafe { self.region.as_ptr().add(offset) })
+    }
+}
+
+/// A type of which all bits zero are a value.
+///
+/// # Safety
+/// They must be.
+pub unsafe trait Zeroed {}
+
+// SAFETY: a number.
+unsafe impl Zeroed for AtomicU64 {}
+// SAFETY: a `repr(C)` structure of atomic numbers, in which zero is said to be valid.
+unsafe impl Zeroed for PageMeta {}
+// SAFETY: as `PageMeta`.
+unsafe impl Zeroed for BlockMeta {}
+
+/// `count` values that are all zero and take up no memory until they are written.
+#[must_use]
+pub fn zeroed<T: Zeroed>(count: usize) -> Box<[T]> {
+    // SAFETY: the trait's promise.
+    unsafe { Box::new_zeroed_slice(count).assume_init() }
+}
+
 /// An anonymous file of `len` bytes that take up no memory until they are written.
 ///
 /// # Errors
@@ -123,6 +209,7 @@ pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
+    use std::sync::atomic::Ordering;
 
     #[test]
     fn data_is_found_between_holes() {
@@ -131,6 +218,34 @@ mod tests {
         file.write_all_at(b"x", 0x3000).unwrap();
         assert_eq!(next_data(&file, 0).unwrap(), Some((0x3000, 0x4000)));
         assert_eq!(next_data(&file, 0x4000).unwrap(), None);
+    }
+
+    #[test]
+    fn words_are_those_of_the_file_and_end_where_it_ends() {
+        let file = memory_file(c"test", 8192).unwrap();
+        let words = Words::new(&file, 8192).unwrap();
+        words.words(4096, 2).unwrap()[1].store(7, Ordering::Relaxed);
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, 4104).unwrap();
+        assert_eq!(u64::from_le_bytes(bytes), 7);
+        assert!(words.zero(4096, 4096));
+        assert_eq!(words.words(4104, 1).unwrap()[0].load(Ordering::Relaxed), 0);
+        assert!(words.words(8192, 1).is_none() && words.words(8184, 1).is_some());
+        assert!(words.words(4, 1).is_none() && words.words(u64::MAX - 7, 1).is_none());
+        assert!(words.words(0, usize::MAX).is_none());
+        assert!(!words.zero(4096, 4097));
+    }
+
+    #[test]
+    fn zeroed_metadata_of_a_large_zone_takes_no_memory() {
+        let resident = || {
+            let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+            text.split(' ').nth(1).unwrap().parse::<usize>().unwrap()
+        };
+        let before = resident();
+        let pages: Box<[PageMeta]> = zeroed(64 << 18);
+        assert_eq!(format!("{:?}", pages[5]), format!("{:?}", PageMeta::default()));
+        assert!(resident() - before < 8 << 8, "in pages");
     }
 
     #[test]

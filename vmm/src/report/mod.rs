@@ -59,9 +59,9 @@ pub struct Report {
 /// What ran the guest.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Machine {
-    /// `kvm`.
+    /// `kvm` or `sim`.
     pub kind: String,
-    /// `EPT`, `NPT`, `shadow` or `unknown`.
+    /// `EPT`, `NPT`, `shadow` or `unknown`; `software` on a simulated machine.
     pub translation: String,
     /// How the host learnt of table writes.
     pub mediation: String,
@@ -69,6 +69,26 @@ pub struct Machine {
     pub kernel: String,
     /// The host's processor.
     pub cpu: String,
+    /// What a simulated machine adds; `null` for others.
+    pub simulation: Option<Simulation>,
+}
+
+/// A simulated machine, and what only it can tell of a run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Simulation {
+    /// What everything that is left to chance follows from: the same seed repeats the run.
+    pub seed: u64,
+    /// How often another CPU took over.
+    pub switches: u64,
+    /// Walks of the tables by its MMUs.
+    pub walks: u64,
+    /// Accesses that its CPUs made on their own account, as speculation does.
+    pub speculations: u64,
+    /// Accesses through a cached translation that the tables did not give any more.
+    pub stale_uses: u64,
+    /// Those of them that reached a secret frame and must not happen: through the direct map, or
+    /// not speculative.
+    pub stale_secret_uses: u64,
 }
 
 /// How secret frames were closed.

@@ -46,6 +46,7 @@ fn clean() -> Report {
         mediation: "trace".into(),
         kernel: "6.18.0".into(),
         cpu: "AMD EPYC".into(),
+        simulation: None,
     };
     report.second_stage =
         SecondStage { backend: "guard".into(), granule: 4096, detail: "madvise guards".into() };
@@ -101,7 +102,7 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
         "inject": ["leave-direct-map-alias"],
         "machine": {
             "kind": "kvm", "translation": "NPT", "mediation": "trace", "kernel": "6.18.0",
-            "cpu": "AMD EPYC",
+            "cpu": "AMD EPYC", "simulation": null,
         },
         "second_stage": {"backend": "guard", "granule": 4096, "detail": "madvise guards"},
         "guest": {

@@ -1,7 +1,7 @@
 //! The text form of a report.
 
 use super::layout::{grouped, labelled, milliseconds, paragraph};
-use super::{Address, Report, Verdict};
+use super::{Address, Report, Simulation, Verdict};
 use std::fmt::{Display, Write};
 
 /// Most violations, and most sealed accesses, that are shown one by one.
@@ -118,6 +118,18 @@ fn setting(out: &mut String, report: &Report) {
             machine.kind, machine.translation, machine.kernel, machine.mediation
         ),
     );
+    if let Some(simulation) = &machine.simulation {
+        let Simulation { seed, switches, stale_uses, stale_secret_uses, .. } = *simulation;
+        let [switches, stale_uses, secret] = [switches, stale_uses, stale_secret_uses].map(grouped);
+        line(
+            out,
+            "simulation",
+            &format!(
+                "seed {seed}; {switches} switches between CPUs; {stale_uses} uses of stale \
+                 translations, {secret} of them of secret frames that must not happen"
+            ),
+        );
+    }
     if second_stage.granule == 0 {
         line(out, "second stage", &format!("{}: {}", second_stage.backend, second_stage.detail));
         line(

@@ -9,8 +9,8 @@ use lacuna_abi::counter::Counters;
 pub struct Place {
     /// vCPU.
     pub cpu: u8,
-    /// RIP.
-    pub rip: u64,
+    /// RIP; a simulated CPU has none.
+    pub rip: Option<u64>,
     /// Function that holds it.
     pub symbol: Option<String>,
     /// RIP and return addresses, each with its function and how far in, innermost first.

@@ -12,15 +12,16 @@ pub use end::{End, GuestEnd, Place};
 pub use plan::{Plan, PlanError};
 pub use report::{Surroundings, report};
 
-use crate::config::{GuardChoice, Seal};
-use crate::doctor::HostError;
+use crate::config::{GuardChoice, MachineKind, Seal};
+use crate::doctor::{self, HostError};
 use crate::gate::{Gate, GateFailure, GateSetup, Observer};
 use crate::image::Image;
 use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::{KvmError, Vcpu, Vm, ZONE_SLOT};
 use crate::machine::memory::{Memory, MemoryError};
-use crate::second_stage::{Guard, Mechanism, MemSlot, Off, SecondStage};
+use crate::second_stage::{Guard, Mechanism, MemSlot, Off, SecondStage, Software};
+use crate::sim::{Frames, Prepared, Secrecy, Simulated, Statistics};
 use crate::stop::{Stop, Stopped};
 use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
@@ -35,6 +36,9 @@ use zeroize::Zeroize;
 
 /// How often a waiting machine is looked at.
 const TICK: Duration = Duration::from_millis(20);
+
+/// How long a simulated guest may run on after it was told to stop.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// A machine could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -70,12 +74,39 @@ pub enum OpenError {
     Thread(std::io::Error),
 }
 
+/// What runs a guest.
+pub enum Host {
+    /// The host's KVM.
+    Kvm(Kvm),
+    /// This process.
+    Sim,
+}
+
+impl Host {
+    /// What a configuration asks for.
+    ///
+    /// # Errors
+    /// [`HostError`] if this host has none.
+    pub fn of(kind: MachineKind) -> Result<Self, HostError> {
+        Ok(match kind {
+            MachineKind::Kvm => Self::Kvm(doctor::open_kvm()?),
+            MachineKind::Sim => Self::Sim,
+        })
+    }
+}
+
+/// The CPUs of a machine.
+enum Cpus {
+    Kvm(Vcpu),
+    Sim { root: Gpa, faults: u64, seed: u64, frames: Arc<Frames> },
+}
+
 /// A machine with everything open that it will need, not yet started: the point at which a jail
 /// can drop privileges.
 pub struct Machine {
     image: Arc<Image>,
     memory: Arc<Memory>,
-    vcpu: Vcpu,
+    cpus: Cpus,
     gate: Arc<Mutex<Gate>>,
     stop: Arc<Stop>,
     timeout: Duration,
@@ -88,15 +119,15 @@ impl Machine {
     /// # Errors
     /// [`OpenError`] says which part, and what to do.
     pub fn open(
-        kvm: Kvm,
+        host: Host,
         mut plan: Plan,
-        observers: Vec<Box<dyn Observer>>,
+        mut observers: Vec<Box<dyn Observer>>,
     ) -> Result<Self, OpenError> {
         let opened = Instant::now();
         let needs = Needs {
             image: plan.image.len(),
             memory_mib: plan.memory_mib,
-            cpus: 1,
+            cpus: plan.cpus.into(),
             input: plan.input.len() as u64,
             scratch: plan.scratch,
         };
@@ -124,11 +155,21 @@ impl Machine {
         memory.write(layout.input.gpa, &plan.input)?;
         let scanner = plan.secret_input.then(|| LeakScanner::new(&plan.input));
         plan.input.zeroize();
-        let vm = Vm::new(kvm, Arc::clone(&memory))?;
-        vm.require()?;
-        let stage = second_stage(&plan, &vm, &memory)?;
         let root = Gpa(info.root);
-        let vcpu = vm.vcpu(0, plan.image.entry, root)?;
+        let (cpus, stage) = match host {
+            Host::Kvm(kvm) => {
+                let vm = Vm::new(kvm, Arc::clone(&memory))?;
+                vm.require()?;
+                let stage = second_stage(&plan, &vm, &memory)?;
+                (Cpus::Kvm(vm.vcpu(0, plan.image.entry, root)?), stage)
+            }
+            Host::Sim => {
+                let frames = Arc::new(Frames::new(layout.zone_frames()));
+                observers.push(Box::new(Secrecy(Arc::clone(&frames))));
+                let stage = simulated_stage(plan.seal, &frames, &layout);
+                (Cpus::Sim { root, faults: plan.faults, seed: plan.seed, frames }, stage)
+            }
+        };
         let stop = Arc::new(Stop::default());
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
@@ -142,24 +183,36 @@ impl Machine {
         });
         let gate = Arc::new(Mutex::new(gate));
         let image = Arc::new(plan.image);
-        Ok(Self { image, memory, vcpu, gate, stop, timeout: plan.timeout, opened })
+        Ok(Self { image, memory, cpus, gate, stop, timeout: plan.timeout, opened })
     }
 
-    /// Starts the vCPU.
+    /// Starts the CPUs.
     ///
     /// # Errors
     /// [`OpenError::Thread`].
     pub fn start(self) -> Result<Running, OpenError> {
-        register_kick().map_err(OpenError::Signal)?;
-        let Self { image, memory, vcpu, gate, stop, timeout, opened } = self;
-        let runner =
-            vcpu::Runner { cpu: 0, vcpu, gate: Arc::clone(&gate), stop: Arc::clone(&stop), image };
+        let Self { image, memory, cpus, gate, stop, timeout, opened } = self;
+        let simulated = matches!(cpus, Cpus::Sim { .. });
+        let run: Box<dyn FnOnce() -> vcpu::Finished + Send> = match cpus {
+            Cpus::Kvm(vcpu) => {
+                register_kick().map_err(OpenError::Signal)?;
+                let (gate, stop) = (Arc::clone(&gate), Arc::clone(&stop));
+                let runner = vcpu::Runner { cpu: 0, vcpu, gate, stop, image };
+                Box::new(move || runner.run())
+            }
+            Cpus::Sim { root, faults, seed, frames } => {
+                let (memory, gate) = (Arc::clone(&memory), Arc::clone(&gate));
+                let stop = Arc::clone(&stop);
+                let sim = Prepared { memory, frames, gate, root, faults, seed, stop };
+                Box::new(move || sim.run().into())
+            }
+        };
         let started = Instant::now();
-        let thread = std::thread::Builder::new()
-            .name("vcpu0".into())
-            .spawn(move || runner.run())
-            .map_err(OpenError::Thread)?;
-        Ok(Running { thread, gate, memory, stop, deadline: started + timeout, opened, started })
+        let name = if simulated { "sim" } else { "vcpu0" };
+        let thread = std::thread::Builder::new().name(name.into()).spawn(run);
+        let thread = thread.map_err(OpenError::Thread)?;
+        let deadline = started + timeout;
+        Ok(Running { thread, simulated, gate, memory, stop, deadline, opened, started })
     }
 }
 
@@ -195,9 +248,27 @@ fn second_stage(
     })
 }
 
+/// The second stage of a simulated machine.
+fn simulated_stage(seal: Seal, frames: &Arc<Frames>, layout: &Layout) -> Box<dyn SecondStage> {
+    let (frames, zone) = (Arc::clone(frames), layout.zone_frames());
+    match seal {
+        Seal::Auto | Seal::Guard => Box::new(Software::guard(frames, zone)),
+        Seal::Memslot => Box::new(Software::memslot(frames, zone)),
+        Seal::Off => Box::new(Off),
+    }
+}
+
+impl From<Simulated> for vcpu::Finished {
+    fn from(simulated: Simulated) -> Self {
+        let Simulated { end, in_guest, calls, statistics } = simulated;
+        Self { end, in_guest, exits: calls, simulation: Some(statistics) }
+    }
+}
+
 /// A machine that runs.
 pub struct Running {
     thread: JoinHandle<vcpu::Finished>,
+    simulated: bool,
     gate: Arc<Mutex<Gate>>,
     memory: Arc<Memory>,
     stop: Arc<Stop>,
@@ -227,6 +298,7 @@ impl Running {
     /// Waits for the end. `tick` is called now and then with the work done so far, and may break
     /// off the run.
     pub fn wait(self, mut tick: impl FnMut(u64) -> ControlFlow<()>) -> Outcome {
+        let mut told: Option<(Stopped, Instant)> = None;
         while !self.thread.is_finished() {
             std::thread::sleep(TICK);
             if tick(self.memory.progress(0).unwrap_or(0)).is_break() {
@@ -235,18 +307,21 @@ impl Running {
             if Instant::now() >= self.deadline {
                 self.stop.tell(Stopped::Timeout);
             }
-            if self.stop.told().is_some() {
+            let Some(why) = self.stop.told() else { continue };
+            if !self.simulated {
                 // The signal makes KVM_RUN return. It may arrive just before KVM_RUN is entered;
                 // the next tick sends another.
                 let _ = self.thread.kill(SIGRTMIN());
+            } else if told.get_or_insert((why, Instant::now())).1.elapsed() > GRACE {
+                return self.give_up(why);
             }
         }
         let ended = Instant::now();
         let Self { thread, gate, opened, started, .. } = self;
-        let finished = thread.join().unwrap_or_else(|_| vcpu::Finished {
-            end: End::Host("the VMM's vCPU thread panicked; this is a fault of the VMM".into()),
-            in_guest: Duration::ZERO,
-            exits: 0,
+        let finished = thread.join().unwrap_or_else(|_| {
+            vcpu::Finished::without_guest(End::Host(
+                "the VMM's vCPU thread panicked; this is a fault of the VMM".into(),
+            ))
         });
         Outcome {
             end: finished.end,
@@ -256,6 +331,27 @@ impl Running {
             in_guest: finished.in_guest,
             exits: finished.exits,
             started,
+            simulation: finished.simulation,
+        }
+    }
+
+    /// A simulated guest loops without ever calling its platform: its threads are left behind, and
+    /// end with the process.
+    fn give_up(self, why: Stopped) -> Outcome {
+        let Self { gate, opened, started, .. } = self;
+        let reason = "a simulated CPU runs on, because it never calls its platform";
+        let mut locked = gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        locked.inconclusive(reason.into());
+        drop(locked);
+        Outcome {
+            end: End::Stopped(why, Box::default()),
+            gate,
+            opening: started - opened,
+            running: started.elapsed(),
+            in_guest: Duration::ZERO,
+            exits: 0,
+            started,
+            simulation: None,
         }
     }
 }
@@ -275,6 +371,8 @@ pub struct Outcome {
     pub exits: u64,
     /// When the first instruction ran.
     pub started: Instant,
+    /// What a simulated machine knows of the run.
+    pub simulation: Option<Statistics>,
 }
 
 impl Outcome {

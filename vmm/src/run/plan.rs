@@ -47,6 +47,8 @@ pub enum PlanError {
 pub struct Plan {
     /// Kernel image.
     pub image: Image,
+    /// Number of CPUs.
+    pub cpus: u8,
     /// Memory for the guest's allocator.
     pub memory_mib: u64,
     /// Byte that the allocator's memory is filled with before the start.
@@ -122,6 +124,7 @@ impl Plan {
         let features = features.iter().filter(|(on, _)| *on).fold(0, |bits, (_, bit)| bits | bit);
         let plan = Self {
             image,
+            cpus: config.guest.vcpus,
             memory_mib: config.guest.memory_mib,
             fill: config.guest.fill,
             features,

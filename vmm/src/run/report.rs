@@ -5,6 +5,7 @@ use super::end::{End, Place};
 use crate::config::Config;
 use crate::machine::decode::SealedAccess;
 use crate::report::{self, Address, Check, Frame, GuestError, Report, Violation};
+use crate::sim::Statistics;
 use crate::stop::Stopped;
 use lacuna_abi::counter::Counters;
 use std::time::Duration;
@@ -35,6 +36,7 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
     report.config = Some(config.file.display().to_string());
     report.inject = config.inject.iter().map(|fault| fault.name().to_owned()).collect();
     report.machine = machine;
+    report.machine.simulation = outcome.simulation.map(simulation);
     report.guest.vcpus = config.guest.vcpus;
     report.guest.memory_mib = config.guest.memory_mib;
     report.guest.program = config.workload.program().name().to_owned();
@@ -126,7 +128,7 @@ fn end(report: &mut Report, end: &End, config: &Config, last_line: Option<String
         kind: kind.to_owned(),
         message,
         vcpu: place.map(|place| place.cpu),
-        rip: place.map(|place| Address(place.rip)),
+        rip: place.and_then(|place| place.rip).map(Address),
         symbol: place.and_then(|place| place.symbol.clone()),
         backtrace: place.map(frames).unwrap_or_default(),
     };
@@ -149,8 +151,10 @@ fn end(report: &mut Report, end: &End, config: &Config, last_line: Option<String
             report.guest_error = Some(error("timeout", message, Some(place)));
         }
         End::Stopped(Stopped::Cancelled, place) => {
-            let place = place.symbol.clone().unwrap_or_else(|| format!("{:#x}", place.rip));
-            report.inconclusive.push(format!("the run was interrupted, the guest was at {place}"));
+            let place = place.symbol.clone().or_else(|| place.rip.map(|rip| format!("{rip:#x}")));
+            let place =
+                place.map_or_else(String::new, |place| format!(", the guest was at {place}"));
+            report.inconclusive.push(format!("the run was interrupted{place}"));
         }
         End::Host(message) => report.inconclusive.push(format!("the host failed: {message}")),
     }
@@ -161,11 +165,17 @@ fn sealed(access: &SealedAccess, place: &Place) -> report::SealedAccess {
         gpa: Some(Address(access.gpa.0)),
         kind: access.kind.name().to_owned(),
         vcpu: place.cpu,
-        rip: Some(Address(access.rip)),
+        rip: place.rip.map(Address),
         va: access.va.map(|va| Address(va.0)),
         symbol: place.symbol.clone(),
         expected: false,
     }
+}
+
+fn simulation(statistics: Statistics) -> report::Simulation {
+    let Statistics { seed, switches, walks, speculations, stale_uses, stale_secret_uses } =
+        statistics;
+    report::Simulation { seed, switches, walks, speculations, stale_uses, stale_secret_uses }
 }
 
 fn frames(place: &Place) -> Vec<Frame> {

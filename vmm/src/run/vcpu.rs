@@ -9,6 +9,7 @@ use crate::machine::exit::{AccessKind, Action, GuestFault, HostFault, Trouble, d
 use crate::machine::kvm::{KvmError, Vcpu};
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
+use crate::sim::Statistics;
 use crate::stop::{Stop, Stopped};
 use lacuna_abi::addr::Gva;
 use lacuna_abi::gate::{ExceptionReport, vector_name};
@@ -34,6 +35,15 @@ pub(super) struct Finished {
     pub(super) end: End,
     pub(super) in_guest: Duration,
     pub(super) exits: u64,
+    /// Of a simulated machine.
+    pub(super) simulation: Option<Statistics>,
+}
+
+impl Finished {
+    /// An end that no guest had a part in.
+    pub(super) const fn without_guest(end: End) -> Self {
+        Self { end, in_guest: Duration::ZERO, exits: 0, simulation: None }
+    }
 }
 
 impl StoppedCpu for Vcpu {
@@ -78,7 +88,7 @@ impl Runner {
                 last.map_or_else(End::from, |()| end)
             }
         };
-        Finished { end, in_guest, exits }
+        Finished { end, in_guest, exits, simulation: None }
     }
 
     /// Does what an exit calls for; an end, if it is one.
@@ -134,7 +144,7 @@ impl Runner {
 
     fn sealed(&self, access: SealedAccess, registers: &Registers) -> End {
         let mut place = self.place(registers);
-        place.rip = access.rip;
+        place.rip = Some(access.rip);
         place.symbol = self.image.symbolise(access.rip);
         End::Sealed(Box::new(access), Box::new(place))
     }
@@ -244,7 +254,7 @@ impl Runner {
         let (root, rip) = (registers.root(), registers.rip);
         Place {
             cpu: self.cpu,
-            rip,
+            rip: Some(rip),
             symbol: self.image.symbolise(rip),
             backtrace: backtrace(&self.image, &*memory, &inspect, root, rip, frame),
         }

@@ -5,10 +5,12 @@ mod guard;
 mod memslot;
 mod off;
 mod pagemap;
+mod software;
 
 pub use guard::{Guard, Mechanism};
 pub use memslot::{MemSlot, Slots};
 pub use off::Off;
+pub use software::Software;
 
 use lacuna_abi::addr::{FrameRange, Gfn};
 

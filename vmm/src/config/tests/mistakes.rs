@@ -206,15 +206,47 @@ fn a_file_that_is_no_configuration_is_named() {
 }
 
 #[test]
+fn what_a_simulated_machine_cannot_do_is_refused() {
+    let sim = Overrides { machine: Some(MachineKind::Sim), ..Overrides::default() };
+    for (workload, message) in [
+        (
+            "\"touch\"\ntouch = \"fetch\"\n",
+            "--machine: a simulated CPU cannot touch a frame by \"fetch\"",
+        ),
+        (
+            "\"crash\"\ncrash = \"triple-fault\"\n",
+            "--machine: a simulated CPU cannot fail by \"triple-fault\"",
+        ),
+    ] {
+        let error = loaded(&format!("[workload]\nprogram = {workload}"), &sim).unwrap_err();
+        assert!(error.to_string().starts_with(message), "{error}");
+        assert!(error.to_string().ends_with("; use --machine kvm"), "{error}");
+    }
+    for workload in ["\"touch\"\ntouch = \"page-walk\"\n", "\"crash\"\ncrash = \"panic\"\n"] {
+        loaded(&format!("[workload]\nprogram = {workload}"), &sim).unwrap();
+    }
+    let folder = folder();
+    let image = format!("[guest]\nimage = {:?}\n{IDLE}", folder.path().join("in.csv"));
+    let error = loaded(&image, &sim).unwrap_err().to_string();
+    assert!(error.starts_with("--machine: a simulated machine runs no image"), "{error}");
+}
+
+#[test]
+fn several_cpus_are_for_simulated_machines() {
+    let sim = Overrides { machine: Some(MachineKind::Sim), ..Overrides::default() };
+    for cpus in [1, 2, 8] {
+        let config = loaded(&format!("[guest]\nvcpus = {cpus}\n{IDLE}"), &sim).unwrap();
+        assert_eq!(config.guest.vcpus, cpus);
+    }
+    assert!(loaded(&format!("[guest]\nvcpus = 9\n{IDLE}"), &sim).is_err());
+}
+
+#[test]
 fn what_this_version_lacks_is_refused_by_its_flag() {
     let none = Overrides::default;
     let folder = folder();
     let file = folder.path().join("in.csv");
     for (overrides, message) in [
-        (
-            Overrides { machine: Some(MachineKind::Sim), ..none() },
-            "--machine: this version has no machine \"sim\"; use --machine kvm",
-        ),
         (
             Overrides { mediate: Some(Mediation::Tables), ..none() },
             "--mediate: this version has no mediation \"tables\"; use --mediate trace",

@@ -1,0 +1,383 @@
+//! End to end on the simulated machine: the command line as a user calls it, judged by its JSON
+//! report and its exit status. Nothing here needs `/dev/kvm`.
+
+mod support;
+
+use lacuna::config::{Config, MachineKind, Overrides};
+use lacuna::run::{End, Host, Machine, Plan};
+use lacuna::stop::Stopped;
+use lacuna_abi::addr::{FrameRange, Gpa};
+use lacuna_abi::event::{Event, HostAct, Life};
+use lacuna_abi::fault::Fault;
+use lacuna_abi::workload::Selftest;
+use libtest_mimic::{Arguments, Trial};
+use serde_json::Value;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+use support::{Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest};
+
+fn main() {
+    let args = Arguments::from_args();
+    libtest_mimic::run(&args, trials()).exit();
+}
+
+const SEALS: [&str; 3] = ["guard", "memslot", "off"];
+
+fn trials() -> Vec<Trial> {
+    let mut trials = vec![
+        trial("a_seed_repeats_a_run_byte_for_byte", one_seed),
+        trial("different_seeds_make_different_runs", two_seeds),
+        trial("many_seeds_are_clean_and_no_secret_is_used_through_a_stale_translation", many_seeds),
+        trial("a_stale_translation_of_a_secret_is_seen_in_use", stale_use),
+        trial("secrets_leave_no_trace", secrets),
+        trial("a_large_guest_takes_little_memory", sparse),
+        trial("a_hang_ends_with_its_timeout", hang),
+        trial("being_told_to_stop_ends_a_run_wherever_it_is", cancel),
+        trial("without_prezero_pages_are_zeroed_when_handed_out", no_prezero),
+    ];
+    for cpus in [1, 2, 4] {
+        for seal in SEALS {
+            let name = format!("quickstart_is_clean_on_{cpus}_cpus_under_{seal}");
+            trials.push(trial(&name, move || quickstart(cpus, seal)));
+        }
+    }
+    for fault in Fault::ALL {
+        for seal in SEALS {
+            if shows_under(*fault, seal) {
+                let name = format!("{}_is_found_under_{seal}", fault.name());
+                trials.push(trial(&name, move || fault_is_found(*fault, seal)));
+            }
+        }
+    }
+    for test in Selftest::ALL {
+        trials.push(trial(test.name(), move || sim(&selftest(*test), &[])?.clean()));
+    }
+    for cpus in [1, 4] {
+        let name = format!("random_requests_on_{cpus}_cpus_find_every_page_as_it_should_be");
+        trials.push(trial(&name, move || stress(cpus)));
+    }
+    for touch in ["read", "write", "page-walk"] {
+        for seal in ["guard", "memslot"] {
+            let name = format!("a_{touch}_of_a_sealed_frame_is_caught_under_{seal}");
+            trials.push(trial(&name, move || sealed_touch(touch, seal)));
+        }
+    }
+    // An empty /dev takes a mount namespace, which not every user may have.
+    let hides = without_devices(&["--version"]).is_ok_and(|output| output.status.success());
+    let no_kvm = trial("without_kvm_run_names_the_simulated_machine", no_kvm);
+    trials.push(no_kvm.with_ignored_flag(!hides));
+    for (crash, needles) in CRASHES {
+        let name = format!("a_{crash}_is_reported");
+        trials.push(trial(&name, move || crash_is_reported(crash, needles)));
+    }
+    trials
+}
+
+fn trial(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Trial {
+    Trial::test(name, run)
+}
+
+/// Ways to fail, and what kind and message must say.
+const CRASHES: &[(&str, &[&str])] = &[
+    ("panic", &["panic", "asked to"]),
+    ("page-fault", &["exception", "#PF", "0xffff9101c0000128", "error code 0x0"]),
+    ("general-protection", &["exception", "#GP"]),
+    ("write-text", &["exception", "#PF", "error code 0x3"]),
+];
+
+/// Runs on the simulated machine.
+fn sim(config: &str, args: &[&str]) -> Result<Run, libtest_mimic::Failed> {
+    lacuna(config, &[&["--machine", "sim"], args].concat())
+}
+
+fn simulation(run: &Run, name: &str) -> u64 {
+    run.report["machine"]["simulation"][name].as_u64().unwrap_or(u64::MAX)
+}
+
+fn on_cpus(cpus: u8, config: &str) -> String {
+    config.replace("[guest]\n", &format!("[guest]\nvcpus = {cpus}\n"))
+}
+
+fn quickstart(cpus: u8, seal: &str) -> Check {
+    let configs = repository().join("configs");
+    let config = std::fs::read_to_string(configs.join("quickstart.toml"))?;
+    let data = format!("\"{}/data/", configs.display());
+    let config = on_cpus(cpus, &config.replace("\"data/", &data));
+    let run = sim(&config, &["--seal", seal])?;
+    run.clean()?;
+    ensure(run.report["machine"]["kind"] == "sim", "the report names another machine")?;
+    ensure(run.report["guest"]["vcpus"] == cpus, "the report names other CPUs")?;
+    ensure(run.report["second_stage"]["backend"] == *seal, "the report names another seal")?;
+    ensure(simulation(&run, "stale_secret_uses") == 0, "a secret was used while stale")?;
+    let switches = simulation(&run, "switches");
+    ensure((switches > 100) == (cpus > 1), &format!("{switches} switches"))?;
+    let granule = if seal == "memslot" { 2 << 20 } else { 4096 };
+    ensure(seal == "off" || run.report["second_stage"]["granule"] == granule, "another granule")?;
+    for counter in ["alloc_secret", "flip_to_mapped", "shootdowns", "window_flushes", "opens"] {
+        ensure(run.counter(counter) > 0, &format!("the counter {counter} is zero"))?;
+    }
+    ensure(run.counter("work") >= 2000, "fewer than 2,000 events of the recording")
+}
+
+fn stress(cpus: u8) -> Check {
+    let config = "[guest]\nmemory_mib = 64\nfill = 0xa5\n[allocator]\non_free = \"poison\"\n\
+                  [workload]\nprogram = \"stress\"\noperations = 4000\n[audit]\n\
+                  quiesce_every = 5000\n";
+    for seed in ["1", "2", "3"] {
+        let run = sim(&on_cpus(cpus, config), &["--seed", seed])?;
+        run.clean()?;
+        for counter in ["alloc_secret", "flip_to_unmapped", "tags_checked", "poison_checked"] {
+            ensure(run.counter(counter) > 0, &format!("{counter} is 0"))?;
+        }
+        ensure(simulation(&run, "stale_secret_uses") == 0, "a secret was used while stale")?;
+    }
+    Ok(())
+}
+
+/// A run with these arguments: its events file, and its report without what takes time.
+fn recorded(cpus: u8, args: &[&str]) -> Result<(Vec<u8>, Value), libtest_mimic::Failed> {
+    let folder = tempfile::tempdir()?;
+    let out = folder.path().display().to_string();
+    let config = on_cpus(cpus, &dirty(&replay(150, "user")));
+    let run = sim(&config, &[&["--out", &out], args].concat())?;
+    run.clean()?;
+    let mut report = run.report;
+    for timed in ["timing", "guest", "config"] {
+        report[timed] = Value::Null;
+    }
+    Ok((std::fs::read(folder.path().join("events.bin"))?, report))
+}
+
+fn one_seed() -> Check {
+    for cpus in [1, 4] {
+        let (a, b) = (recorded(cpus, &["--seed", "5"])?, recorded(cpus, &["--seed", "5"])?);
+        ensure(!a.0.is_empty() && a.0 == b.0, "the events differ")?;
+        ensure(a.1 == b.1, &format!("the reports differ:\n{:#}\n{:#}", a.1, b.1))?;
+    }
+    Ok(())
+}
+
+fn two_seeds() -> Check {
+    let (a, b) = (recorded(4, &["--seed", "5"])?, recorded(4, &["--seed", "6"])?);
+    ensure(a.0 != b.0, "two seeds gave the same events")
+}
+
+fn many_seeds() -> Check {
+    for seed in 0..30_u64 {
+        let cpus = [1, 2, 3, 4, 8][seed as usize % 5];
+        let seal = SEALS[seed as usize % 3];
+        let config = on_cpus(cpus, &dirty(&replay(EVENTS, "all")));
+        let run = sim(&config, &["--seed", &seed.to_string(), "--seal", seal])?;
+        run.clean()?;
+        let secret = simulation(&run, "stale_secret_uses");
+        ensure(secret == 0, &format!("seed {seed}: {secret} stale uses of secrets"))?;
+    }
+    Ok(())
+}
+
+/// The clean twin is `many_seeds…`: the same workload without the slip.
+fn stale_use() -> Check {
+    let config = dirty(&replay(EVENTS, "all"));
+    for seed in 0..20_u64 {
+        let args = ["--seal", "off", "--inject", "skip-flip-flush", "--seed", &seed.to_string()];
+        let run = sim(&config, &args)?;
+        run.expect(1, "violation")?;
+        if simulation(&run, "stale_secret_uses") > 0 {
+            return ensure(simulation(&run, "stale_uses") > 0, "the counts contradict each other");
+        }
+    }
+    Err("twenty seeds, and no CPU used a stale translation of a secret frame".into())
+}
+
+/// Whether the slip can be found under this seal: a completed seal makes window flushes
+/// superfluous, and what is never closed cannot be left open.
+fn shows_under(fault: Fault, seal: &str) -> bool {
+    match fault {
+        Fault::SkipWindowFlush | Fault::FreeBeforeWindowFlush => seal == "off",
+        _ => true,
+    }
+}
+
+fn fault_is_found(fault: Fault, seal: &str) -> Check {
+    let rule = fault.rule();
+    let config = dirty(&replay(EVENTS, "all"));
+    // Zeroing at hand-out can be skipped only where the pool is not zeroed ahead of demand.
+    let config = if fault == Fault::SkipZero {
+        config.replace("[guest]\n", "[guest]\nprezero = false\n")
+    } else {
+        config
+    };
+    let clean = sim(&config, &["--seal", seal])?;
+    clean.clean()?;
+    let folder = tempfile::tempdir()?;
+    let out = folder.path().display().to_string();
+    let run = sim(&config, &["--seal", seal, "--inject", fault.name(), "--out", &out])?;
+    run.expect(1, "violation")?;
+    let violations = run.report["violations"].as_array().ok_or("no violations")?;
+    let found: Vec<_> = violations.iter().filter(|v| v["rule"] == rule).collect();
+    ensure(!found.is_empty(), &format!("{rule} is not among {violations:#?}"))?;
+    // The right frames: those that the host sealed or opened in this run, and for a block that was
+    // never sealed, those that the guest says it put into the pool.
+    let mut secret: Vec<FrameRange> = Vec::new();
+    let events = std::fs::File::open(folder.path().join("events.bin"))?;
+    lacuna::events::read_events(
+        std::io::BufReader::new(events),
+        &mut |record| match record.event {
+            Event::Host(HostAct::Sealed | HostAct::HeldOpen | HostAct::Opened, frames)
+            | Event::Life(Life::Pooled | Life::PooledZero, frames) => secret.push(frames),
+            _ => {}
+        },
+    )?;
+    for violation in &found {
+        let frame = violation["frame"].as_str().unwrap_or_default();
+        let frame = u64::from_str_radix(frame.trim_start_matches("0x"), 16).unwrap_or(0);
+        let known = secret.iter().any(|range| range.contains(Gpa(frame).frame()));
+        ensure(known, &format!("the frame never was secret: {violation:#}"))?;
+    }
+    Ok(())
+}
+
+fn sealed_touch(touch: &str, seal: &str) -> Check {
+    // A touch of a sealed frame is possible only through a mapping that should be gone.
+    let expect = match touch {
+        "page-walk" => "\"sealed-access\", \"foreign-alias\", \"table-alias\"",
+        _ => "\"sealed-access\", \"foreign-alias\"",
+    };
+    let config = format!(
+        "[guest]\nmemory_mib = 16\nvcpus = 2\n[workload]\nprogram = \"touch\"\ntouch = \"{touch}\"\n"
+    );
+    let run = sim(&config, &["--seal", seal])?;
+    ensure(run.status == 1, &format!("unexpected: a violation is left\n{:#}", run.report))?;
+    let access = &run.report["sealed_accesses"][0];
+    ensure(access["kind"] == touch, &format!("expected a {touch}:\n{:#}", run.report))?;
+    ensure(access["gpa"].as_str().is_some_and(|gpa| gpa.starts_with("0x10")), "no address")?;
+    ensure(access["va"].as_str().is_some_and(|va| va.starts_with("0xffff91")), "no address")?;
+    ensure(access["vcpu"] == 0 && access["rip"].is_null(), "the wrong CPU, or an invented RIP")?;
+    let run = sim(&format!("{config}[audit]\nexpect = [{expect}]\n"), &["--seal", seal])?;
+    run.expect(0, "pass")?;
+    // With the seal off nothing stops it, and the program says so.
+    let run = sim(&config, &["--seal", "off"])?;
+    ensure(run.report["sealed_accesses"] == serde_json::json!([]), "stopped without a seal")
+}
+
+fn crash_is_reported(crash: &str, needles: &[&str]) -> Check {
+    let config =
+        format!("[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"{crash}\"\n");
+    let run = sim(&config, &[])?;
+    run.expect(4, "guest-error")?;
+    let error = &run.report["guest_error"];
+    let message = error["message"].as_str().unwrap_or_default();
+    for needle in needles {
+        let found = message.contains(needle) || error["kind"] == *needle;
+        ensure(found, &format!("{needle:?} is missing in {error:#}"))?;
+    }
+    ensure(error["vcpu"] == 0, "no CPU is named")
+}
+
+fn secrets() -> Check {
+    let input = repository().join("configs/data/secret.txt");
+    for seal in SEALS {
+        let config = dirty(&format!("program = \"secrets\"\ninput = {input:?}\n"));
+        let run = sim(&on_cpus(2, &config), &["--seal", seal])?;
+        run.clean()?;
+        ensure(run.check("input-leak", "checked") > 0, "nothing was searched")?;
+        ensure(run.counter("work") > 0, "nothing was stored")?;
+    }
+    Ok(())
+}
+
+fn no_prezero() -> Check {
+    let config = dirty(&replay(EVENTS, "all")).replace("[guest]\n", "[guest]\nprezero = false\n");
+    let run = sim(&config, &[])?;
+    run.clean()?;
+    ensure(run.counter("zeroed_flip") == 0, "pages were zeroed at the flip")?;
+    ensure(run.counter("zeroed_alloc") > 0, "no page was zeroed when it was handed out")
+}
+
+/// 32 GiB, of which the program uses a few pages.
+fn sparse() -> Check {
+    let config = format!(
+        "[guest]\nmemory_mib = 32768\n[workload]\n{}[audit]\nquiesce_every = 100000\n",
+        replay(150, "user")
+    );
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("test.toml");
+    std::fs::write(&file, config)?;
+    let command = format!(
+        "{LACUNA} run {} --machine sim --report json & pid=$!; peak=0; \
+         while kill -0 $pid 2>/dev/null; do \
+           now=$(awk '/VmHWM/ {{print $2}}' /proc/$pid/status 2>/dev/null); \
+           [ -n \"$now\" ] && peak=$now; sleep 0.02; \
+         done; wait $pid || exit; echo $peak >&2",
+        file.display()
+    );
+    let output = Command::new("sh").args(["-c", &command]).output()?;
+    Run::of(&output)?.clean()?;
+    let peak: u64 = String::from_utf8_lossy(&output.stderr).trim().parse().unwrap_or(0);
+    ensure(peak > 0 && peak < 400 << 10, &format!("{peak} KiB were resident"))
+}
+
+/// A guest that waits is stopped where it waits; one that never calls its platform is given up.
+fn hang() -> Check {
+    for (crash, given_up) in [("halt", false), ("hang", true)] {
+        let config = format!(
+            "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"{crash}\"\n\
+             [limits]\ntimeout_s = 1\n"
+        );
+        let started = Instant::now();
+        let run = sim(&config, &[])?;
+        run.expect(4, "guest-error")?;
+        ensure(run.report["guest_error"]["kind"] == "timeout", "the kind is not timeout")?;
+        let said = run.report["inconclusive"].to_string().contains("never calls its platform");
+        ensure(said == given_up, &format!("{crash}: {:#}", run.report))?;
+        ensure(started.elapsed() < Duration::from_secs(20), "it took too long")?;
+    }
+    Ok(())
+}
+
+/// Runs `lacuna` where `/dev` is empty.
+fn without_devices(args: &[&str]) -> std::io::Result<std::process::Output> {
+    let script = "mount -t tmpfs none /dev && exec \"$0\" \"$@\"";
+    Command::new("unshare").args(["-rm", "sh", "-c", script, LACUNA]).args(args).output()
+}
+
+fn no_kvm() -> Check {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("idle.toml");
+    std::fs::write(&file, "[workload]\nprogram = \"idle\"\n")?;
+    let file = file.display().to_string();
+    let output = without_devices(&["run", &file])?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure(output.status.code() == Some(3), &format!("status {:?}", output.status))?;
+    ensure(stderr.contains("--machine sim"), &format!("the message: {stderr}"))?;
+    let output = without_devices(&["run", &file, "--machine", "sim", "--report", "json"])?;
+    Run::of(&output)?.clean()
+}
+
+/// Whatever the guest's code is doing, being told to stop unwinds it: nothing panics twice, no lock
+/// stays taken, the end is the one that was asked for, and what the run left can be checked.
+fn cancel() -> Check {
+    let overrides = Overrides { machine: Some(MachineKind::Sim), ..Overrides::default() };
+    let text = on_cpus(4, &dirty(&replay(100_000, "all")));
+    let config = Config::from_text(Path::new("cancel.toml"), &text, &overrides)?;
+    let mut stopped = 0;
+    for round in 0..16 {
+        let (mut plan, _) = Plan::new(&config)?;
+        plan.seed = round;
+        let running = Machine::open(Host::of(config.machine)?, plan, Vec::new())?.start()?;
+        let cancel = running.cancel_handle();
+        std::thread::sleep(Duration::from_micros(500 + 2000 * round));
+        cancel.cancel();
+        let outcome = running.wait(|_| ControlFlow::Continue(()));
+        match &outcome.end {
+            End::Stopped(Stopped::Cancelled, _) => stopped += 1,
+            End::Exit(0, _) => {}
+            end => return Err(format!("round {round}: {end:?}").into()),
+        }
+        let findings = outcome.with_gate(|gate| gate.result().findings);
+        ensure(findings.is_empty(), &format!("round {round}: {findings:#?}"))?;
+    }
+    ensure(stopped > 8, &format!("only {stopped} runs were stopped"))
+}

@@ -1,0 +1,63 @@
+//! The simulated machine: the guest's own allocator and programs in an ordinary process, without
+//! KVM, on CPUs whose MMUs are deliberately lazy.
+//!
+//! Guest memory, first tables, gate, rings, audit and reports are those of KVM runs. What is
+//! simulated is below [`lacuna_guest::platform::Platform`]:
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `random` | what is left to chance, from a seed |
+//! | `tlb`, `paths` | what a CPU caches of leaf and of upper entries, and what removes it |
+//! | `versions` | whether a cached translation can be stale |
+//! | `frames` | the second stage as MMUs see it |
+//! | `ram` | guest memory by physical address |
+//! | `mmu` | translation, speculation |
+//! | `baton` | which CPU runs |
+//! | `cpu`, `machine`, `calls` | a CPU, the platform, what the guest tells the host |
+//! | `guest`, `touch` | the guest image's main function, and its program that touches a sealed frame |
+//! | `run` | threads, from start to end |
+//!
+//! A guest that loops without ever calling the platform cannot be stopped, because its code runs
+//! natively; [`crate::run::Running::wait`] gives it up.
+#![forbid(unsafe_code)]
+
+mod baton;
+mod calls;
+mod cpu;
+mod frames;
+mod guest;
+mod machine;
+mod mmu;
+mod paths;
+mod ram;
+mod random;
+mod run;
+mod tlb;
+mod touch;
+mod versions;
+
+pub use frames::Frames;
+pub(crate) use frames::Secrecy;
+pub use mmu::{Fault, Mmu, MmuCounters};
+pub use paths::{Path, Paths};
+pub use ram::Ram;
+pub use random::Random;
+pub use run::{Prepared, Simulated, Statistics};
+pub use tlb::{Invalidation, Tlb, Translation};
+pub use versions::Versions;
+
+use lacuna_abi::workload::{Crash, Touch};
+
+/// Whether a simulated CPU can touch a sealed frame this way: it executes no instructions of the
+/// guest.
+#[must_use]
+pub const fn can_touch(kind: Touch) -> bool {
+    touch::can_touch(kind)
+}
+
+/// Whether a simulated machine can fail this way: it has no instructions, stacks or descriptor
+/// tables of its own.
+#[must_use]
+pub const fn can_crash(kind: Crash) -> bool {
+    guest::can_crash(kind)
+}
