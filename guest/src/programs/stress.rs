@@ -76,31 +76,42 @@ struct Stress<'r, 'a, P: Platform> {
 
 impl<P: Platform> Stress<'_, '_, P> {
     fn step(&self, number: u64, random: &mut Random) -> Result<(), ProgramError> {
-        let slot = self.slot(random.below(STRESS_SLOTS));
-        let filled = self.platform.load(slot) != 0;
+        match random.below(512) {
+            0 => return Ok(self.allocator.shrink()?),
+            1..8 => {
+                let done = self.allocator.balance();
+                return done.map_err(|error| ProgramError::Alloc { number, error });
+            }
+            8..64 => {
+                // What another CPU sent is freed here.
+                let letter = self.letter(random.below(self.cpus()), self.cpu);
+                if self.platform.load(letter) != 0 {
+                    return self.free_at(letter);
+                }
+            }
+            _ => {}
+        }
         // In turn memory gets short and free again, and the sides of the direct map change places.
         let grows = (number / PHASE).is_multiple_of(2);
         let secret = if (number / (2 * PHASE)).is_multiple_of(2) { 9 } else { 1 };
-        match random.below(16) {
-            // What another CPU sent is freed here.
-            0 => self.free_at(self.letter(random.below(self.cpus()), self.cpu)),
-            1 if filled => {
-                let letter = self.letter(self.cpu, random.below(self.cpus()));
-                if self.platform.load(letter) == 0 {
-                    let handle = self.platform.load(slot);
-                    self.platform.store(slot, 0);
-                    self.platform.store(letter, handle);
-                }
-                Ok(())
+        let mut slot = self.slot(random.below(STRESS_SLOTS));
+        for _ in 0..4 {
+            if (self.platform.load(slot) == 0) == grows {
+                break;
             }
-            2 => self.allocator.balance().map_err(|error| ProgramError::Alloc { number, error }),
-            3 if random.below(256) == 0 => Ok(self.allocator.shrink()?),
-            choice if filled && (choice < 6 || !grows) => self.free_at(slot),
-            _ if !filled && (grows || random.below(4) == 0) => {
-                self.alloc(number, slot, random.below(10) < secret, random)
-            }
-            _ => Ok(()),
+            slot = self.slot(random.below(STRESS_SLOTS));
         }
+        let handle = self.platform.load(slot);
+        if handle == 0 {
+            return self.alloc(number, slot, random.below(10) < secret, random);
+        }
+        let letter = self.letter(self.cpu, random.below(self.cpus()));
+        if random.below(4) == 0 && self.platform.load(letter) == 0 {
+            self.platform.store(slot, 0);
+            self.platform.store(letter, handle);
+            return Ok(());
+        }
+        self.free_at(slot)
     }
 
     fn alloc(
