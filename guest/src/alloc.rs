@@ -234,6 +234,11 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
         self.counts.work.add(1);
     }
 
+    /// Counts time that the program measured: allocating, using, freeing.
+    pub(crate) fn count_ticks(&self, ticks: [u64; 3]) {
+        self.counts.ticks.iter().zip(ticks).for_each(|(count, ticks)| count.add(ticks));
+    }
+
     /// Counts tags that the program checked.
     pub fn count_tags(&self, tags: u64) {
         self.counts.tags_checked.add(tags);

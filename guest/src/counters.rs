@@ -52,6 +52,7 @@ pub(crate) struct Counts {
     pub(crate) pages_moved: Count,
     pub(crate) poison_checked: Count,
     pub(crate) zero_checked: Count,
+    pub(crate) ticks: [Count; 3],
     pub(crate) work: Count,
     pub(crate) tags_checked: Count,
 }
@@ -178,6 +179,9 @@ impl<P: Platform> PageAllocator<'_, P> {
             nr_total_unmapped_unmovable: total(3),
             nr_total_unmapped_movable: total(4),
             nr_total_unmapped_reclaimable: total(5),
+            ticks_alloc: counts.ticks[0].get(),
+            ticks_use: counts.ticks[1].get(),
+            ticks_free: counts.ticks[2].get(),
             work: counts.work.get(),
             tags_checked: counts.tags_checked.get(),
             ..Counters::default()

@@ -123,6 +123,12 @@ words_struct! {
         nr_total_unmapped_movable,
         /// Unmapped reclaimable pages in pageblocks.
         nr_total_unmapped_reclaimable,
+        /// Ticks of the guest's clock that the program `bench` spent allocating.
+        ticks_alloc,
+        /// Ticks that it spent with what it allocated.
+        ticks_use,
+        /// Ticks that it spent freeing.
+        ticks_free,
         /// Units of work done by the program: trace events, or pages stored.
         work,
         /// Tags that a workload checked before it freed a page.

@@ -19,6 +19,8 @@ named_enum! {
         Stress = "stress",
         /// Tests the allocator and the mermap from inside: `arg0` is the [`Selftest`].
         Selftest = "selftest",
+        /// Measures: `arg0` is the [`Bench`], `arg1` the order, `arg2` the number of rounds.
+        Bench = "bench",
         /// Touches a sealed frame on purpose: `arg0` is the [`Touch`].
         Touch = "touch",
         /// Fails on purpose: `arg0` is the [`Crash`].
@@ -84,6 +86,30 @@ impl Selftest {
         }
     }
 }
+
+named_enum! {
+    /// What the program `bench` does in each of its rounds, with 512 pages or one allocation.
+    #[repr(u64)]
+    pub enum Bench {
+        /// Allocates secret pages as zero, writes to each allocation, frees them.
+        Secret = "secret",
+        /// The same without writing.
+        SecretUnused = "secret-unused",
+        /// Allocates mapped pages, writes to each allocation, frees them.
+        Mapped = "mapped",
+        /// The same, as zero.
+        MappedZero = "mapped-zero",
+        /// Zeroes a secret pageblock through a window.
+        ZeroWindow = "zero-window",
+        /// Zeroes a mapped pageblock through the direct map.
+        ZeroDirect = "zero-direct",
+        /// Allocates secret pages, frees them, and has all pageblocks go back to the direct map.
+        Flip = "flip",
+    }
+}
+
+/// Words of scratch memory for one CPU of the program `bench`: a handle for each allocation.
+pub const BENCH_CPU_WORDS: u64 = 512;
 
 named_enum! {
     /// Ways to touch a sealed frame.

@@ -125,6 +125,10 @@ impl Services for Machine {
         shared::sequence()[1 + cpu::number()].store(done, Relaxed);
     }
 
+    fn clock(&self) -> u64 {
+        cpu::timestamp()
+    }
+
     fn input_done(&self) {
         if let Err(error) = gate::call(Call::InputDone) {
             panic!("the host refused to wipe the input: {error:?}");

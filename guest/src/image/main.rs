@@ -76,6 +76,7 @@ fn run(
             | Program::Replay
             | Program::Secrets
             | Program::Stress
+            | Program::Bench
             | Program::Selftest),
         ) => programs::run(program, args, allocator, machine, machine, &TEAM),
         Some(Program::Touch) => {

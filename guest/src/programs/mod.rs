@@ -1,5 +1,6 @@
 //! The guest programs: what they need of their surroundings, and how they fail.
 
+mod bench;
 mod replay;
 mod secrets;
 mod stress;
@@ -17,7 +18,7 @@ use crate::secret::UseError;
 use crate::selftest;
 use core::fmt;
 use lacuna_abi::addr::Gfn;
-use lacuna_abi::workload::{Program, Selftest};
+use lacuna_abi::workload::{Bench, Program, Selftest};
 
 /// What a program needs besides the allocator.
 pub trait Services {
@@ -26,6 +27,9 @@ pub trait Services {
 
     /// Says how much work this CPU has done, in units that the program counts.
     fn progress(&self, done: u64);
+
+    /// The time in ticks of a clock that runs at one pace, the same for all CPUs.
+    fn clock(&self) -> u64;
 
     /// All input has been taken over: the host wipes the input region.
     fn input_done(&self);
@@ -80,7 +84,7 @@ pub enum ProgramError {
         /// Where it is stored.
         frame: Gfn,
     },
-    /// No test has this number.
+    /// No test or bench has this number, or it has no such order.
     NoSuchTest(u64),
     /// The counters of a freetype do not add up.
     Miscounted {
@@ -127,7 +131,7 @@ impl fmt::Display for ProgramError {
             Self::Differs { page, frame } => {
                 write!(f, "page {page} of the input, stored at {frame}, is not what was stored")
             }
-            Self::NoSuchTest(number) => write!(f, "no test has the number {number}"),
+            Self::NoSuchTest(number) => write!(f, "no test or bench has the number {number}"),
             Self::Miscounted { freetype, pages } => {
                 write!(f, "the pages of freetype {freetype} do not add up: {pages:?}")
             }
@@ -163,6 +167,12 @@ pub fn run<P: Platform>(
     let ended = match program {
         Program::Replay => replay::run(allocator, platform, services, team, (arg0, arg1)),
         Program::Stress => stress::run(allocator, platform, services, team, args),
+        Program::Bench => match (Bench::from_number(arg0), u8::try_from(arg1)) {
+            (Some(bench), Ok(order)) => {
+                bench::run(allocator, platform, services, team, (bench, order, args[2]))
+            }
+            _ => Err(ProgramError::NoSuchTest(arg0)),
+        },
         Program::Selftest => match Selftest::from_number(arg0) {
             Some(test) => {
                 selftest::run(test, allocator, platform, team);

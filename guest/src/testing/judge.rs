@@ -64,6 +64,7 @@ pub(crate) struct State {
     pub(crate) progress: u64,
     /// Gate calls made.
     pub(crate) calls: u64,
+    pub(crate) clock: u64,
     #[cfg(feature = "faults")]
     pub(crate) faults: u64,
     stale: Vec<Stale>,
@@ -91,6 +92,7 @@ impl State {
             violations: Vec::new(),
             progress: 0,
             calls: 0,
+            clock: 0,
             #[cfg(feature = "faults")]
             faults: 0,
             stale: Vec::new(),

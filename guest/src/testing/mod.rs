@@ -228,6 +228,13 @@ impl Services for Mock {
         self.state().progress = done;
     }
 
+    fn clock(&self) -> u64 {
+        // Each look is later than the one before.
+        let mut state = self.state();
+        state.clock += 1;
+        state.clock
+    }
+
     fn input_done(&self) {
         let mut state = self.state();
         state.see(Seen::InputDone);

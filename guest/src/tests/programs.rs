@@ -223,6 +223,10 @@ impl<F: FnOnce(&Mock)> Services for Meddler<'_, F> {
         }
     }
 
+    fn clock(&self) -> u64 {
+        self.0.clock()
+    }
+
     fn input_done(&self) {
         self.0.input_done();
     }

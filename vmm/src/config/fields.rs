@@ -50,7 +50,7 @@ pub const FIELDS: &[Field] = &[
     field(
         "workload",
         "program",
-        "\"replay\", \"secrets\", \"idle\", \"stress\", \"selftest\", \"touch\" or \"crash\"",
+        "\"replay\", \"secrets\", \"idle\", \"stress\", \"selftest\", \"bench\", \"touch\" or \"crash\"",
     ),
     of(
         &[Program::Replay, Program::Secrets],
@@ -74,6 +74,14 @@ pub const FIELDS: &[Field] = &[
          \"page_alloc::stress_interleaved\", or \"regression::series_01\" to \
          \"regression::series_12\"",
     ),
+    of(
+        &[Program::Bench],
+        "bench",
+        "\"secret\", \"secret-unused\", \"mapped\", \"mapped-zero\", \"zero-window\", \
+         \"zero-direct\" or \"flip\"",
+    ),
+    of(&[Program::Bench], "order", "an order from 0 to 10"),
+    of(&[Program::Bench], "rounds", "a number of rounds, at least 1"),
     of(
         &[Program::Touch],
         "touch",

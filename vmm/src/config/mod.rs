@@ -23,7 +23,7 @@ pub use names::{GuardChoice, MachineKind, Mediation, OnFree, ReportFormat, Seal}
 use crate::audit::Rule;
 use crate::trace::Secret;
 use lacuna_abi::fault::Fault;
-use lacuna_abi::workload::{Crash, Program, Selftest, Touch};
+use lacuna_abi::workload::{Bench, Crash, Program, Selftest, Touch};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -123,6 +123,16 @@ pub enum Workload {
         #[serde(serialize_with = "names::selftest")]
         test: Selftest,
     },
+    /// Measures.
+    Bench {
+        /// What.
+        #[serde(serialize_with = "names::bench")]
+        bench: Bench,
+        /// Order of the allocations.
+        order: u8,
+        /// Number of rounds.
+        rounds: u64,
+    },
     /// Touches a sealed frame.
     Touch {
         /// How.
@@ -147,6 +157,7 @@ impl Workload {
             Self::Secrets { .. } => Program::Secrets,
             Self::Stress { .. } => Program::Stress,
             Self::Selftest { .. } => Program::Selftest,
+            Self::Bench { .. } => Program::Bench,
             Self::Touch { .. } => Program::Touch,
             Self::Crash { .. } => Program::Crash,
         }
@@ -160,6 +171,7 @@ impl Workload {
             Self::Idle
             | Self::Stress { .. }
             | Self::Selftest { .. }
+            | Self::Bench { .. }
             | Self::Touch { .. }
             | Self::Crash { .. } => None,
         }

@@ -3,7 +3,7 @@
 use crate::audit::Rule;
 use lacuna_abi::fault::Fault;
 use lacuna_abi::named_enum;
-use lacuna_abi::workload::{Crash, Selftest, Touch};
+use lacuna_abi::workload::{Bench, Crash, Selftest, Touch};
 use serde::{Deserialize, Serialize, Serializer};
 
 named_enum! {
@@ -98,6 +98,10 @@ pub(super) fn crash<S: Serializer>(crash: &Crash, serializer: S) -> Result<S::Ok
 
 pub(super) fn selftest<S: Serializer>(test: &Selftest, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(test.name())
+}
+
+pub(super) fn bench<S: Serializer>(bench: &Bench, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(bench.name())
 }
 
 pub(super) fn faults<S: Serializer>(faults: &[Fault], serializer: S) -> Result<S::Ok, S::Error> {

@@ -50,6 +50,9 @@ pub(super) struct Workload {
     pub operations: Number,
     pub max_order: Number,
     pub test: Text,
+    pub bench: Text,
+    pub order: Number,
+    pub rounds: Number,
     pub touch: Text,
     pub crash: Text,
 }

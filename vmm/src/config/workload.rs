@@ -6,7 +6,7 @@ use super::resolve::Resolver;
 use super::{Workload, fields, input};
 use crate::leak::MAX_SECRET;
 use crate::trace::{Secret, is_gfp_name};
-use lacuna_abi::workload::{Crash, Program, Selftest, Touch};
+use lacuna_abi::workload::{Bench, Crash, Program, Selftest, Touch};
 use std::path::{Path, PathBuf};
 use toml::Spanned;
 
@@ -65,6 +65,16 @@ impl Resolver<'_> {
                 }
                 Workload::Selftest { test }
             }
+            Program::Bench => {
+                let bench = required("bench", &raw.bench)?;
+                let order = self.number(("workload", "order"), &raw.order, 0..=10)?;
+                let rounds = self.number(("workload", "rounds"), &raw.rounds, 1..=u64::MAX)?;
+                Workload::Bench {
+                    bench: self.named(("workload", "bench"), &bench, Bench::from_name)?,
+                    order: order.and_then(|order| u8::try_from(order).ok()).unwrap_or(0),
+                    rounds: rounds.unwrap_or(1),
+                }
+            }
             Program::Touch => {
                 let touch = required("touch", &raw.touch)?;
                 Workload::Touch {
@@ -92,6 +102,9 @@ impl Resolver<'_> {
             ("operations", raw.operations.is_some()),
             ("max_order", raw.max_order.is_some()),
             ("test", raw.test.is_some()),
+            ("bench", raw.bench.is_some()),
+            ("order", raw.order.is_some()),
+            ("rounds", raw.rounds.is_some()),
             ("touch", raw.touch.is_some()),
             ("crash", raw.crash.is_some()),
         ];

@@ -10,7 +10,7 @@ use lacuna_abi::boot::{
 };
 use lacuna_abi::layout::MIN_MEMORY_MIB;
 use lacuna_abi::workload::{
-    Program, SLOT_BYTES, STRESS_CPU_WORDS, secrets_scratch, selftest_scratch,
+    BENCH_CPU_WORDS, Program, SLOT_BYTES, STRESS_CPU_WORDS, secrets_scratch, selftest_scratch,
 };
 use std::num::NonZeroU8;
 use std::path::{Path, PathBuf};
@@ -163,6 +163,11 @@ fn work(config: &Config) -> Result<Work, PlanError> {
         Workload::Selftest { test } => Work {
             args: [*test as u64, 0, 0],
             scratch: selftest_scratch(config.guest.memory_mib << 8),
+            ..nothing
+        },
+        Workload::Bench { bench, order, rounds } => Work {
+            args: [*bench as u64, (*order).into(), *rounds],
+            scratch: u64::from(config.guest.vcpus) * BENCH_CPU_WORDS * 8,
             ..nothing
         },
         Workload::Touch { touch } => Work { args: [*touch as u64, 0, 0], ..nothing },

@@ -245,6 +245,11 @@ impl Services for SimMachine {
         self.shared(SEQUENCE_OFFSET, 1 + self.cpus.len())[1 + number].store(done, Relaxed);
     }
 
+    fn clock(&self) -> u64 {
+        // 2^64 nanoseconds are more than five hundred years.
+        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
     fn input_done(&self) {
         if let Err(error) = self.call(cpu::number(), Call::InputDone) {
             panic!("the host refused to wipe the input: {error:?}");

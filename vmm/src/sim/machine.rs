@@ -24,6 +24,7 @@ use std::panic::resume_unwind;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// Calls of [`Platform`] between two looks at what is left to chance, as a power of two: 1 to this
 /// many.
@@ -47,6 +48,7 @@ pub(super) struct SimMachine {
     over: AtomicBool,
     end: Mutex<Option<(usize, End)>>,
     shootdowns: AtomicU64,
+    pub(super) started: Instant,
 }
 
 /// What a machine is made of.
@@ -74,6 +76,7 @@ impl SimMachine {
             over: AtomicBool::new(false),
             end: Mutex::new(None),
             shootdowns: AtomicU64::new(0),
+            started: Instant::now(),
         }
     }
 

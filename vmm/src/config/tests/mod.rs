@@ -111,6 +111,8 @@ fn the_choices_that_fields_name_are_all_choices() {
         quoted("workload", "crash"),
         Crash::ALL.iter().map(|c| c.name()).collect::<Vec<_>>()
     );
+    let benches: Vec<_> = Bench::ALL.iter().map(|b| b.name()).collect();
+    assert_eq!(quoted("workload", "bench"), benches);
     // The regression tests stand there as a range.
     let tests: Vec<_> = Selftest::ALL.iter().map(|t| t.name()).collect();
     let series = tests.iter().position(|t| *t == "regression::series_01").unwrap();
