@@ -68,6 +68,10 @@ named_enum! {
         WriteText = "write-text",
         /// Gate calls with nonsense in them, then a normal end.
         BadCalls = "bad-calls",
+        /// CPU 1 loops with interrupts off while CPU 0 waits for it to answer a shootdown.
+        StuckCpu = "stuck-cpu",
+        /// A Rust panic on the last CPU while the others wait.
+        PanicElsewhere = "panic-elsewhere",
     }
 }
 
