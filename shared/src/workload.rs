@@ -75,6 +75,17 @@ named_enum! {
     }
 }
 
+impl Crash {
+    /// How many vCPUs a guest must have to fail so.
+    #[must_use]
+    pub const fn vcpus(self) -> u8 {
+        match self {
+            Self::StuckCpu | Self::PanicElsewhere => 2,
+            _ => 1,
+        }
+    }
+}
+
 /// Words of one replay operation.
 pub const REPLAY_WORDS: usize = 2;
 /// Bytes of one replay operation.

@@ -3,9 +3,12 @@
 //! Nothing here is global: several machines may run in one process. A machine can be followed
 //! (observers), looked at while it runs (progress) and cancelled.
 
+mod crew;
 mod end;
 mod plan;
 mod report;
+mod station;
+mod threads;
 mod vcpu;
 
 pub use end::{End, GuestEnd, Place};
@@ -18,19 +21,19 @@ use crate::gate::{Gate, GateFailure, GateSetup, Observer};
 use crate::image::Image;
 use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
-use crate::machine::kvm::{KvmError, Vcpu, Vm, ZONE_SLOT};
+use crate::machine::kvm::{Interrupts, KvmError, Vcpu, Vm, ZONE_SLOT};
 use crate::machine::memory::{Memory, MemoryError};
 use crate::second_stage::{Guard, Mechanism, MemSlot, Off, SecondStage};
 use crate::stop::{Stop, Stopped};
+use crew::Crew;
 use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::layout::{Layout, LayoutError, Needs};
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, OnceLock};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use threads::Threads;
 use zeroize::Zeroize;
 
 /// How often a waiting machine is looked at.
@@ -75,7 +78,8 @@ pub enum OpenError {
 pub struct Machine {
     image: Arc<Image>,
     memory: Arc<Memory>,
-    vcpu: Vcpu,
+    vcpus: Vec<Vcpu>,
+    interrupts: Interrupts,
     gate: Arc<Mutex<Gate>>,
     stop: Arc<Stop>,
     timeout: Duration,
@@ -96,7 +100,7 @@ impl Machine {
         let needs = Needs {
             image: plan.image.len(),
             memory_mib: plan.memory_mib,
-            cpus: 1,
+            cpus: plan.vcpus.into(),
             input: plan.input.len() as u64,
             scratch: plan.scratch,
         };
@@ -124,7 +128,9 @@ impl Machine {
         vm.require()?;
         let stage = second_stage(&plan, &vm, &memory)?;
         let root = Gpa(info.root);
-        let vcpu = vm.vcpu(0, plan.image.entry, root)?;
+        let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        let interrupts = vm.interrupts();
         let stop = Arc::new(Stop::default());
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
@@ -132,30 +138,48 @@ impl Machine {
             boot_root: root,
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
+            shootdown_limit: plan.shootdown_limit,
             scanner,
             stop: Arc::clone(&stop),
             observers,
         });
         let gate = Arc::new(Mutex::new(gate));
         let image = Arc::new(plan.image);
-        Ok(Self { image, memory, vcpu, gate, stop, timeout: plan.timeout, opened })
+        let timeout = plan.timeout;
+        Ok(Self { image, memory, vcpus, interrupts, gate, stop, timeout, opened })
     }
 
-    /// Starts the vCPU.
+    /// Starts the threads of all vCPUs, and with its thread vCPU 0. The guest starts the others.
     ///
     /// # Errors
-    /// [`OpenError::Thread`].
+    /// [`OpenError::Signal`] or [`OpenError::Thread`].
     pub fn start(self) -> Result<Running, OpenError> {
-        register_kick().map_err(OpenError::Signal)?;
-        let Self { image, memory, vcpu, gate, stop, timeout, opened } = self;
-        let runner =
-            vcpu::Runner { cpu: 0, vcpu, gate: Arc::clone(&gate), stop: Arc::clone(&stop), image };
+        threads::register_kick().map_err(OpenError::Signal)?;
+        let Self { image, memory, vcpus, interrupts, gate, stop, timeout, opened } = self;
+        let crew = Arc::new(Crew::new(vcpus.len()));
+        let threads = Arc::new(Threads::default());
         let started = Instant::now();
-        let thread = std::thread::Builder::new()
-            .name("vcpu0".into())
-            .spawn(move || runner.run())
-            .map_err(OpenError::Thread)?;
-        Ok(Running { thread, gate, memory, stop, deadline: started + timeout, opened, started })
+        // vCPU 0 comes last: before it nothing runs.
+        for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
+            let runner = vcpu::Runner {
+                cpu,
+                station: vcpu.into(),
+                crew: Arc::clone(&crew),
+                threads: Arc::clone(&threads),
+                interrupts: interrupts.clone(),
+                gate: Arc::clone(&gate),
+                memory: Arc::clone(&memory),
+                stop: Arc::clone(&stop),
+                image: Arc::clone(&image),
+            };
+            if let Err(error) = threads.spawn(cpu, move || runner.run()) {
+                crew.abandon();
+                threads.join();
+                return Err(OpenError::Thread(error));
+            }
+        }
+        let deadline = started + timeout;
+        Ok(Running { threads, crew, gate, memory, stop, deadline, opened, started })
     }
 }
 
@@ -193,7 +217,8 @@ fn second_stage(
 
 /// A machine that runs.
 pub struct Running {
-    thread: JoinHandle<vcpu::Finished>,
+    threads: Arc<Threads>,
+    crew: Arc<Crew<vcpu::Report>>,
     gate: Arc<Mutex<Gate>>,
     memory: Arc<Memory>,
     stop: Arc<Stop>,
@@ -207,7 +232,7 @@ pub struct Running {
 pub struct CancelHandle(Arc<Stop>);
 
 impl CancelHandle {
-    /// Ends the run as soon as the vCPU can be stopped.
+    /// Ends the run as soon as the vCPUs can be stopped.
     pub fn cancel(&self) {
         self.0.tell(Stopped::Cancelled);
     }
@@ -223,29 +248,26 @@ impl Running {
     /// Waits for the end. `tick` is called now and then with the work done so far, and may break
     /// off the run.
     pub fn wait(self, mut tick: impl FnMut(u64) -> ControlFlow<()>) -> Outcome {
-        while !self.thread.is_finished() {
+        while !self.threads.are_finished() {
             std::thread::sleep(TICK);
-            if tick(self.memory.progress(0).unwrap_or(0)).is_break() {
+            if tick(self.progress()).is_break() {
                 self.stop.tell(Stopped::Cancelled);
             }
             if Instant::now() >= self.deadline {
                 self.stop.tell(Stopped::Timeout);
             }
-            if self.stop.told().is_some() {
-                // The signal makes KVM_RUN return. It may arrive just before KVM_RUN is entered;
-                // the next tick sends another.
-                let _ = self.thread.kill(SIGRTMIN());
+            if self.stop.told().is_some() || self.crew.has_ended() {
+                // A kick may arrive just before KVM_RUN is entered; the next tick sends another.
+                self.threads.kick_all();
             }
         }
         let ended = Instant::now();
-        let Self { thread, gate, opened, started, .. } = self;
-        let finished = thread.join().unwrap_or_else(|_| vcpu::Finished {
-            end: End::Host("the VMM's vCPU thread panicked; this is a fault of the VMM".into()),
-            in_guest: Duration::ZERO,
-            exits: 0,
-        });
+        let Self { threads, gate, opened, started, .. } = self;
+        let finished = threads.join();
         Outcome {
-            end: finished.end,
+            end: finished.end.unwrap_or_else(|| {
+                End::Host("a vCPU's thread of the VMM panicked; this is a fault of the VMM".into())
+            }),
             gate,
             opening: started - opened,
             running: ended - started,
@@ -253,6 +275,13 @@ impl Running {
             exits: finished.exits,
             started,
         }
+    }
+
+    /// Units of work that all CPUs say they have done.
+    fn progress(&self) -> u64 {
+        let cpus = 0..self.memory.layout().cpus;
+        let done = cpus.filter_map(|cpu| self.memory.progress(cpu).ok());
+        done.fold(0, u64::saturating_add)
     }
 }
 
@@ -265,9 +294,9 @@ pub struct Outcome {
     pub opening: Duration,
     /// Time from the first instruction to the end.
     pub running: Duration,
-    /// Part of it inside `KVM_RUN`.
+    /// Part of it that vCPU 0 was inside `KVM_RUN`.
     pub in_guest: Duration,
-    /// Times that the vCPU left for the VMM.
+    /// Times that vCPUs left for the VMM.
     pub exits: u64,
     /// When the first instruction ran.
     pub started: Instant,
@@ -278,18 +307,6 @@ impl Outcome {
     pub fn with_gate<R>(&self, f: impl FnOnce(&mut Gate) -> R) -> R {
         // A panic under the lock has ended the run; what the gate holds can still be read.
         f(&mut self.gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
-    }
-}
-
-/// A signal handler that does nothing: the signal's arrival is what makes `KVM_RUN` return. Without
-/// it the signal would end the process.
-fn register_kick() -> std::io::Result<()> {
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    static FAILED: OnceLock<Option<i32>> = OnceLock::new();
-    let register = || register_signal_handler(SIGRTMIN(), nothing).err().map(|e| e.errno());
-    match FAILED.get_or_init(register) {
-        None => Ok(()),
-        Some(number) => Err(std::io::Error::from_raw_os_error(*number)),
     }
 }
 
