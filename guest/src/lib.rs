@@ -28,6 +28,7 @@ pub mod random;
 pub mod ring;
 pub mod secret;
 mod selftest;
+pub mod shootdown;
 mod space;
 mod zeroing;
 mod zone;

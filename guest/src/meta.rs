@@ -65,7 +65,7 @@ const MOVING: u32 = u32::MAX;
 /// that at the start each page has the slot with its own number; moving an allocation exchanges the
 /// slots of two pages.
 #[derive(Debug, Default)]
-#[repr(C, align(32))]
+#[repr(C, align(16))]
 pub struct PageMeta {
     /// Neighbours on a list, as index plus one; 0 for none.
     next: AtomicU32,

@@ -24,13 +24,17 @@ pub const FEATURE_ZERO_ON_FREE: u64 = 1 << 4;
 /// Freed secret pages that were written to are zeroed, many together. Without it they are zeroed
 /// when they are handed out as zero, or leave the unmapped side.
 pub const FEATURE_SCRUB: u64 = 1 << 5;
+/// Shootdown interrupts are sent by gate call ([`crate::gate::Call::Interrupt`]), not through the
+/// CPU's own interrupt controller.
+pub const FEATURE_GATE_SHOOTDOWN: u64 = 1 << 6;
 /// Everything that this version knows.
 pub const FEATURES: u64 = FEATURE_PREZERO
     | FEATURE_FLIP
     | FEATURE_POISON
     | FEATURE_CHECK_ZERO
     | FEATURE_ZERO_ON_FREE
-    | FEATURE_SCRUB;
+    | FEATURE_SCRUB
+    | FEATURE_GATE_SHOOTDOWN;
 
 /// [`BootInfo::min_free`] that leaves the choice to the guest.
 pub const MIN_FREE_BY_SIZE: u64 = u64::MAX;

@@ -12,4 +12,5 @@ mod programs;
 mod refusals;
 mod secret;
 mod selftests;
+mod shootdown;
 mod zeroing;

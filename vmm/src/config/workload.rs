@@ -18,7 +18,6 @@ impl Resolver<'_> {
         &self,
         raw: &raw::Workload,
         flag: Option<&Path>,
-        vcpus: u8,
     ) -> Result<Workload, ConfigError> {
         let Some(program) = &raw.program else {
             return Err(self.refuse(("workload", "program"), None, "it is missing"));
@@ -56,13 +55,7 @@ impl Resolver<'_> {
             }
             Program::Selftest => {
                 let test = required("test", &raw.test)?;
-                let place = Some(test.span());
                 let test = self.named(("workload", "test"), &test, Selftest::from_name)?;
-                if usize::from(vcpus) < test.cpus() {
-                    let what = format!("{} needs {} vCPUs", test.name(), test.cpus());
-                    let remedy = format!("set [guest] vcpus = {}", test.cpus());
-                    return Err(self.source.error("workload", "test", place, what, remedy));
-                }
                 Workload::Selftest { test }
             }
             Program::Bench => {

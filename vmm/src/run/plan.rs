@@ -1,12 +1,12 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
-use crate::config::{Config, GuardChoice, OnFree, Seal, Workload};
+use crate::config::{Config, GuardChoice, OnFree, Seal, Shootdown, Workload};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
 use lacuna_abi::boot::{
-    FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, FEATURE_SCRUB,
-    FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
+    FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_GATE_SHOOTDOWN, FEATURE_POISON, FEATURE_PREZERO,
+    FEATURE_SCRUB, FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
 };
 use lacuna_abi::layout::MIN_MEMORY_MIB;
 use lacuna_abi::workload::{
@@ -47,10 +47,10 @@ pub enum PlanError {
 pub struct Plan {
     /// Kernel image.
     pub image: Image,
-    /// Number of CPUs.
-    pub cpus: u8,
     /// Memory for the guest's allocator.
     pub memory_mib: u64,
+    /// Number of vCPUs.
+    pub vcpus: u8,
     /// Byte that the allocator's memory is filled with before the start.
     pub fill: Option<u8>,
     /// `FEATURE_*` bits of the boot information.
@@ -82,6 +82,8 @@ pub struct Plan {
     pub quiesce_every: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
+    /// Longest that a CPU may take to answer a shootdown.
+    pub shootdown_limit: Duration,
     /// Longest time from the first instruction to the end.
     pub timeout: Duration,
 }
@@ -120,12 +122,13 @@ impl Plan {
             (allocator.on_free == OnFree::Zero, FEATURE_ZERO_ON_FREE),
             (allocator.scrub, FEATURE_SCRUB),
             (allocator.check_zero, FEATURE_CHECK_ZERO),
+            (config.guest.shootdown == Shootdown::Gate, FEATURE_GATE_SHOOTDOWN),
         ];
         let features = features.iter().filter(|(on, _)| *on).fold(0, |bits, (_, bit)| bits | bit);
         let plan = Self {
             image,
-            cpus: config.guest.vcpus,
             memory_mib: config.guest.memory_mib,
+            vcpus: config.guest.vcpus,
             fill: config.guest.fill,
             features,
             faults: config.inject.iter().fold(0, |bits, fault| bits | fault.bit()),
@@ -145,6 +148,7 @@ impl Plan {
             vma_budget: config.second_stage.vma_budget,
             quiesce_every: config.audit.quiesce_every,
             max_findings: MAX_FINDINGS,
+            shootdown_limit: Duration::from_secs(config.limits.shootdown_s),
             timeout: Duration::from_secs(config.limits.timeout_s),
         };
         Ok((plan, work.warnings))

@@ -4,7 +4,7 @@
 use super::cpu;
 use super::machine::SimMachine;
 use super::mmu::Fault;
-use crate::gate::{GateFailure, Served, StoppedCpu};
+use crate::gate::{GateFailure, Served, Vcpus};
 use crate::machine::backtrace::place;
 use crate::machine::decode::SealedAccess;
 use crate::machine::kvm::KvmError;
@@ -30,14 +30,30 @@ const PAGE_FAULT: u64 = 14;
 const GENERAL_PROTECTION: u64 = 13;
 const RECORDS: usize = (PAGE_SIZE / 8) as usize;
 
-/// A CPU whose registers do not change.
-struct Still(Registers);
+/// The CPUs while one of them makes a gate call: the others wait for their turn, none of them in the
+/// middle of a record, and their registers never change. All run from the start, and the guest code
+/// of a simulated machine sends its own interrupts.
+struct Waiting(Registers);
 
-impl StoppedCpu for Still {
-    fn complete(&mut self) {}
+impl Vcpus for Waiting {
+    fn stop(&mut self) {}
 
-    fn registers(&self) -> Result<Registers, KvmError> {
+    fn let_on(&mut self, _: u8, _: &mut dyn FnMut() -> bool, _: Instant) {}
+
+    fn resume(&mut self) {}
+
+    fn runnable(&self) -> u8 {
+        0
+    }
+
+    fn registers(&self, _: u8) -> Result<Registers, KvmError> {
         Ok(self.0)
+    }
+
+    fn start(&mut self) {}
+
+    fn interrupt(&mut self, _: u8) -> Result<(), KvmError> {
+        Ok(())
     }
 }
 
@@ -118,9 +134,9 @@ impl SimMachine {
         let cpu = &self.cpus[number];
         cpu.calls.fetch_add(1, Relaxed);
         let started = Instant::now();
-        let mut still = Still(self.registers());
+        let mut waiting = Waiting(self.registers());
         // Below MAX_CPUS, 8.
-        let served = self.lock_gate().serve(call, number as u8, &mut still);
+        let served = self.lock_gate().serve(call, number as u8, &mut waiting);
         let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
         cpu.in_gate.fetch_add(nanos, Relaxed);
         match served {
@@ -133,6 +149,10 @@ impl SimMachine {
             Ok(Served::Exception(report)) => {
                 let message = vector_name(report.vector).to_owned();
                 self.end(number, self.guest_end(number, "exception", message));
+            }
+            Ok(Served::Unanswered { .. }) => {
+                let message = "a simulated shootdown does not ask the host".to_owned();
+                self.end(number, End::Host(message));
             }
             Err(failure) => self.end(number, failure.into()),
         }
@@ -156,6 +176,13 @@ impl SimMachine {
                 .map_err(|error| GateError { index: error.index + first as u32, ..error })?;
         }
         Ok(())
+    }
+
+    /// Tells the host that all CPUs run.
+    pub(super) fn start_cpus(&self, number: usize) {
+        if let Err(error) = self.call(number, Call::StartCpus) {
+            panic!("the host refused to start the other CPUs: {error:?}");
+        }
     }
 
     /// Tells the host that the allocator is ready. A simulated CPU has no descriptor tables.
@@ -220,7 +247,7 @@ impl SimMachine {
     /// # Errors
     /// As [`crate::gate::Gate::finish`].
     pub(super) fn finish(&self, number: usize, done: bool) -> Result<(), GateFailure> {
-        self.lock_gate().finish(number as u8, &mut Still(self.registers()), done)
+        self.lock_gate().finish(number as u8, &mut Waiting(self.registers()), done)
     }
 
     fn guest_end(&self, number: usize, kind: &'static str, message: String) -> End {

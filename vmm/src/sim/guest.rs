@@ -66,8 +66,15 @@ impl<'a> Guest<'a> {
         if let Err(error) = self.allocator.prepare() {
             panic!("the mermap cannot be prepared: {error:?}");
         }
-        machine.ready(number);
-        let status = match self.run(machine) {
+        if number == 0 && self.info.cpus > 1 {
+            machine.start_cpus(number);
+        }
+        let mut ended = self.team.barrier(machine);
+        if ended.is_ok() {
+            machine.ready(number);
+            ended = self.run(machine);
+        }
+        let status = match ended {
             // The run ends with CPU 0, or with the one that found out what is wrong.
             Ok(()) if number != 0 => wait(machine),
             Err(ProgramError::Abandoned) => wait(machine),
