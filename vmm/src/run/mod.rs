@@ -21,7 +21,7 @@ use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::{KvmError, Vcpu, Vm, ZONE_SLOT};
 use crate::machine::memory::{Memory, MemoryError};
 use crate::second_stage::{Guard, Mechanism, MemSlot, Off, SecondStage, Software};
-use crate::sim::{Frames, Prepared, Secrecy, Simulated, Statistics};
+use crate::sim::{Frames, Prepared, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
 use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
@@ -98,7 +98,13 @@ impl Host {
 /// The CPUs of a machine.
 enum Cpus {
     Kvm(Vcpu),
-    Sim { root: Gpa, faults: u64, seed: u64, frames: Arc<Frames> },
+    Sim {
+        root: Gpa,
+        faults: u64,
+        seed: u64,
+        frames: Arc<Frames>,
+        workload: Option<Arc<dyn Workload>>,
+    },
 }
 
 /// A machine with everything open that it will need, not yet started: the point at which a jail
@@ -163,7 +169,8 @@ impl Machine {
                 let frames = Arc::new(Frames::new(layout.zone_frames()));
                 observers.push(Box::new(Secrecy(Arc::clone(&frames))));
                 let stage = simulated_stage(plan.seal, &frames, &layout);
-                (Cpus::Sim { root, faults: plan.faults, seed: plan.seed, frames }, stage)
+                let (faults, seed, workload) = (plan.faults, plan.seed, None);
+                (Cpus::Sim { root, faults, seed, frames, workload }, stage)
             }
         };
         let stop = Arc::new(Stop::default());
@@ -182,6 +189,16 @@ impl Machine {
         Ok(Self { image, memory, cpus, gate, stop, timeout: plan.timeout, opened })
     }
 
+    /// Has simulated CPUs run this in place of the plan's program. Others have an image, and go on
+    /// as before.
+    #[must_use]
+    pub fn with_workload(mut self, own: Arc<dyn Workload>) -> Self {
+        if let Cpus::Sim { workload, .. } = &mut self.cpus {
+            *workload = Some(own);
+        }
+        self
+    }
+
     /// Starts the CPUs.
     ///
     /// # Errors
@@ -196,10 +213,10 @@ impl Machine {
                 let runner = vcpu::Runner { cpu: 0, vcpu, gate, stop, image };
                 Box::new(move || runner.run())
             }
-            Cpus::Sim { root, faults, seed, frames } => {
+            Cpus::Sim { root, faults, seed, frames, workload } => {
                 let (memory, gate) = (Arc::clone(&memory), Arc::clone(&gate));
                 let stop = Arc::clone(&stop);
-                let sim = Prepared { memory, frames, gate, root, faults, seed, stop };
+                let sim = Prepared { memory, frames, gate, root, faults, seed, stop, workload };
                 Box::new(move || sim.run().into())
             }
         };

@@ -17,9 +17,26 @@ const DONE: u64 = 0;
 /// The program found something wrong.
 const FAILED: u64 = 1;
 
+/// What simulated CPUs run in place of the program that the plan names: for tests and measurements
+/// of the allocator's own interface.
+pub trait Workload: Send + Sync {
+    /// One CPU's part: every CPU calls this, with interrupts on, and the run ends when CPU 0
+    /// returns.
+    ///
+    /// # Errors
+    /// What is wrong; the run ends then too, as failed.
+    fn run<'a>(
+        &self,
+        machine: &'a SimMachine,
+        allocator: &PageAllocator<'a, SimMachine>,
+        team: &Team,
+    ) -> Result<(), ProgramError>;
+}
+
 /// What all CPUs of the guest share.
 pub(super) struct Guest<'a> {
     info: BootInfo,
+    workload: Option<&'a dyn Workload>,
     allocator: PageAllocator<'a, SimMachine>,
     team: Team,
 }
@@ -49,6 +66,7 @@ impl<'a> Guest<'a> {
         machine: &'a SimMachine,
         memory: &Memory,
         metadata: &'a Metadata,
+        workload: Option<&'a dyn Workload>,
     ) -> Result<Self, MemoryError> {
         let page = memory.shared_page(BOOT_INFO_OFFSET)?;
         let mut words = [0; BootInfo::WORDS];
@@ -61,11 +79,11 @@ impl<'a> Guest<'a> {
             flip: info.features & FEATURE_FLIP != 0,
         };
         let allocator = PageAllocator::new(machine, &layout, map, config);
-        Ok(Self { info, allocator, team: Team::new() })
+        Ok(Self { info, workload, allocator, team: Team::new() })
     }
 
     /// What every CPU runs; the run ends here at last.
-    pub(super) fn main(&self, machine: &SimMachine) -> ! {
+    pub(super) fn main(&self, machine: &'a SimMachine) -> ! {
         let number = cpu::number();
         if let Err(error) = self.allocator.prepare() {
             panic!("the mermap cannot be prepared: {error:?}");
@@ -84,7 +102,10 @@ impl<'a> Guest<'a> {
         machine.exit(number, status, self.allocator.counters())
     }
 
-    fn run(&self, machine: &SimMachine) -> Result<(), ProgramError> {
+    fn run(&self, machine: &'a SimMachine) -> Result<(), ProgramError> {
+        if let Some(workload) = self.workload {
+            return workload.run(machine, &self.allocator, &self.team);
+        }
         let BootInfo { arg0, arg1, arg2, program, .. } = self.info;
         let lead = cpu::number() == 0;
         match Program::from_number(program) {

@@ -35,8 +35,8 @@ const SWITCH: u64 = 2;
 /// start sees it.
 pub(super) struct Halted;
 
-/// A machine that runs.
-pub(super) struct SimMachine {
+/// A simulated machine that runs, as its guest's code sees it.
+pub struct SimMachine {
     pub(super) ram: Ram,
     pub(super) gate: Arc<Mutex<Gate>>,
     pub(super) cpus: Box<[Cpu]>,

@@ -32,12 +32,16 @@ mod paths;
 mod ram;
 mod random;
 mod run;
+#[cfg(test)]
+mod tests;
 mod tlb;
 mod touch;
 mod versions;
 
 pub use frames::Frames;
 pub(crate) use frames::Secrecy;
+pub use guest::Workload;
+pub use machine::SimMachine;
 pub use mmu::{Fault, Mmu, MmuCounters};
 pub use paths::{Path, Paths};
 pub use ram::Ram;

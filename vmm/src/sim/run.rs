@@ -2,7 +2,7 @@
 
 use super::cpu;
 use super::frames::Frames;
-use super::guest::{Guest, Metadata};
+use super::guest::{Guest, Metadata, Workload};
 use super::machine::{Halted, Parts, SimMachine};
 use super::ram::Ram;
 use crate::gate::Gate;
@@ -33,6 +33,8 @@ pub struct Prepared {
     pub seed: u64,
     /// Tells when the run is to stop.
     pub stop: Arc<Stop>,
+    /// What the CPUs run, if not the program that the boot information names.
+    pub workload: Option<Arc<dyn Workload>>,
 }
 
 /// What a run leaves.
@@ -79,11 +81,11 @@ impl Prepared {
     }
 
     fn try_run(self) -> Result<Simulated, MemoryError> {
-        let Self { memory, frames, gate, root, faults, seed, stop } = self;
+        let Self { memory, frames, gate, root, faults, seed, stop, workload } = self;
         let ram = Ram::new(Arc::clone(&memory), frames)?;
         let machine = SimMachine::new(Parts { ram, gate, root, faults, seed, stop });
         let metadata = Metadata::new(&memory);
-        let guest = Guest::new(&machine, &memory, &metadata)?;
+        let guest = Guest::new(&machine, &memory, &metadata, workload.as_deref())?;
         let started = Instant::now();
         thread::scope(|scope| {
             for number in 0..machine.cpus.len() {
@@ -129,7 +131,7 @@ impl Prepared {
 }
 
 /// The thread of one CPU. The guest's code is left by unwinding, always.
-fn run_cpu(machine: &SimMachine, guest: &Guest<'_>, number: usize) {
+fn run_cpu<'a>(machine: &'a SimMachine, guest: &Guest<'a>, number: usize) {
     cpu::become_cpu(number);
     if machine.baton.wait(number).is_err() {
         return;
