@@ -1,7 +1,7 @@
 //! Puts records in the order of their numbers and notices what is missing.
 
+use super::waiting::Waiting;
 use lacuna_abi::event::{Event, Intent, Record};
-use std::collections::BTreeMap;
 
 /// Largest number that is taken for one: no run gets there, a hostile guest's may.
 const MAX_NUMBER: u64 = u64::MAX / 2;
@@ -30,13 +30,13 @@ pub enum Standing {
 #[derive(Debug)]
 pub struct Sequencer {
     next: u64,
-    waiting: BTreeMap<u64, Slot>,
+    waiting: Waiting<Slot>,
     lost: u64,
 }
 
 impl Default for Sequencer {
     fn default() -> Self {
-        Self { next: 1, waiting: BTreeMap::new(), lost: 0 }
+        Self { next: 1, waiting: Waiting::new(1), lost: 0 }
     }
 }
 
@@ -67,7 +67,7 @@ impl Sequencer {
     }
 
     fn place(&mut self, number: u64, slot: Slot) -> Result<(), String> {
-        if number < self.next || number > MAX_NUMBER || self.waiting.contains_key(&number) {
+        if number < self.next || number > MAX_NUMBER || self.waiting.contains(number) {
             self.lost = self.lost.saturating_add(1);
             return Err(format!("event number {number} came twice, too late, or is none"));
         }
@@ -78,7 +78,7 @@ impl Sequencer {
     /// Hands out what is complete, in order.
     pub fn ready(&mut self) -> Vec<Record> {
         let mut ready = Vec::new();
-        while let Some(slot) = self.waiting.remove(&self.next) {
+        while let Some(slot) = self.waiting.take(self.next) {
             self.next += 1;
             if let Slot::Record(record) = slot {
                 ready.push(record);
@@ -101,7 +101,9 @@ impl Sequencer {
         let owed: Vec<_> = numbers.filter(|n| patient && *n >= self.next && *n <= last).collect();
         if standing == Standing::Final {
             for number in &owed {
-                self.waiting.entry(*number).or_insert(Slot::Covered);
+                if !self.waiting.contains(*number) {
+                    self.waiting.insert(*number, Slot::Covered);
+                }
             }
         }
         let mut records = self.ready();
@@ -110,7 +112,7 @@ impl Sequencer {
             if standing == Standing::Owed && owed.contains(&self.next) {
                 break;
             }
-            let waiting = self.waiting.keys().next().copied().unwrap_or(last + 1);
+            let waiting = self.waiting.first().unwrap_or(last + 1);
             let owed = owed.iter().copied().filter(|n| *n > self.next).min().unwrap_or(last + 1);
             let until = waiting.min(owed).min(last + 1);
             gaps.push(format!("events {} to {} are missing", self.next, until - 1));
@@ -120,7 +122,7 @@ impl Sequencer {
         }
         // A guest that numbers its events beyond what was ever handed out.
         while self.next > last
-            && let Some(first) = self.waiting.keys().next().copied()
+            && let Some(first) = self.waiting.first()
         {
             gaps.push(format!("events {} to {} are missing", self.next, first - 1));
             self.lost = self.lost.saturating_add(first - self.next);
