@@ -247,6 +247,7 @@ impl Gate {
         for gap in gaps {
             self.audit.inconclusive(gap);
         }
+        let started = Instant::now();
         for record in records {
             self.counters.events += 1;
             if self.stop.told().is_some() {
@@ -255,10 +256,17 @@ impl Gate {
                 self.unjudged = true;
                 break;
             }
-            self.with_audit(|audit, world| audit.event(&record, world));
+            self.judge(&record);
             self.tell(&record);
         }
+        self.audit_time += started.elapsed();
         Ok(())
+    }
+
+    /// Has the audit judge a record. The caller takes the time, once for many.
+    fn judge(&mut self, record: &Record) {
+        let Self { memory, stage, cpus, intents, audit, .. } = self;
+        audit.event(record, &LiveWorld { memory, stage: &**stage, cpus, intents });
     }
 
     /// Checks everything. No vCPU runs meanwhile.
