@@ -73,9 +73,12 @@ refused! {
     an_unknown_rule:
         [("a.toml", "[workload]\nprogram = \"idle\"\n[audit]\nrequire = [\"resdue\"]\n")],
         ["run", "a.toml"], ["a.toml:4", "resdue", "residue"];
-    more_vcpus_than_this_version_runs:
-        [("a.toml", "[guest]\nvcpus = 2\n[workload]\nprogram = \"idle\"\n")], ["run", "a.toml"],
-        ["a.toml:2", "vcpus", "one vCPU"];
+    more_vcpus_than_a_guest_can_have:
+        [("a.toml", "[guest]\nvcpus = 9\n[workload]\nprogram = \"idle\"\n")], ["run", "a.toml"],
+        ["a.toml:2", "vcpus", "from 1 to 8"];
+    a_fault_that_needs_more_vcpus:
+        [("a.toml", IDLE)], ["run", "a.toml", "--inject", "local-only-flip-flush"],
+        ["--inject", "local-only-flip-flush", "vcpus = 2"];
     a_mode_that_this_version_lacks: [("a.toml", IDLE)], ["run", "a.toml", "--mediate", "step"],
         ["--mediate", "trace"];
     a_folder_for_results_that_cannot_be:

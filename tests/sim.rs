@@ -179,7 +179,7 @@ fn shows_under(fault: Fault, seal: &str) -> bool {
 
 fn fault_is_found(fault: Fault, seal: &str) -> Check {
     let rule = fault.rule();
-    let config = dirty(&replay(EVENTS, "all"));
+    let config = on_cpus(fault.vcpus(), &dirty(&replay(EVENTS, "all")));
     // Zeroing at hand-out can be skipped only where the pool is not zeroed ahead of demand.
     let config = if fault == Fault::SkipZero {
         config.replace("[guest]\n", "[guest]\nprezero = false\n")

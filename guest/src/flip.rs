@@ -159,8 +159,13 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
         let reload_only = planted!(self.platform, Cr3FlipFlush);
         let flush = if reload_only { Flush::NonGlobal } else { Flush::Everything };
+        let cpus = if planted!(self.platform, LocalOnlyFlipFlush) {
+            CpuSet::only(self.platform.cpu())
+        } else {
+            CpuSet::first(self.platform.cpus())
+        };
         self.counts.shootdowns.add(1);
-        self.platform.shootdown(flush, CpuSet::first(self.platform.cpus()));
+        self.platform.shootdown(flush, cpus);
     }
 
     /// Writes the directory entries of pageblocks. Nothing is flushed: what is not present is not

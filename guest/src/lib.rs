@@ -21,6 +21,7 @@ pub mod platform;
 pub mod programs;
 pub mod ring;
 pub mod secret;
+pub mod shootdown;
 mod space;
 mod zeroing;
 mod zone;

@@ -162,7 +162,10 @@ impl<'a, P: Platform> Mermap<'a, P> {
         protection: Protection,
     ) -> Result<Mapping<'_, 'a, P>, MermapError> {
         let flags = self.admit(frames, protection)?;
-        let cpu = self.platform.cpu();
+        let mut cpu = self.platform.cpu();
+        if planted!(self.platform, WrongCpuWindow) {
+            cpu = (cpu + 1) % self.cpus;
+        }
         let mut window = self.lock(cpu)?;
         let whole_block =
             frames.count() == BLOCK_FRAMES && frames.start().block_start() == frames.start();

@@ -2,12 +2,13 @@
 //!
 //! One CPU writes a ring, with interrupts off, so that a record is never interrupted by another.
 //! Room is made before a number is taken: a CPU that waits for the host never owes it a number.
+//! While it may owe one, its ring says so: the host lets it run on before it judges.
 
 use core::sync::atomic::AtomicU64;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use lacuna_abi::event::{
-    EntryWrite, Event, INTENT_WORDS, Intent, RING_HEAD_WORD, RING_INTENT_WORD, RING_RECORDS,
-    RING_TAIL_WORD, Record,
+    EntryWrite, Event, INTENT_WORDS, Intent, RING_BUSY_WORD, RING_HEAD_WORD, RING_INTENT_WORD,
+    RING_RECORDS, RING_TAIL_WORD, Record,
 };
 use lacuna_abi::paging::Entry;
 
@@ -35,13 +36,16 @@ pub trait Ring {
 /// Records an event that takes its number now. Interrupts are off.
 pub fn record(ring: &impl Ring, event: Event) {
     reserve(ring);
+    set_busy(ring, true);
     push(ring, &Record { seq: next_number(ring), cpu: ring.cpu(), event });
+    set_busy(ring, false);
 }
 
 /// Has `store` write a run of entries, the first with index 0, and records it: the number of a
 /// revoke is taken after its effect, that of a grant before. Interrupts are off.
 pub fn write_entries(ring: &impl Ring, write: &EntryWrite, mut store: impl FnMut(u64, Entry)) {
     reserve(ring);
+    set_busy(ring, true);
     let mut write = *write;
     let revokes = write.old.is_present();
     let grant = if write.new.is_present() { next_number(ring) } else { 0 };
@@ -55,11 +59,17 @@ pub fn write_entries(ring: &impl Ring, write: &EntryWrite, mut store: impl FnMut
     ring.control(INTENT_SEQ_WORD).store(seq, Release);
     push(ring, &Record { seq, cpu: ring.cpu(), event: Event::EntryWrite(write) });
     ring.control(RING_INTENT_WORD).store(0, Release);
+    set_busy(ring, false);
 }
 
-/// Takes the next event number.
+/// Says whether this CPU may owe the host a number.
+fn set_busy(ring: &impl Ring, busy: bool) {
+    ring.control(RING_BUSY_WORD).store(busy.into(), Release);
+}
+
+/// Takes the next event number; whoever sees it taken sees what was said before.
 fn next_number(ring: &impl Ring) -> u64 {
-    ring.sequence().fetch_add(1, Relaxed) + 1
+    ring.sequence().fetch_add(1, AcqRel) + 1
 }
 
 /// The state word is published last, so that the host never sees half an intent.

@@ -15,8 +15,11 @@ pub const FEATURE_PREZERO: u64 = 1 << 0;
 /// An empty pool may be refilled by flipping pageblocks. Without it every secret request of an
 /// empty pool fails.
 pub const FEATURE_FLIP: u64 = 1 << 1;
+/// Shootdown interrupts are sent by gate call ([`crate::gate::Call::Interrupt`]), not through the
+/// CPU's own interrupt controller.
+pub const FEATURE_GATE_SHOOTDOWN: u64 = 1 << 2;
 /// Everything that this version knows.
-pub const FEATURES: u64 = FEATURE_PREZERO | FEATURE_FLIP;
+pub const FEATURES: u64 = FEATURE_PREZERO | FEATURE_FLIP | FEATURE_GATE_SHOOTDOWN;
 
 words_struct! {
     /// Boot information. Virtual places are constants of [`crate::layout`]; only physical places

@@ -21,6 +21,9 @@ pub const RING_BYTES: u64 = PAGE_SIZE + RING_RECORDS * RECORD_BYTES;
 
 /// Word of the ring's first page that counts the records written, by the guest.
 pub const RING_HEAD_WORD: usize = 0;
+/// Word of the ring's first page that is not zero while the CPU may hold a number whose record it
+/// has not published, by the guest: set before the number is taken, cleared after the record.
+pub const RING_BUSY_WORD: usize = 1;
 /// Word of the ring's first page that counts the records taken, by the host; a cache line of its
 /// own.
 pub const RING_TAIL_WORD: usize = 8;

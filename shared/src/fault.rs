@@ -10,6 +10,8 @@ named_enum! {
     pub enum Fault {
         /// No flush after a block left the direct map.
         SkipFlipFlush = "skip-flip-flush",
+        /// Only the flipping CPU flushes.
+        LocalOnlyFlipFlush = "local-only-flip-flush",
         /// CR3 reload where globals must go.
         Cr3FlipFlush = "cr3-flip-flush",
         /// Flush, then clear.
@@ -18,6 +20,8 @@ named_enum! {
         LeaveDirectMapAlias = "leave-direct-map-alias",
         /// Window entry with the Global bit.
         GlobalWindow = "global-window",
+        /// Mapped in another CPU's window.
+        WrongCpuWindow = "wrong-cpu-window",
         /// The window wraps without a flush.
         SkipWindowFlush = "skip-window-flush",
         /// A frame is released while its window entry may be cached.
@@ -36,12 +40,25 @@ impl Fault {
     #[must_use]
     pub const fn rule(self) -> &'static str {
         match self {
-            Self::SkipFlipFlush | Self::Cr3FlipFlush | Self::FlushBeforeUnmap => "stale-direct-map",
+            Self::SkipFlipFlush
+            | Self::LocalOnlyFlipFlush
+            | Self::Cr3FlipFlush
+            | Self::FlushBeforeUnmap => "stale-direct-map",
             Self::LeaveDirectMapAlias => "direct-map-alias",
             Self::GlobalWindow => "global-window",
+            Self::WrongCpuWindow => "foreign-alias",
             Self::SkipWindowFlush | Self::FreeBeforeWindowFlush => "stale-window",
             Self::SkipSeal => "second-stage-open",
             Self::SkipZero | Self::SkipScrubOnRemap => "residue",
+        }
+    }
+
+    /// How many vCPUs a guest must have for the slip to be one.
+    #[must_use]
+    pub const fn vcpus(self) -> u8 {
+        match self {
+            Self::LocalOnlyFlipFlush | Self::WrongCpuWindow => 2,
+            _ => 1,
         }
     }
 

@@ -22,11 +22,14 @@ pub const ARGS_WORD: usize = 2;
 /// Most bytes of text in one log call.
 pub const LOG_BYTES: usize = (PAGE_WORDS - ARGS_WORD) * 8;
 
+/// Vector of the interrupt that asks a CPU to look for shootdowns: what [`Call::Interrupt`] sends.
+pub const SHOOTDOWN_VECTOR: u8 = 0xf0;
+
 /// Number of a gate call.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub enum Call {
-    /// The allocator is ready; arguments: [`CpuRegistration`].
+    /// This CPU is set up, and on CPU 0 the allocator is ready; arguments: [`CpuRegistration`].
     Ready = 1,
     /// A list of [`Op`]s, carried out in order; the first that fails ends the list.
     Ops = 2,
@@ -48,6 +51,15 @@ pub enum Call {
     Panic = 10,
     /// The free lists are settled: a point at which the host may check everything.
     Checkpoint = 11,
+    /// Starts the other CPUs, as CPU 0 was started. Once, by CPU 0.
+    StartCpus = 12,
+    /// Sends [`SHOOTDOWN_VECTOR`] to other CPUs; argument: a bit for each.
+    Interrupt = 13,
+    /// This CPU waits for others to answer its shootdown; arguments: a bit for each CPU that is
+    /// missing, number of the shootdown. Past a bound the host ends the run.
+    Unanswered = 14,
+    /// This CPU waits for another: the host may give its time to others. Has no result.
+    Yield = 15,
 }
 
 impl Call {
@@ -66,6 +78,10 @@ impl Call {
             9 => Self::Exception,
             10 => Self::Panic,
             11 => Self::Checkpoint,
+            12 => Self::StartCpus,
+            13 => Self::Interrupt,
+            14 => Self::Unanswered,
+            15 => Self::Yield,
             _ => return None,
         })
     }

@@ -68,6 +68,21 @@ named_enum! {
         WriteText = "write-text",
         /// Gate calls with nonsense in them, then a normal end.
         BadCalls = "bad-calls",
+        /// CPU 1 loops with interrupts off while CPU 0 waits for it to answer a shootdown.
+        StuckCpu = "stuck-cpu",
+        /// A Rust panic on the last CPU while the others wait.
+        PanicElsewhere = "panic-elsewhere",
+    }
+}
+
+impl Crash {
+    /// How many vCPUs a guest must have to fail so.
+    #[must_use]
+    pub const fn vcpus(self) -> u8 {
+        match self {
+            Self::StuckCpu | Self::PanicElsewhere => 2,
+            _ => 1,
+        }
     }
 }
 

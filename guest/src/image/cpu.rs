@@ -9,6 +9,17 @@ use lacuna_abi::gate::{Call, GATE_PORT};
 const CR4_PGE: u64 = 1 << 7;
 /// RFLAGS.IF: interrupts on.
 const RFLAGS_IF: u64 = 1 << 9;
+/// IA32_APIC_BASE, and in it: enabled, x2APIC mode (SDM volume 3, "Extended XAPIC (x2APIC)").
+const APIC_BASE: u32 = 0x1b;
+const APIC_ENABLED_X2APIC: u32 = 1 << 11 | 1 << 10;
+/// x2APIC MSRs: end of interrupt, spurious-interrupt vector, interrupt command.
+const X2APIC_EOI: u32 = 0x80b;
+const X2APIC_SPURIOUS: u32 = 0x80f;
+const X2APIC_COMMAND: u32 = 0x830;
+/// In the spurious-interrupt vector register: enabled by software.
+const APIC_SOFTWARE_ENABLED: u32 = 1 << 8;
+/// Vector of interrupts that turn out to be none.
+pub(crate) const SPURIOUS_VECTOR: u8 = 0xff;
 
 /// Number of this CPU, from its per-CPU data.
 #[inline]
@@ -36,6 +47,45 @@ pub(crate) fn interrupts_off() -> bool {
 pub(crate) fn interrupts_on() {
     // SAFETY: every vector that can arrive has a handler on a stack of its own.
     unsafe { asm!("sti", options(nostack)) };
+}
+
+/// Whether interrupts are on.
+#[inline]
+pub(crate) fn interrupts_are_on() -> bool {
+    let flags: u64;
+    // SAFETY: reads RFLAGS through the stack.
+    unsafe { asm!("pushfq", "pop {}", out(reg) flags, options(preserves_flags)) };
+    flags & RFLAGS_IF != 0
+}
+
+fn write_msr(msr: u32, high: u32, low: u32) {
+    // SAFETY: the callers, all here, write registers of this CPU's interrupt controller; the
+    // vectors that they make arrive have handlers.
+    unsafe {
+        asm!("wrmsr", in("ecx") msr, in("edx") high, in("eax") low, options(nostack));
+    }
+}
+
+/// Switches this CPU's interrupt controller on, in x2APIC mode.
+pub(crate) fn enable_x2apic() {
+    let (low, high): (u32, u32);
+    // SAFETY: reading IA32_APIC_BASE has no effect.
+    unsafe {
+        asm!("rdmsr", in("ecx") APIC_BASE, out("eax") low, out("edx") high, options(nostack));
+    }
+    write_msr(APIC_BASE, high, low | APIC_ENABLED_X2APIC);
+    write_msr(X2APIC_SPURIOUS, 0, APIC_SOFTWARE_ENABLED | u32::from(SPURIOUS_VECTOR));
+}
+
+/// Sends a fixed interrupt to the CPU whose interrupt controller has this number.
+pub(crate) fn send_interrupt(apic: u32, vector: u8) {
+    write_msr(X2APIC_COMMAND, apic, vector.into());
+}
+
+/// Tells the interrupt controller that the interrupt is handled.
+#[inline]
+pub(crate) fn end_of_interrupt() {
+    write_msr(X2APIC_EOI, 0, 0);
 }
 
 /// Physical address of the root.
@@ -97,6 +147,14 @@ pub(crate) fn gate(call: u32) {
 #[inline]
 pub(crate) fn gate_call(call: Call) {
     gate(call as u32);
+}
+
+/// Halts this CPU for good, but for its interrupts.
+pub(crate) fn idle() -> ! {
+    loop {
+        // SAFETY: every vector that can arrive has a handler on a stack of its own.
+        unsafe { asm!("sti", "hlt", options(nostack)) };
+    }
 }
 
 /// Stops this CPU for good.

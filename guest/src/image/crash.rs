@@ -2,21 +2,62 @@
 #![allow(unsafe_code)]
 
 use crate::descriptors;
+use crate::machine::Machine;
 use crate::{cpu, gate, shared};
 use core::arch::asm;
 use core::hint::black_box;
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::AtomicBool;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use lacuna_abi::event::Flush;
 use lacuna_abi::gate::{ARGS_WORD, COUNT_WORD, Call};
 use lacuna_abi::layout::{MERMAP, WINDOW_STRIDE};
 use lacuna_abi::workload::Crash;
+use lacuna_guest::platform::{CpuSet, Platform};
 
-/// Fails as `kind` says; returns only for those that are survived. Not inlined, so that reports name
-/// it.
+/// CPU 1 has turned its interrupts off.
+static STUCK: AtomicBool = AtomicBool::new(false);
+
+/// Fails as `kind` says; returns only for those that are survived, and on the CPUs that have no
+/// part in it. Not inlined, so that reports name it.
 #[inline(never)]
-pub(crate) fn run(kind: u64) {
+pub(crate) fn run(machine: &Machine, kind: u64) {
     let Some(kind) = Crash::from_number(kind) else {
         panic!("there is no way to fail with the number {kind}");
     };
+    let (cpu, last) = (cpu::number(), machine.cpus() - 1);
+    match kind {
+        Crash::StuckCpu if cpu == 1 => stuck(),
+        Crash::StuckCpu if cpu == 0 => {
+            wait(machine, || STUCK.load(Acquire));
+            machine.shootdown(Flush::Everything, CpuSet::first(machine.cpus()));
+        }
+        Crash::PanicElsewhere if cpu == last => panic!("asked to, on CPU {cpu}"),
+        Crash::PanicElsewhere => wait(machine, || false),
+        _ if cpu == 0 => run_alone(kind),
+        _ => {}
+    }
+}
+
+/// Waits for another CPU.
+fn wait(machine: &Machine, ready: impl Fn() -> bool) {
+    while !ready() {
+        machine.relax();
+    }
+}
+
+/// Never answers an interrupt again. Not inlined, so that reports name it.
+#[inline(never)]
+fn stuck() {
+    cpu::interrupts_off();
+    STUCK.store(true, Release);
+    loop {
+        core::hint::spin_loop();
+    }
+}
+
+/// The ways to fail that take one CPU.
+#[inline(never)]
+fn run_alone(kind: Crash) {
     match kind {
         Crash::Panic => panic!("asked to"),
         Crash::PageFault => read(MERMAP.0 + 7 * WINDOW_STRIDE + 0x123),
@@ -34,9 +75,10 @@ pub(crate) fn run(kind: u64) {
         Crash::WriteText => {
             // SAFETY: the text is mapped read-only and CR0.WP is set, so that this raises an
             // exception, which ends the run.
-            unsafe { ((run as fn(u64)) as usize as *mut u8).write_volatile(0) };
+            unsafe { ((bad_calls as fn()) as usize as *mut u8).write_volatile(0) };
         }
         Crash::BadCalls => bad_calls(),
+        Crash::StuckCpu | Crash::PanicElsewhere => {}
     }
 }
 
@@ -67,7 +109,7 @@ fn triple_fault() {
 /// Gate calls that make no sense: each must be answered, none may end the run.
 fn bad_calls() {
     let page = shared::call_page(cpu::number());
-    for number in [0, 12, 99, u32::MAX] {
+    for number in [0, 16, 99, u32::MAX] {
         cpu::gate(number);
     }
     let mut noise = 0x9e37_79b9_7f4a_7c15_u64;
@@ -79,7 +121,15 @@ fn bad_calls() {
             page[ARGS_WORD + word].store(noise >> (noise % 60), Relaxed);
         }
         page[COUNT_WORD].store(round * 9, Relaxed);
-        for call in [Call::Ops, Call::RegisterRoot, Call::UnregisterRoot, Call::Log] {
+        for call in [
+            Call::Ops,
+            Call::RegisterRoot,
+            Call::UnregisterRoot,
+            Call::Log,
+            Call::StartCpus,
+            Call::Interrupt,
+            Call::Unanswered,
+        ] {
             let _ = gate::call(call);
         }
     }

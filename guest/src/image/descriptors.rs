@@ -2,10 +2,11 @@
 //! "Interrupt and Exception Handling"). Every handler runs on an IST stack of its CPU.
 #![allow(unsafe_code)]
 
-use crate::entry::{VECTORS, stub};
+use crate::cpu::SPURIOUS_VECTOR;
+use crate::entry::{VECTORS, shootdown_stub, spurious_stub, stub};
 use core::arch::asm;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use lacuna_abi::gate::CpuRegistration;
+use lacuna_abi::gate::{CpuRegistration, SHOOTDOWN_VECTOR};
 use lacuna_abi::layout::{
     CPU_DATA, CpuPart, DOUBLE_FAULT_STACK, EXCEPTION_STACK, INTERRUPT_STACK, MACHINE_CHECK_STACK,
     MAIN_STACK, NMI_STACK,
@@ -39,12 +40,14 @@ const IST: [CpuPart; 5] =
 const NMI: usize = 2;
 const DOUBLE_FAULT: usize = 8;
 const MACHINE_CHECK: usize = 18;
+/// Gates of the IDT; those of vectors that nothing sends stay empty.
+const GATES: usize = 256;
 
 /// The interrupt descriptor table: one for all CPUs, gates with 16 bytes each.
 #[repr(C, align(16))]
-struct Idt([AtomicU64; 2 * VECTORS]);
+struct Idt([AtomicU64; 2 * GATES]);
 
-static IDT: Idt = Idt([const { AtomicU64::new(0) }; 2 * VECTORS]);
+static IDT: Idt = Idt([const { AtomicU64::new(0) }; 2 * GATES]);
 static IDT_BUILT: AtomicBool = AtomicBool::new(false);
 
 /// Operand of LGDT and LIDT.
@@ -60,7 +63,8 @@ const fn ist_of(vector: usize) -> u64 {
         DOUBLE_FAULT => 2,
         NMI => 3,
         MACHINE_CHECK => 4,
-        _ => 1,
+        0..VECTORS => 1,
+        _ => 5,
     }
 }
 
@@ -96,21 +100,26 @@ fn pointer(base: u64, limit: u64) -> Pointer {
     Pointer { limit: limit as u16, base }
 }
 
-/// The first CPU builds the table; the others start later and find it built.
+/// CPU 0 builds the table; the others start later and find it built.
 fn build_idt() {
     if IDT_BUILT.swap(true, Ordering::AcqRel) {
         return;
     }
     for vector in 0..VECTORS {
-        let target = stub(vector);
-        let low = (target & 0xffff)
-            | CODE_SELECTOR << 16
-            | ist_of(vector) << 32
-            | INTERRUPT_GATE
-            | (target & 0xffff_0000) << 32;
-        IDT.0[2 * vector].store(low, Ordering::Relaxed);
-        IDT.0[2 * vector + 1].store(target >> 32, Ordering::Relaxed);
+        build_gate(vector, stub(vector));
     }
+    build_gate(SHOOTDOWN_VECTOR.into(), shootdown_stub());
+    build_gate(SPURIOUS_VECTOR.into(), spurious_stub());
+}
+
+fn build_gate(vector: usize, target: u64) {
+    let low = (target & 0xffff)
+        | CODE_SELECTOR << 16
+        | ist_of(vector) << 32
+        | INTERRUPT_GATE
+        | (target & 0xffff_0000) << 32;
+    IDT.0[2 * vector].store(low, Ordering::Relaxed);
+    IDT.0[2 * vector + 1].store(target >> 32, Ordering::Relaxed);
 }
 
 fn build_gdt_and_tss(cpu: usize) {

@@ -1,4 +1,4 @@
-//! The first instructions of a CPU, and the stubs that every exception enters through.
+//! The first instructions of a CPU, and the stubs that exceptions and interrupts enter through.
 #![allow(unsafe_code)]
 
 use core::arch::global_asm;
@@ -71,12 +71,61 @@ global_asm!(
     handler = sym crate::report::exception,
 );
 
+// The interrupt's own code may change what a C function may. RSP is a multiple of 16 at the call:
+// the processor aligns it before it pushes five words, and nine follow.
+global_asm!(
+    ".balign 16",
+    ".type shootdown_stub, @function",
+    "shootdown_stub:",
+    "push rax",
+    "push rcx",
+    "push rdx",
+    "push rsi",
+    "push rdi",
+    "push r8",
+    "push r9",
+    "push r10",
+    "push r11",
+    "cld",
+    "call {handler}",
+    "pop r11",
+    "pop r10",
+    "pop r9",
+    "pop r8",
+    "pop rdi",
+    "pop rsi",
+    "pop rdx",
+    "pop rcx",
+    "pop rax",
+    "iretq",
+    ".size shootdown_stub, . - shootdown_stub",
+    ".type spurious_stub, @function",
+    "spurious_stub:",
+    "iretq",
+    ".size spurious_stub, . - spurious_stub",
+    handler = sym crate::interrupts::shootdown_interrupt,
+);
+
 unsafe extern "C" {
     #[link_name = "exception_stubs"]
     safe static EXCEPTION_STUBS: u8;
+    #[link_name = "shootdown_stub"]
+    safe static SHOOTDOWN_STUB: u8;
+    #[link_name = "spurious_stub"]
+    safe static SPURIOUS_STUB: u8;
 }
 
-/// Address of the stub of `vector`.
+/// Address of the stub of the shootdown interrupt.
+pub(crate) fn shootdown_stub() -> u64 {
+    &raw const SHOOTDOWN_STUB as u64
+}
+
+/// Address of the stub of interrupts that turn out to be none: they get no end of interrupt.
+pub(crate) fn spurious_stub() -> u64 {
+    &raw const SPURIOUS_STUB as u64
+}
+
+/// Address of the stub of the exception `vector`.
 pub(crate) fn stub(vector: usize) -> u64 {
     &raw const EXCEPTION_STUBS as u64 + STUB_BYTES * vector as u64
 }

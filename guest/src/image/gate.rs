@@ -16,14 +16,19 @@ use lacuna_guest::platform::GateError;
 static CALLS: AtomicU64 = AtomicU64::new(0);
 static REFUSED: AtomicU64 = AtomicU64::new(0);
 
-/// Makes `call` with the arguments that lie in the call page.
+/// Makes `call` with the arguments that lie in the call page. Interrupts are off until the answer
+/// is read: a handler whose ring is full makes a call too, and would overwrite it.
 ///
 /// # Errors
 /// What the host answered, if it was not [`Status::Ok`].
 pub(crate) fn call(call: Call) -> Result<(), GateError> {
     CALLS.fetch_add(1, Relaxed);
+    let were_on = cpu::interrupts_off();
     cpu::gate_call(call);
     let word = call_page(cpu::number())[STATUS_WORD].load(Relaxed);
+    if were_on {
+        cpu::interrupts_on();
+    }
     let [status, index] = [word as u32, (word >> 32) as u32];
     match Status::from_number(status) {
         Some(Status::Ok) => Ok(()),

@@ -1,10 +1,11 @@
 //! The platform on bare metal: real tables, real invalidations, gate calls.
 
+use crate::interrupts::{self, SHOOTDOWNS, Wire};
 use crate::{cpu, gate, memory, ring, shared};
 use core::fmt;
 use core::sync::atomic::Ordering::Relaxed;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
-use lacuna_abi::boot::BootInfo;
+use lacuna_abi::boot::{BootInfo, FEATURE_GATE_SHOOTDOWN};
 use lacuna_abi::counter::Counters;
 use lacuna_abi::event::{EntryWrite, Event, Flush, Life};
 use lacuna_abi::gate::{Call, OpKind};
@@ -17,6 +18,7 @@ use lacuna_guest::programs::Services;
 pub(crate) struct Machine {
     cpus: usize,
     pool: Region,
+    wire: Wire,
     #[cfg(feature = "faults")]
     faults: u64,
 }
@@ -28,6 +30,7 @@ impl Machine {
         Self {
             cpus: layout.cpus,
             pool: layout.pool,
+            wire: Wire { through_gate: info.features & FEATURE_GATE_SHOOTDOWN != 0 },
             #[cfg(feature = "faults")]
             faults: info.faults,
         }
@@ -63,7 +66,7 @@ impl Platform for Machine {
     }
 
     fn relax(&self) {
-        core::hint::spin_loop();
+        interrupts::relax();
     }
 
     fn read_entry(&self, at: Gpa) -> Entry {
@@ -79,11 +82,7 @@ impl Platform for Machine {
     }
 
     fn shootdown(&self, flush: Flush, cpus: CpuSet) {
-        // The VMM starts one CPU; a set that names another cannot be served.
-        assert!(cpus.0 & !1 == 0, "a shootdown for CPUs {:#b}, but only CPU 0 runs", cpus.0);
-        if cpus.contains(0) {
-            self.flush(flush);
-        }
+        SHOOTDOWNS.run(&self.wire, flush, cpus);
     }
 
     fn gate(&self, ops: &[(OpKind, FrameRange)]) -> Result<(), GateError> {

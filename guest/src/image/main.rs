@@ -1,7 +1,8 @@
-//! The guest image: boots straight into 64-bit mode, builds the allocator, runs one program.
+//! The guest image: boots straight into 64-bit mode, builds the allocator, starts the other CPUs,
+//! runs one program.
 //!
-//! Unsafe code is confined to `entry` (the first instructions and the exception stubs), `cpu`
-//! (privileged instructions), `descriptors` (GDT, IDT, TSS), `memory` (guest memory by address),
+//! Unsafe code is confined to `entry` (the first instructions and the stubs), `cpu` (privileged
+//! instructions), `descriptors` (GDT, IDT, TSS), `memory` (guest memory by address),
 //! `shared` (references to the regions that the VMM laid out), and the two programs that misbehave
 //! on purpose, `crash` and `touch`.
 #![no_std]
@@ -12,6 +13,7 @@ mod crash;
 mod descriptors;
 mod entry;
 mod gate;
+mod interrupts;
 mod machine;
 mod memory;
 mod report;
@@ -24,8 +26,11 @@ use lacuna_abi::gate::Call;
 use lacuna_abi::workload::Program;
 use lacuna_guest::alloc::{AllocConfig, PageAllocator};
 use lacuna_guest::meta::MemMap;
+use lacuna_guest::platform::CpuSet;
 use lacuna_guest::programs::{self, ProgramError, Services, Team};
+use spin::Once;
 
+use crate::interrupts::SHOOTDOWNS;
 use crate::machine::Machine;
 
 /// The program ended as it should.
@@ -36,27 +41,38 @@ const FAILED: u64 = 1;
 /// The CPUs of the program.
 static TEAM: Team = Team::new();
 
+/// The machine and the allocator that all CPUs share; CPU 0 makes them before it starts the others.
+static MACHINE: Once<Machine> = Once::new();
+static ALLOCATOR: Once<PageAllocator<'static, Machine>> = Once::new();
+
 /// The image's main function, on the CPU's main stack.
 fn main(cpu: usize) -> ! {
     descriptors::load(cpu);
     let info = shared::boot_info();
-    if let Err(bad) = info.check() {
-        panic!("the boot information does not fit this image: {bad:?}");
+    if cpu == 0 {
+        prepare(&info);
     }
-    let layout = info.layout();
-    let machine = Machine::new(&info);
-    let map = MemMap::new(shared::page_metadata(&layout), shared::block_metadata(&layout), &layout);
-    let config = AllocConfig {
-        prezero: info.features & FEATURE_PREZERO != 0,
-        flip: info.features & FEATURE_FLIP != 0,
+    let (Some(machine), Some(allocator)) = (MACHINE.get(), ALLOCATOR.get()) else {
+        panic!("CPU {cpu} was started before CPU 0 had set up the allocator");
     };
-    let allocator = PageAllocator::new(&machine, &layout, map, config);
-    if let Err(error) = allocator.prepare() {
-        panic!("the mermap cannot be prepared: {error:?}");
+    interrupts::enable();
+    let registration = descriptors::registration(cpu);
+    if cpu != 0 {
+        gate::ready(&registration);
     }
-    gate::ready(&descriptors::registration(cpu));
-    let status = match run(&info, &machine, &allocator) {
+    // Every CPU is there before CPU 0 says so, and before the first shootdown.
+    let mut ended = TEAM.barrier(machine);
+    if ended.is_ok() {
+        if cpu == 0 {
+            gate::ready(&registration);
+        }
+        ended = run(&info, machine, allocator);
+    }
+    let status = match ended {
+        Ok(()) if cpu != 0 => cpu::idle(),
         Ok(()) => DONE,
+        // The other CPU ends the run.
+        Err(ProgramError::Abandoned) => cpu::idle(),
         Err(error) => {
             machine.log(format_args!("{error}"));
             FAILED
@@ -68,6 +84,31 @@ fn main(cpu: usize) -> ! {
     cpu::stop()
 }
 
+/// Sets up what all CPUs share and starts the others.
+fn prepare(info: &BootInfo) {
+    if let Err(bad) = info.check() {
+        panic!("the boot information does not fit this image: {bad:?}");
+    }
+    let layout = info.layout();
+    let machine = MACHINE.call_once(|| Machine::new(info));
+    let map = MemMap::new(shared::page_metadata(&layout), shared::block_metadata(&layout), &layout);
+    let config = AllocConfig {
+        prezero: info.features & FEATURE_PREZERO != 0,
+        flip: info.features & FEATURE_FLIP != 0,
+    };
+    let allocator = ALLOCATOR.call_once(|| PageAllocator::new(machine, &layout, map, config));
+    if let Err(error) = allocator.prepare() {
+        panic!("the mermap cannot be prepared: {error:?}");
+    }
+    if layout.cpus > 1 {
+        SHOOTDOWNS.bring_online(CpuSet::first(layout.cpus));
+        if let Err(error) = gate::call(Call::StartCpus) {
+            panic!("the host refused to start the other CPUs: {error:?}");
+        }
+    }
+}
+
+/// This CPU's part of the program.
 fn run(
     info: &BootInfo,
     machine: &Machine,
@@ -76,18 +117,14 @@ fn run(
     let args = [info.arg0, info.arg1, info.arg2];
     match Program::from_number(info.program) {
         Some(program @ (Program::Idle | Program::Replay | Program::Secrets)) => {
-            programs::run(program, args, allocator, machine, machine, &TEAM)
+            return programs::run(program, args, allocator, machine, machine, &TEAM);
         }
-        Some(Program::Touch) => {
-            touch::run(allocator, machine, info.arg0);
-            Ok(())
-        }
-        Some(Program::Crash) => {
-            crash::run(info.arg0);
-            Ok(())
-        }
+        Some(Program::Touch) if cpu::number() == 0 => touch::run(allocator, machine, info.arg0),
+        Some(Program::Touch) => {}
+        Some(Program::Crash) => crash::run(machine, info.arg0),
         None => panic!("no program has the number {}", info.program),
     }
+    Ok(())
 }
 
 #[panic_handler]

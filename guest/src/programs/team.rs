@@ -56,7 +56,7 @@ impl Team {
     ///
     /// # Errors
     /// As [`Self::wait_until`].
-    pub(crate) fn barrier<P: Platform>(&self, platform: &P) -> Result<(), ProgramError> {
+    pub fn barrier<P: Platform>(&self, platform: &P) -> Result<(), ProgramError> {
         let cpus = platform.cpus() as u64;
         let before = self.arrived.fetch_add(1, AcqRel);
         // Nobody arrives at the next barrier before all have arrived at this one.

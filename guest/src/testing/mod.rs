@@ -72,6 +72,19 @@ impl Mock {
         CPU.set(cpu);
     }
 
+    /// Runs `body` on every CPU of the machine, each a thread; what each ended with.
+    pub(crate) fn on_all_cpus<R: Send>(&self, body: impl Fn() -> R + Sync) -> Vec<R> {
+        std::thread::scope(|scope| {
+            let run = |cpu| {
+                self.on_cpu(cpu);
+                body()
+            };
+            let threads: Vec<_> =
+                (0..self.layout.cpus).map(|cpu| scope.spawn(move || run(cpu))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
     /// The `nth` operation from now on, counted from 0, is refused.
     pub(crate) fn refuse(&self, nth: usize) {
         self.state().refuse = Some((nth, Status::BadState));
@@ -208,7 +221,7 @@ impl Platform for Mock {
 
     #[cfg(feature = "faults")]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool {
-        self.state().faults & fault.bit() != 0
+        self.state().planted(fault)
     }
 }
 

@@ -11,7 +11,8 @@ const SLOTS: u64 = 16;
 
 /// Replays with this fault planted; says what the program and what the machine's host found.
 fn replay(fault: Option<Fault>) -> (Option<ProgramError>, Vec<String>) {
-    let mock = Mock::new(16, 1);
+    let cpus = fault.map_or(1, |fault| fault.vcpus().into());
+    let mock = Mock::new(16, cpus);
     mock.stop_recording();
     if let Some(fault) = fault {
         mock.plant(fault);
@@ -30,14 +31,16 @@ fn replay(fault: Option<Fault>) -> (Option<ProgramError>, Vec<String>) {
             } else {
                 ReplayAction::Free
             };
-            ReplayOp { cpu: 0, slot: slot as u32, turn, action }
+            ReplayOp { cpu: random.below(cpus as u64) as u8, slot: slot as u32, turn, action }
         })
         .collect();
     mock.state().input = ops.iter().flat_map(ReplayOp::to_words).collect();
     let args = [ops.len() as u64, SLOTS, 0];
     let team = Team::new();
-    let error = programs::run(Program::Replay, args, &mock.allocator(), &mock, &mock, &team).err();
-    (error, mock.violations())
+    let allocator = mock.allocator();
+    let run = || programs::run(Program::Replay, args, &allocator, &mock, &mock, &team).err();
+    let errors = mock.on_all_cpus(run);
+    (errors.into_iter().flatten().next(), mock.violations())
 }
 
 #[test]
@@ -58,6 +61,16 @@ fn flushes_that_are_missing_too_weak_or_too_early_leave_the_direct_map_stale() {
     for fault in [Fault::SkipFlipFlush, Fault::Cr3FlipFlush, Fault::FlushBeforeUnmap] {
         assert_eq!(is_found(fault), None);
     }
+}
+
+#[test]
+fn a_flush_on_one_cpu_leaves_the_direct_map_stale_on_the_other() {
+    assert_eq!(is_found(Fault::LocalOnlyFlipFlush), None);
+}
+
+#[test]
+fn a_mapping_in_another_cpus_window_is_foreign() {
+    assert_eq!(is_found(Fault::WrongCpuWindow), None);
 }
 
 #[test]
@@ -104,5 +117,5 @@ fn pages_that_are_not_scrubbed_are_residue_when_they_are_released() {
 
 #[test]
 fn every_fault_that_can_be_planted_is_tried_here() {
-    assert_eq!(Fault::ALL.len(), 10);
+    assert_eq!(Fault::ALL.len(), 12);
 }

@@ -9,4 +9,5 @@ mod page_alloc;
 mod programs;
 mod refusals;
 mod secret;
+mod shootdown;
 mod zeroing;

@@ -108,19 +108,6 @@ fn slots_are_empty(mock: &Mock) -> bool {
     (0..SLOTS).all(|slot| mock.load(SCRATCH.wrapping_add(slot * SLOT_BYTES)) == 0)
 }
 
-/// Runs `body` on as many CPUs as the machine has, at once; what each ended with.
-fn on_all_cpus<R: Send>(mock: &Mock, body: impl Fn(usize) -> R + Sync) -> Vec<R> {
-    std::thread::scope(|scope| {
-        let run = |cpu| {
-            mock.on_cpu(cpu);
-            body(cpu)
-        };
-        let cpus = 0..mock.layout.cpus;
-        let threads: Vec<_> = cpus.map(|cpu| scope.spawn(move || run(cpu))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
-}
-
 #[test]
 fn a_recording_is_replayed_by_several_cpus_that_free_for_each_other() {
     for cpus in [2, 4] {
@@ -131,9 +118,8 @@ fn a_recording_is_replayed_by_several_cpus_that_free_for_each_other() {
         let allocator = mock.allocator();
         let team = Team::new();
         let args = [ops.len() as u64, SLOTS, 0];
-        let ends = on_all_cpus(&mock, |_| {
-            programs::run(Program::Replay, args, &allocator, &mock, &mock, &team)
-        });
+        let ends = mock
+            .on_all_cpus(|| programs::run(Program::Replay, args, &allocator, &mock, &mock, &team));
         assert!(ends.iter().all(Result::is_ok), "{ends:?}");
         let counters = allocator.counters();
         assert_eq!((counters.work, counters.nr_allocated, counters.nr_free_unmapped), (2000, 0, 0));
@@ -153,7 +139,7 @@ fn when_one_cpu_gives_up_none_waits_for_it() {
     let second = ReplayOp { cpu: 1, ..free(1) };
     set_input(&mock, &[first, second]);
     let (allocator, team) = (mock.allocator(), Team::new());
-    let ends = on_all_cpus(&mock, |_| {
+    let ends = mock.on_all_cpus(|| {
         programs::run(Program::Replay, [2, SLOTS, 0], &allocator, &mock, &mock, &team)
     });
     assert_eq!(ends, [Err(ProgramError::BadOperation { op: 0 }), Err(ProgramError::Abandoned)]);
@@ -164,7 +150,7 @@ fn what_cpu_0_does_alone_the_others_wait_for() {
     let mock = Mock::new(16, 3);
     secret_input(&mock, 9000);
     let (allocator, team) = (mock.allocator(), Team::new());
-    let ends = on_all_cpus(&mock, |_| {
+    let ends = mock.on_all_cpus(|| {
         let ended = programs::run(Program::Secrets, [9000, 0, 0], &allocator, &mock, &mock, &team);
         (ended, allocator.counters().work)
     });

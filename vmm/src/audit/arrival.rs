@@ -23,7 +23,7 @@ impl Audit {
     /// # Errors
     /// The status with which the call must be refused; then nothing has changed:
     /// [`Status::NotInZone`], [`Status::NotSecret`], [`Status::StillOpen`],
-    /// [`Status::TooManyOpens`]; [`Status::BadState`] for a CPU that does not exist.
+    /// [`Status::TooManyOpens`]; [`Status::BadState`] for a CPU that does not run.
     pub fn arrival(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) -> Result<(), Status> {
         if self.cpus.get(cpu).is_none() {
             return Err(Status::BadState);

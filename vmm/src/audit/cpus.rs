@@ -1,6 +1,6 @@
 //! Which address spaces may be live on which CPU, as its root loads say.
 
-use super::epochs::{CpuSet, only};
+use super::epochs::{CpuSet, members, only};
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::gate::CpuRegistration;
 
@@ -17,9 +17,10 @@ struct Space {
     leaving: Option<u64>,
 }
 
-/// One CPU.
-#[derive(Clone, Debug)]
+/// One CPU. Before it is started it caches nothing.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Cpu {
+    running: bool,
     /// PCID under which it runs.
     pub pcid: u16,
     /// Its descriptor tables, once it has registered them.
@@ -31,31 +32,44 @@ pub(super) struct Cpu {
 
 /// All CPUs.
 #[derive(Clone, Debug)]
-pub(super) struct Cpus(Vec<Cpu>);
+pub(super) struct Cpus {
+    all: Vec<Cpu>,
+    root: Gpa,
+}
 
 impl Cpus {
-    /// `count` CPUs that start with `root`.
+    /// `count` CPUs that start with `root`; CPU 0 runs.
     pub(super) fn new(count: usize, root: Gpa) -> Self {
-        let cpu = Cpu {
-            pcid: 0,
-            registration: None,
-            spaces: vec![Space { root, pcid: 0, leaving: None }],
-            loaded: vec![root],
-        };
-        Self(vec![cpu; count])
+        let mut cpus = Self { all: vec![Cpu::default(); count], root };
+        cpus.start(0);
+        cpus
     }
 
+    /// The CPU runs from here on.
+    pub(super) fn start(&mut self, cpu: u8) {
+        if let Some(cpu) = self.all.get_mut(usize::from(cpu))
+            && !cpu.running
+        {
+            cpu.running = true;
+            cpu.spaces.push(Space { root: self.root, pcid: 0, leaving: None });
+            cpu.loaded.push(self.root);
+        }
+    }
+
+    /// A CPU that runs.
     pub(super) fn get(&self, cpu: u8) -> Option<&Cpu> {
-        self.0.get(usize::from(cpu))
+        self.all.get(usize::from(cpu)).filter(|cpu| cpu.running)
     }
 
+    /// A CPU that runs.
     pub(super) fn get_mut(&mut self, cpu: u8) -> Option<&mut Cpu> {
-        self.0.get_mut(usize::from(cpu))
+        self.all.get_mut(usize::from(cpu)).filter(|cpu| cpu.running)
     }
 
-    /// Numbers of the CPUs.
+    /// Numbers of the CPUs that run.
     pub(super) fn numbers(&self) -> impl Iterator<Item = u8> + use<> {
-        (0..self.0.len()).filter_map(|cpu| u8::try_from(cpu).ok())
+        let running = self.all.iter().zip(0..).filter(|(cpu, _)| cpu.running);
+        members(running.fold(0, |set, (_, cpu)| set | only(cpu)))
     }
 
     /// CPUs that may cache a translation of this address space.
@@ -114,6 +128,7 @@ mod tests {
     #[test]
     fn a_root_stays_live_until_the_cpu_is_seen_to_have_gone_on() {
         let mut cpus = Cpus::new(2, A);
+        cpus.start(1);
         assert!(cpus.get_mut(1).unwrap().load(B, 0, false, 5));
         assert_eq!(cpus.may_cache(A, false), 0b11);
         cpus.get_mut(1).unwrap().went_on(5);
@@ -122,6 +137,20 @@ mod tests {
         assert_eq!(cpus.may_cache(A, false), 0b01);
         assert_eq!(cpus.may_cache(B, false), 0b10);
         assert_eq!(cpus.may_cache(A, true), 0b11, "globals outlive the load");
+    }
+
+    #[test]
+    fn a_cpu_that_does_not_run_caches_nothing() {
+        let mut cpus = Cpus::new(3, A);
+        assert_eq!((cpus.may_cache(A, true), cpus.may_cache(A, false)), (0b1, 0b1));
+        assert!(cpus.get(2).is_none() && cpus.numbers().eq([0]));
+        cpus.start(2);
+        assert_eq!((cpus.may_cache(A, true), cpus.may_cache(A, false)), (0b101, 0b101));
+        assert!(cpus.get_mut(2).unwrap().load(B, 0, false, 5));
+        cpus.get_mut(2).unwrap().went_on(6);
+        cpus.start(2);
+        assert_eq!(cpus.may_cache(A, false), 0b1, "it was started once");
+        assert!(cpus.numbers().eq([0, 2]));
     }
 
     #[test]

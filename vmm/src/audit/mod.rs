@@ -142,6 +142,18 @@ impl Audit {
         Ok(())
     }
 
+    /// A CPU other than 0 is about to execute its first instruction: from here on it may cache what
+    /// its root maps. Of one that does not run nothing is expected, and events or operations that
+    /// name it make no sense.
+    pub fn start_cpu(&mut self, cpu: u8) {
+        self.cpus.start(cpu);
+    }
+
+    /// Numbers of the CPUs that run.
+    pub fn running(&self) -> impl Iterator<Item = u8> + use<> {
+        self.cpus.numbers()
+    }
+
     /// Notes the descriptor tables that a CPU registered: from now on they must not change.
     pub fn register_cpu(&mut self, cpu: u8, registration: CpuRegistration) {
         if let Some(cpu) = self.cpus.get_mut(cpu) {
@@ -159,7 +171,7 @@ impl Audit {
         }
         self.last_seq = self.last_seq.max(seq);
         let Some(state) = self.cpus.get_mut(cpu) else {
-            self.ledger.inconclusive(format!("event {seq} names CPU {cpu}, which does not exist"));
+            self.ledger.inconclusive(format!("event {seq} names CPU {cpu}, which does not run"));
             return;
         };
         state.went_on(seq);

@@ -126,9 +126,10 @@ impl Default for ControlPolicy {
 /// What the audit is told at the start.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct AuditConfig {
-    /// Where everything lies. All its CPUs count as having `boot_root` loaded from the start.
+    /// Where everything lies. CPU 0 runs from the start, the others from [`super::Audit::start_cpu`]
+    /// on.
     pub layout: Layout,
-    /// Root that all CPUs start with.
+    /// Root that every CPU starts with.
     pub boot_root: Gpa,
     /// Whether a completed seal denies access and drops translations; false with the seal off.
     pub seal_closes: bool,

@@ -1,6 +1,7 @@
 //! The fields of a configuration and what each takes: for messages, and for the tests that keep
 //! `configs/reference.toml` complete.
 
+use lacuna_abi::MAX_CPUS;
 use lacuna_abi::layout::{MAX_MEMORY_MIB, MIN_MEMORY_MIB};
 use lacuna_abi::workload::Program;
 use std::ops::RangeInclusive;
@@ -29,14 +30,17 @@ const fn of(programs: &'static [Program], name: &'static str, takes: &'static st
 pub(super) const MEMORY_MIB: RangeInclusive<u64> = MIN_MEMORY_MIB..=MAX_MEMORY_MIB;
 /// Largest memory that is filled: each byte of it is then really there.
 pub(super) const MAX_FILL_MIB: u64 = 1024;
+pub(super) const VCPUS: RangeInclusive<u64> = 1..=MAX_CPUS as u64;
 pub(super) const TIMEOUT_S: RangeInclusive<u64> = 1..=86_400;
+pub(super) const SHOOTDOWN_S: RangeInclusive<u64> = 1..=86_400;
 pub(super) const GUEST_LOG_KIB: RangeInclusive<u64> = 1..=1 << 20;
 pub(super) const EVENTS_MIB: RangeInclusive<u64> = 1..=16 << 10;
 
 /// All fields, in the order of `configs/reference.toml`.
 pub const FIELDS: &[Field] = &[
     field("guest", "memory_mib", "an even number of MiB from 16 to 65536"),
-    field("guest", "vcpus", "1"),
+    field("guest", "vcpus", "a number from 1 to 8"),
+    field("guest", "shootdown", "\"x2apic\" or \"gate\""),
     field("guest", "image", "the path of an ELF image that follows docs/guests.md"),
     field("guest", "fill", "a byte, 0 to 255, with at most 1024 MiB of memory"),
     field("guest", "prezero", "true or false"),
@@ -63,7 +67,8 @@ pub const FIELDS: &[Field] = &[
         &[Program::Crash],
         "crash",
         "\"panic\", \"page-fault\", \"general-protection\", \"invalid-opcode\", \
-         \"stack-overflow\", \"triple-fault\", \"hang\", \"halt\", \"write-text\" or \"bad-calls\"",
+         \"stack-overflow\", \"triple-fault\", \"hang\", \"halt\", \"write-text\", \"bad-calls\", \
+         or with 2 vCPUs \"stuck-cpu\" or \"panic-elsewhere\"",
     ),
     field("second_stage", "seal", "\"auto\", \"memslot\", \"guard\" or \"off\""),
     field("second_stage", "guard", "\"auto\", \"madvise\" or \"mprotect\""),
@@ -72,6 +77,7 @@ pub const FIELDS: &[Field] = &[
     field("audit", "require", "a list of rules"),
     field("audit", "expect", "a list of rules and \"sealed-access\""),
     field("limits", "timeout_s", "a number of seconds from 1 to 86400"),
+    field("limits", "shootdown_s", "a number of seconds from 1 to 86400"),
     field("limits", "guest_log_kib", "a number of KiB from 1 to 1048576"),
     field("limits", "events_mib", "a number of MiB from 1 to 16384"),
 ];

@@ -54,8 +54,8 @@ pub(super) fn refuse_what_a_simulation_lacks(
     Err(ConfigError::flag("--machine", what, "use --machine kvm"))
 }
 
-/// The faults of these names, each once.
-pub(super) fn faults(names: &[String]) -> Result<Vec<Fault>, ConfigError> {
+/// The faults of these names, each once; the guest has the vCPUs that they need.
+pub(super) fn faults(names: &[String], vcpus: u8) -> Result<Vec<Fault>, ConfigError> {
     let mut faults = Vec::new();
     for name in names {
         let fault = Fault::from_name(name).ok_or_else(|| {
@@ -63,6 +63,11 @@ pub(super) fn faults(names: &[String]) -> Result<Vec<Fault>, ConfigError> {
             let what = format!("there is no fault {name:?}");
             ConfigError::flag("--inject", what, format!("the faults are {}", known.join(", ")))
         })?;
+        if vcpus < fault.vcpus() {
+            let what = format!("{name} is no fault in a guest of {vcpus} vCPU");
+            let remedy = format!("set [guest] vcpus = {} or more", fault.vcpus());
+            return Err(ConfigError::flag("--inject", what, remedy));
+        }
         if !faults.contains(&fault) {
             faults.push(fault);
         }

@@ -18,7 +18,7 @@ mod workload;
 
 pub use error::{ConfigError, Place};
 pub use fields::{FIELDS, Field};
-pub use names::{GuardChoice, MachineKind, Mediation, ReportFormat, Seal};
+pub use names::{GuardChoice, MachineKind, Mediation, ReportFormat, Seal, Shootdown};
 
 use crate::audit::Rule;
 use crate::trace::Secret;
@@ -60,6 +60,8 @@ pub struct Guest {
     pub memory_mib: u64,
     /// Number of virtual CPUs.
     pub vcpus: u8,
+    /// How shootdown interrupts are sent.
+    pub shootdown: Shootdown,
     /// Another image than the embedded one.
     pub image: Option<PathBuf>,
     /// Byte that the allocator's memory is filled with before the start.
@@ -166,6 +168,8 @@ pub struct Expect {
 pub struct Limits {
     /// Seconds after which a guest that has not ended is stopped.
     pub timeout_s: u64,
+    /// Seconds that a CPU may take to answer a shootdown.
+    pub shootdown_s: u64,
     /// KiB of the guest's log that are kept.
     pub guest_log_kib: u64,
     /// MiB that the file of events may grow to.

@@ -33,6 +33,18 @@ named_enum! {
 }
 
 named_enum! {
+    /// How the guest sends the interrupt that asks other CPUs for a shootdown.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Shootdown {
+        /// Through the CPU's own interrupt controller.
+        X2apic = "x2apic",
+        /// By a gate call: the VMM delivers it.
+        Gate = "gate",
+    }
+}
+
+named_enum! {
     /// How secret frames are closed.
     #[derive(Serialize, Deserialize)]
     #[serde(rename_all = "lowercase")]

@@ -22,6 +22,7 @@ pub(super) struct Raw {
 pub(super) struct Guest {
     pub memory_mib: Number,
     pub vcpus: Number,
+    pub shootdown: Text,
     pub image: Text,
     pub fill: Number,
     pub prezero: Option<bool>,
@@ -66,6 +67,7 @@ pub(super) struct Audit {
 #[serde(deny_unknown_fields, default, expecting = "a section")]
 pub(super) struct Limits {
     pub timeout_s: Number,
+    pub shootdown_s: Number,
     pub guest_log_kib: Number,
     pub events_mib: Number,
 }

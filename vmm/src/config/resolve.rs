@@ -1,15 +1,16 @@
 //! From what stands in the file, and on the command line, to a complete configuration.
 
 use super::error::ConfigError;
-use super::fields::{self, EVENTS_MIB, GUEST_LOG_KIB, MAX_FILL_MIB, MEMORY_MIB, TIMEOUT_S};
+use super::fields::{
+    self, EVENTS_MIB, GUEST_LOG_KIB, MAX_FILL_MIB, MEMORY_MIB, SHOOTDOWN_S, TIMEOUT_S, VCPUS,
+};
 use super::raw::{self, Number, Raw};
 use super::source::Source;
 use super::{
     Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, Output, Overrides,
-    ReportFormat, Seal, SecondStage, flags, input,
+    ReportFormat, Seal, SecondStage, Shootdown, Workload, flags, input,
 };
 use crate::audit::Rule;
-use lacuna_abi::MAX_CPUS;
 use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use toml::Spanned;
@@ -25,11 +26,13 @@ pub(super) fn resolve(
     let resolver = Resolver { source };
     flags::refuse_what_is_missing(overrides)?;
     let machine = overrides.machine.unwrap_or(MachineKind::Kvm);
-    let mut guest = resolver.guest(&raw.guest, machine)?;
+    let mut guest = resolver.guest(&raw.guest)?;
     guest.seed = overrides.seed.unwrap_or(guest.seed);
+    let inject = flags::faults(&overrides.inject, guest.vcpus)?;
     let mut second_stage = resolver.second_stage(&raw.second_stage)?;
     second_stage.seal = overrides.seal.unwrap_or(second_stage.seal);
     let workload = resolver.workload(&raw.workload, overrides.input.as_deref())?;
+    resolver.check_vcpus(&workload, raw.guest.vcpus.as_ref(), guest.vcpus)?;
     if machine == MachineKind::Sim {
         flags::refuse_what_a_simulation_lacks(&guest, &workload)?;
     }
@@ -42,7 +45,7 @@ pub(super) fn resolve(
         second_stage,
         audit: resolver.audit(&raw.audit)?,
         limits: resolver.limits(&raw.limits)?,
-        inject: flags::faults(&overrides.inject)?,
+        inject,
         output: Output {
             report: overrides.report.unwrap_or(ReportFormat::Text),
             out: overrides.out.as_deref().map(flags::folder).transpose()?,
@@ -56,7 +59,7 @@ pub(super) struct Resolver<'a> {
 }
 
 impl Resolver<'_> {
-    fn guest(&self, raw: &raw::Guest, machine: MachineKind) -> Result<Guest, ConfigError> {
+    fn guest(&self, raw: &raw::Guest) -> Result<Guest, ConfigError> {
         let memory_mib = self.number(("guest", "memory_mib"), &raw.memory_mib, MEMORY_MIB)?;
         let memory_mib = memory_mib.unwrap_or(64);
         if memory_mib % 2 != 0 {
@@ -70,7 +73,11 @@ impl Resolver<'_> {
         }
         Ok(Guest {
             memory_mib,
-            vcpus: self.vcpus(&raw.vcpus, machine)?,
+            vcpus: self.vcpus(&raw.vcpus)?,
+            shootdown: match &raw.shootdown {
+                Some(how) => self.named(("guest", "shootdown"), how, Shootdown::from_name)?,
+                None => Shootdown::X2apic,
+            },
             image: match &raw.image {
                 Some(image) => Some(self.file(("guest", "image"), image)?),
                 None => None,
@@ -81,16 +88,25 @@ impl Resolver<'_> {
         })
     }
 
-    fn vcpus(&self, raw: &Number, machine: MachineKind) -> Result<u8, ConfigError> {
-        let Some(vcpus) = raw else { return Ok(1) };
-        let count = u8::try_from(*vcpus.get_ref()).unwrap_or(0);
-        let what = match usize::from(count) {
-            1 => return Ok(1),
-            2..=MAX_CPUS if machine == MachineKind::Sim => return Ok(count),
-            2..=MAX_CPUS => "this version runs one vCPU".to_owned(),
-            _ => format!("{} vCPUs are impossible", vcpus.get_ref()),
-        };
-        Err(self.refuse(("guest", "vcpus"), Some(vcpus.span()), what))
+    fn vcpus(&self, raw: &Number) -> Result<u8, ConfigError> {
+        let vcpus = self.number(("guest", "vcpus"), raw, VCPUS)?;
+        Ok(vcpus.and_then(|vcpus| u8::try_from(vcpus).ok()).unwrap_or(1))
+    }
+
+    /// Whether the guest has the vCPUs that its program needs.
+    fn check_vcpus(
+        &self,
+        workload: &Workload,
+        raw: Option<&Spanned<i64>>,
+        vcpus: u8,
+    ) -> Result<(), ConfigError> {
+        let Workload::Crash { crash } = workload else { return Ok(()) };
+        if vcpus >= crash.vcpus() {
+            return Ok(());
+        }
+        let what = format!("crash = \"{}\" needs at least {}", crash.name(), crash.vcpus());
+        let remedy = format!("give a number from {} to 8", crash.vcpus());
+        Err(self.source.error("guest", "vcpus", raw.map(Spanned::span), what, remedy))
     }
 
     fn second_stage(&self, raw: &raw::SecondStage) -> Result<SecondStage, ConfigError> {
@@ -152,6 +168,7 @@ impl Resolver<'_> {
         let number = |name, raw, range| self.number(("limits", name), raw, range);
         Ok(Limits {
             timeout_s: number("timeout_s", &raw.timeout_s, TIMEOUT_S)?.unwrap_or(60),
+            shootdown_s: number("shootdown_s", &raw.shootdown_s, SHOOTDOWN_S)?.unwrap_or(10),
             guest_log_kib: number("guest_log_kib", &raw.guest_log_kib, GUEST_LOG_KIB)?
                 .unwrap_or(1024),
             events_mib: number("events_mib", &raw.events_mib, EVENTS_MIB)?.unwrap_or(64),

@@ -3,8 +3,8 @@
 use crate::machine::memory::{Memory, MemoryError};
 use lacuna_abi::addr::{Gpa, PAGE_SIZE};
 use lacuna_abi::event::{
-    Event, INTENT_WORDS, Intent, RECORD_BYTES, RECORD_WORDS, RING_HEAD_WORD, RING_INTENT_WORD,
-    RING_RECORDS, RING_TAIL_WORD, Record,
+    Event, INTENT_WORDS, Intent, RECORD_BYTES, RECORD_WORDS, RING_BUSY_WORD, RING_HEAD_WORD,
+    RING_INTENT_WORD, RING_RECORDS, RING_TAIL_WORD, Record,
 };
 use lacuna_abi::layout::ring_offset;
 
@@ -58,6 +58,14 @@ impl RingReader {
         }
         memory.store(self.word(RING_TAIL_WORD), self.tail)?;
         Ok(drained)
+    }
+
+    /// Whether the CPU says that it may hold a number whose record it has not published.
+    ///
+    /// # Errors
+    /// [`MemoryError`] as [`Self::drain`].
+    pub fn is_busy(&self, memory: &Memory) -> Result<bool, MemoryError> {
+        Ok(memory.load(self.word(RING_BUSY_WORD))? != 0)
     }
 
     /// The write that the CPU has under way, if any.

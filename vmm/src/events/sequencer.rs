@@ -7,7 +7,7 @@ use lacuna_abi::event::{Event, Intent, Record};
 const MAX_NUMBER: u64 = u64::MAX / 2;
 
 /// Most records that wait for an owed number; past it the number counts as lost.
-const MAX_WAITING: usize = 8192;
+const MAX_WAITING: usize = 16 << 10;
 
 /// What stands at a number.
 #[derive(Debug)]
@@ -20,7 +20,8 @@ enum Slot {
 /// What a standing intent says about the number that it carries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Standing {
-    /// Its record will come: the CPU waits for room in its ring. What follows waits too.
+    /// Its record will come: the CPU waits for room in its ring, or was stopped and goes on. What
+    /// follows waits too.
     Owed,
     /// Its record will not come: the CPU was stopped for good.
     Final,
@@ -52,33 +53,50 @@ impl Sequencer {
         self.lost = self.lost.saturating_add(events);
     }
 
-    /// Takes a record. The number of waiting ones is bounded by what the rings hold, because every
-    /// look at the rings ends with [`Self::settle`].
+    /// Takes a record; `given` is the last number that was given out, looked at after the record
+    /// was. The number of waiting ones is bounded by what the rings hold, because every look at the
+    /// rings ends with [`Self::settle`], up to a number that was given out before it.
     ///
     /// # Errors
     /// What is wrong with its number; the record is then left out.
-    pub fn push(&mut self, record: Record) -> Result<(), String> {
+    pub fn push(&mut self, record: Record, given: u64) -> Result<(), String> {
         if let Event::EntryWrite(write) = &record.event
             && write.grant != 0
         {
-            self.place(write.grant, Slot::Covered)?;
+            self.place(write.grant, given, Slot::Covered)?;
         }
-        self.place(record.seq, Slot::Record(record))
+        self.place(record.seq, given, Slot::Record(record))
     }
 
-    fn place(&mut self, number: u64, slot: Slot) -> Result<(), String> {
-        if number < self.next || number > MAX_NUMBER || self.waiting.contains(number) {
+    fn place(&mut self, number: u64, given: u64, slot: Slot) -> Result<(), String> {
+        let known = number <= given.min(MAX_NUMBER);
+        if number < self.next || !known || self.waiting.contains(number) {
             self.lost = self.lost.saturating_add(1);
-            return Err(format!("event number {number} came twice, too late, or is none"));
+            let why = if known { "came twice or too late" } else { "was never given out" };
+            return Err(format!("event number {number} {why}"));
         }
         self.waiting.insert(number, slot);
         Ok(())
     }
 
-    /// Hands out what is complete, in order.
-    pub fn ready(&mut self) -> Vec<Record> {
+    /// How many of the numbers up to `last` have not come.
+    #[must_use]
+    pub fn missing(&self, last: u64) -> u64 {
+        let last = last.min(MAX_NUMBER);
+        if self.next > last {
+            return 0;
+        }
+        let there = self.waiting.count(self.next, last);
+        (last - self.next + 1).saturating_sub(u64::try_from(there).unwrap_or(u64::MAX))
+    }
+
+    /// Hands out what is complete up to `last`, in order. What comes after it waits, so that what
+    /// is handed out now depends on `last` alone and not on how far other CPUs have got.
+    fn ready(&mut self, last: u64) -> Vec<Record> {
         let mut ready = Vec::new();
-        while let Some(slot) = self.waiting.take(self.next) {
+        while self.next <= last
+            && let Some(slot) = self.waiting.take(self.next)
+        {
             self.next += 1;
             if let Slot::Record(record) = slot {
                 ready.push(record);
@@ -87,47 +105,37 @@ impl Sequencer {
         ready
     }
 
-    /// No vCPU runs: whatever number up to `last` is missing now will not come, unless one of the
-    /// `intents` accounts for it. Hands out the rest, and says what is missing.
+    /// Whatever number up to `last` is missing now will not come, unless one of the `intents`
+    /// accounts for it. Hands out all that came up to `last`, or to the first number that is still
+    /// owed, and says what is missing.
     pub fn settle(
         &mut self,
         last: u64,
-        intents: impl IntoIterator<Item = Intent>,
-        standing: Standing,
+        intents: &[(Intent, Standing)],
     ) -> (Vec<Record>, Vec<String>) {
         let last = last.min(MAX_NUMBER);
-        let numbers = intents.into_iter().flat_map(|intent| [intent.seq, intent.write.grant]);
         let patient = self.waiting.len() <= MAX_WAITING;
-        let owed: Vec<_> = numbers.filter(|n| patient && *n >= self.next && *n <= last).collect();
-        if standing == Standing::Final {
-            for number in &owed {
-                if !self.waiting.contains(*number) {
-                    self.waiting.insert(*number, Slot::Covered);
+        let mut owed = Vec::new();
+        for (intent, standing) in intents.iter().filter(|_| patient) {
+            let numbers = [intent.seq, intent.write.grant];
+            for number in numbers.into_iter().filter(|n| *n >= self.next && *n <= last) {
+                match standing {
+                    Standing::Owed => owed.push(number),
+                    Standing::Final if self.waiting.contains(number) => {}
+                    Standing::Final => self.waiting.insert(number, Slot::Covered),
                 }
             }
         }
-        let mut records = self.ready();
+        let mut records = self.ready(last);
         let mut gaps = Vec::new();
-        while self.next <= last {
-            if standing == Standing::Owed && owed.contains(&self.next) {
-                break;
-            }
+        while self.next <= last && !owed.contains(&self.next) {
             let waiting = self.waiting.first().unwrap_or(last + 1);
             let owed = owed.iter().copied().filter(|n| *n > self.next).min().unwrap_or(last + 1);
             let until = waiting.min(owed).min(last + 1);
             gaps.push(format!("events {} to {} are missing", self.next, until - 1));
             self.lost = self.lost.saturating_add(until - self.next);
             self.next = until;
-            records.extend(self.ready());
-        }
-        // A guest that numbers its events beyond what was ever handed out.
-        while self.next > last
-            && let Some(first) = self.waiting.first()
-        {
-            gaps.push(format!("events {} to {} are missing", self.next, first - 1));
-            self.lost = self.lost.saturating_add(first - self.next);
-            self.next = first;
-            records.extend(self.ready());
+            records.extend(self.ready(last));
         }
         (records, gaps)
     }
@@ -161,90 +169,108 @@ mod tests {
         records.iter().map(|r| r.seq).collect()
     }
 
+    fn push(sequencer: &mut Sequencer, record: Record) {
+        sequencer.push(record, 100).unwrap();
+    }
+
+    fn settle(sequencer: &mut Sequencer, last: u64) -> (Vec<u64>, Vec<String>) {
+        let (records, gaps) = sequencer.settle(last, &[]);
+        (numbers(&records), gaps)
+    }
+
     #[test]
     fn records_wait_for_smaller_numbers() {
         let mut sequencer = Sequencer::default();
-        sequencer.push(record(2)).unwrap();
-        assert!(sequencer.ready().is_empty());
-        sequencer.push(record(1)).unwrap();
-        assert_eq!(numbers(&sequencer.ready()), [1, 2]);
-        assert_eq!(sequencer.settle(2, [], Standing::Final).1, Vec::<String>::new());
+        push(&mut sequencer, record(2));
+        assert_eq!((sequencer.missing(2), sequencer.missing(3)), (1, 2));
+        push(&mut sequencer, record(1));
+        assert_eq!((sequencer.missing(2), sequencer.missing(3)), (0, 1));
+        assert_eq!(settle(&mut sequencer, 2), (vec![1, 2], vec![]));
+        assert_eq!((sequencer.missing(2), sequencer.lost()), (0, 0));
+    }
+
+    #[test]
+    fn what_comes_after_the_last_number_waits_for_the_next_time() {
+        let mut sequencer = Sequencer::default();
+        for seq in [4, 1, 3] {
+            push(&mut sequencer, record(seq));
+        }
+        assert_eq!(settle(&mut sequencer, 1), (vec![1], vec![]));
+        push(&mut sequencer, record(2));
+        assert_eq!(settle(&mut sequencer, 4), (vec![2, 3, 4], vec![]));
         assert_eq!(sequencer.lost(), 0);
     }
 
     #[test]
     fn a_gap_is_counted_and_said() {
         let mut sequencer = Sequencer::default();
-        sequencer.push(record(3)).unwrap();
-        let (records, gaps) = sequencer.settle(5, [], Standing::Final);
-        assert_eq!(numbers(&records), [3]);
-        assert_eq!(gaps, ["events 1 to 2 are missing", "events 4 to 5 are missing"]);
+        push(&mut sequencer, record(3));
+        let gaps = ["events 1 to 2 are missing", "events 4 to 5 are missing"].map(str::to_owned);
+        assert_eq!(settle(&mut sequencer, 5), (vec![3], gaps.to_vec()));
         assert_eq!(sequencer.lost(), 4);
     }
 
     #[test]
-    fn a_number_that_came_before_is_refused() {
+    fn a_number_that_came_before_or_was_never_given_out_is_refused() {
         let mut sequencer = Sequencer::default();
-        sequencer.push(record(1)).unwrap();
-        sequencer.ready();
-        assert!(sequencer.push(record(1)).is_err());
-        sequencer.push(record(9)).unwrap();
-        assert!(sequencer.push(record(9)).is_err());
-        assert_eq!(sequencer.lost(), 2);
+        push(&mut sequencer, record(1));
+        settle(&mut sequencer, 1);
+        assert!(sequencer.push(record(1), 100).is_err());
+        push(&mut sequencer, record(9));
+        assert!(sequencer.push(record(9), 100).is_err());
+        assert!(sequencer.push(record(12), 11).unwrap_err().contains("never given out"));
+        assert_eq!(sequencer.lost(), 3);
     }
 
     #[test]
     fn a_remap_accounts_for_both_of_its_numbers() {
         let mut sequencer = Sequencer::default();
-        let remap = Record { seq: 3, cpu: 0, event: Event::EntryWrite(write(1)) };
-        sequencer.push(remap).unwrap();
-        sequencer.push(record(2)).unwrap();
-        assert_eq!(numbers(&sequencer.ready()), [2, 3]);
-        assert_eq!(sequencer.settle(3, [], Standing::Final).1.len(), 0);
+        push(&mut sequencer, Record { seq: 3, cpu: 0, event: Event::EntryWrite(write(1)) });
+        push(&mut sequencer, record(2));
+        assert_eq!(settle(&mut sequencer, 3), (vec![2, 3], vec![]));
     }
 
     #[test]
     fn a_standing_intent_accounts_for_its_number() {
         let mut sequencer = Sequencer::default();
         let intent = Intent { write: write(0), seq: 1 };
-        sequencer.push(record(2)).unwrap();
-        let (records, gaps) = sequencer.settle(2, [intent], Standing::Final);
+        push(&mut sequencer, record(2));
+        let (records, gaps) = sequencer.settle(2, &[(intent, Standing::Final)]);
         assert_eq!((numbers(&records), gaps.len()), (vec![2], 0));
     }
 
     #[test]
     fn an_owed_number_holds_back_what_follows_until_it_comes() {
         let mut sequencer = Sequencer::default();
-        let intent = Intent { write: write(0), seq: 2 };
-        sequencer.push(record(1)).unwrap();
-        sequencer.push(record(3)).unwrap();
-        let (records, gaps) = sequencer.settle(3, [intent], Standing::Owed);
+        let intent = (Intent { write: write(0), seq: 2 }, Standing::Owed);
+        push(&mut sequencer, record(1));
+        push(&mut sequencer, record(3));
+        let (records, gaps) = sequencer.settle(3, &[intent]);
         assert_eq!((numbers(&records), gaps.len()), (vec![1], 0));
-        sequencer.push(record(2)).unwrap();
-        let (records, gaps) = sequencer.settle(3, [], Standing::Owed);
-        assert_eq!((numbers(&records), gaps.len()), (vec![2, 3], 0));
+        push(&mut sequencer, record(2));
+        assert_eq!(settle(&mut sequencer, 3), (vec![2, 3], vec![]));
         assert_eq!(sequencer.lost(), 0);
     }
 
     #[test]
     fn an_owed_number_that_never_comes_is_lost() {
         let mut sequencer = Sequencer::default();
-        let intent = Intent { write: write(0), seq: 1 };
-        sequencer.push(record(2)).unwrap();
-        assert_eq!(sequencer.settle(2, [intent], Standing::Owed).0, []);
-        let (records, gaps) = sequencer.settle(2, [], Standing::Owed);
-        assert_eq!((numbers(&records), gaps.len()), (vec![2], 1));
+        let intent = (Intent { write: write(0), seq: 1 }, Standing::Owed);
+        push(&mut sequencer, record(2));
+        assert_eq!(sequencer.settle(2, &[intent]).0, []);
+        assert_eq!(settle(&mut sequencer, 2).0, [2]);
         assert_eq!(sequencer.lost(), 1);
     }
 
     #[test]
     fn numbers_that_jump_far_are_a_gap_and_cost_nothing() {
         let mut sequencer = Sequencer::default();
-        sequencer.push(record(MAX_NUMBER)).unwrap();
-        assert!(sequencer.push(record(u64::MAX)).is_err());
-        let (records, gaps) = sequencer.settle(u64::MAX, [], Standing::Final);
+        sequencer.push(record(MAX_NUMBER), u64::MAX).unwrap();
+        assert!(sequencer.push(record(u64::MAX), u64::MAX).is_err());
+        assert_eq!(sequencer.missing(u64::MAX), MAX_NUMBER - 1);
+        let (records, gaps) = settle(&mut sequencer, u64::MAX);
         assert_eq!((records.len(), gaps.len()), (1, 1));
-        assert!(sequencer.push(record(7)).is_err());
-        assert_eq!(sequencer.settle(u64::MAX, [], Standing::Final).1.len(), 0);
+        assert!(sequencer.push(record(7), u64::MAX).is_err());
+        assert_eq!(settle(&mut sequencer, u64::MAX).1.len(), 0);
     }
 }

@@ -64,6 +64,14 @@ impl<T> Waiting<T> {
         near.map(|(number, _)| number).or_else(|| self.far.keys().next().copied())
     }
 
+    /// How many values wait at numbers from `from` to `last`.
+    pub(super) fn count(&self, from: u64, last: u64) -> usize {
+        let near = (self.start..).zip(&self.near).take_while(|(number, _)| *number <= last);
+        let near = near.filter(|(number, value)| value.is_some() && *number >= from).count();
+        let range = if from <= last { from..=last } else { return 0 };
+        near + self.far.range(range).count()
+    }
+
     /// Place of `number` in the queue, if it has one.
     #[inline]
     fn place(&self, number: u64) -> Option<usize> {
@@ -151,6 +159,9 @@ mod tests {
                         next += 1;
                     }
                 }
+                // What was passed may still lie there until the next number is asked for.
+                let last = next + 3 * NEAR / 2;
+                prop_assert_eq!(waiting.count(next, last), model.range(next..=last).count());
                 prop_assert_eq!(waiting.first(), model.keys().next().copied());
                 prop_assert_eq!(waiting.len(), model.len());
             }

@@ -1,16 +1,19 @@
 //! The host's side of the gate: serves calls, feeds the audit, keeps the second stage in step.
 //!
-//! One gate serves all vCPUs of a machine, behind a lock. Whatever a guest asks, the answer is a
-//! status or a finding; only the host's own failures are errors.
+//! One gate serves all vCPUs of a machine, one at a time; the others run on meanwhile, unless they
+//! have to stand still. Whatever a guest asks, the answer is a status or a finding; only the host's
+//! own failures are errors.
 
 mod leaks;
+mod order;
 mod state;
 #[cfg(test)]
 mod tests;
 mod types;
+mod waits;
 mod world;
 
-pub use types::{GateCounters, GateFailure, GateSetup, Observer, Served, StoppedCpu};
+pub use types::{GateCounters, GateFailure, GateSetup, Observer, Served, Vcpus};
 
 use crate::audit::{Audit, AuditConfig, ControlPolicy};
 use crate::events::{RingReader, Sequencer, Standing};
@@ -20,9 +23,9 @@ use crate::machine::state::Registers;
 use crate::printable::steers;
 use crate::second_stage::SecondStage;
 use crate::stop::Stop;
-use lacuna_abi::addr::{FrameRange, Gfn, Gpa, PAGE_SIZE};
+use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
-use lacuna_abi::event::{EntryWrite, Event, HostAct, Intent, Record};
+use lacuna_abi::event::{EntryWrite, HostAct};
 use lacuna_abi::gate::{
     ARGS_WORD, COUNT_WORD, Call, CpuRegistration, ExceptionReport, LOG_BYTES, Op, OpKind,
     PAGE_WORDS, STATUS_WORD, Status, read_ops,
@@ -30,6 +33,7 @@ use lacuna_abi::gate::{
 use lacuna_abi::layout::{call_page_offset, report_page_offset};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use waits::Waits;
 use world::LiveWorld;
 
 /// At which point of a run everything is checked.
@@ -56,10 +60,11 @@ pub struct Gate {
     intents: Vec<Option<EntryWrite>>,
     cpus: Vec<Option<Registers>>,
     registered: Vec<bool>,
+    waits: Waits,
+    /// Time for which vCPUs had to stand still.
+    stood_still: Duration,
     scanner: Option<LeakScanner>,
     input_done: bool,
-    /// The run was stopped before all events were judged.
-    unjudged: bool,
     quiesce_every: u64,
     events_at_quiesce: u64,
     counters: GateCounters,
@@ -79,6 +84,7 @@ impl Gate {
             boot_root,
             quiesce_every,
             max_findings,
+            shootdown_limit,
             scanner,
             stop,
             observers,
@@ -106,9 +112,10 @@ impl Gate {
             intents,
             cpus,
             registered: vec![false; layout.cpus],
+            waits: Waits::new(layout.cpus, shootdown_limit),
+            stood_still: Duration::ZERO,
             scanner,
             input_done: false,
-            unjudged: false,
             quiesce_every,
             events_at_quiesce: 0,
             counters: GateCounters::default(),
@@ -119,7 +126,7 @@ impl Gate {
         }
     }
 
-    /// Serves a call of `cpu`.
+    /// Serves a call of `cpu`; `vcpus` are those of the machine, which this one speaks for.
     ///
     /// # Errors
     /// [`GateFailure`] if the host failed; nothing that the guest passes leads there.
@@ -127,7 +134,7 @@ impl Gate {
         &mut self,
         call: Call,
         cpu: u8,
-        vcpu: &mut dyn StoppedCpu,
+        vcpus: &mut dyn Vcpus,
     ) -> Result<Served, GateFailure> {
         self.counters.calls += 1;
         let standing = match call {
@@ -137,13 +144,13 @@ impl Gate {
             Call::Exception | Call::Panic => Some(Standing::Final),
             _ => None,
         };
-        self.drain(standing)?;
+        let in_write = self.drain(cpu, standing)?;
         let page = self.memory.shared_page(call_page_offset(cpu.into()))?;
         let mut index = 0;
         let status = match call {
             Call::Ready => self.ready(cpu, &page),
             Call::Ops => {
-                let (status, failed) = self.operations(cpu, &page)?;
+                let (status, failed) = self.operations(cpu, &page, vcpus)?;
                 index = failed;
                 status
             }
@@ -157,13 +164,31 @@ impl Gate {
             Call::UnregisterRoot => {
                 self.audit.unregister_root(Gpa(page[ARGS_WORD])).err().unwrap_or(Status::Ok)
             }
-            Call::Drain => Status::Ok,
+            Call::Drain | Call::Yield => Status::Ok,
             Call::InputDone => self.input_done()?,
             Call::Log => self.log(&page),
             Call::Checkpoint => {
-                self.quiesce(cpu, vcpu, Scope::Running)?;
+                self.quiesce(cpu, vcpus, Scope::Running)?;
                 Status::Ok
             }
+            Call::StartCpus => self.start_cpus(cpu, vcpus),
+            Call::Interrupt => match self.others(cpu, page[ARGS_WORD]) {
+                Some(others) => {
+                    vcpus.interrupt(others)?;
+                    Status::Ok
+                }
+                None => Status::BadArguments,
+            },
+            Call::Unanswered => match self.others(cpu, page[ARGS_WORD]) {
+                Some(missing) => {
+                    let time = self.stood_still;
+                    match self.waits.note(cpu, page[ARGS_WORD + 1], Instant::now(), time) {
+                        Some(waited) => return Ok(Served::Unanswered { missing, waited }),
+                        None => Status::Ok,
+                    }
+                }
+                None => Status::BadArguments,
+            },
             Call::Exit => {
                 let counters = arguments::<{ Counters::WORDS }>(&page, ARGS_WORD + 1);
                 let counters = Box::new(Counters::from_words(&counters));
@@ -182,8 +207,8 @@ impl Gate {
         };
         self.answer(cpu, status, index)?;
         let due = self.counters.events - self.events_at_quiesce >= self.quiesce_every;
-        if due && self.intents.iter().all(Option::is_none) {
-            self.quiesce(cpu, vcpu, Scope::Running)?;
+        if due && !in_write {
+            self.quiesce(cpu, vcpus, Scope::Running)?;
         }
         Ok(Served::Resume)
     }
@@ -197,101 +222,41 @@ impl Gate {
         self.answer(cpu, Status::BadCall, 0)
     }
 
-    /// Checks everything once more, when the vCPU will not run again. After a program that came to
-    /// its end (`done`) its secret input must be nowhere, secret frames included.
+    /// Checks everything once more, when no vCPU will run again; all stand still when this returns.
+    /// After a program that came to its end (`done`) its secret input must be nowhere, secret frames
+    /// included.
     ///
     /// # Errors
     /// [`GateFailure`].
     pub fn finish(
         &mut self,
         cpu: u8,
-        vcpu: &mut dyn StoppedCpu,
+        vcpus: &mut dyn Vcpus,
         done: bool,
     ) -> Result<(), GateFailure> {
-        self.quiesce(cpu, vcpu, if done { Scope::Done } else { Scope::Stopped })
+        self.quiesce(cpu, vcpus, if done { Scope::Done } else { Scope::Stopped })
     }
 
-    /// Takes what the rings hold and has it judged. No vCPU runs meanwhile, so a number that is
-    /// missing now is lost, unless a write under way accounts for it; `standing` says whether there
-    /// can be one.
-    fn drain(&mut self, standing: Option<Standing>) -> Result<(), GateFailure> {
-        let mut intents: Vec<Intent> = Vec::new();
-        for (cpu, ring) in self.rings.iter_mut().enumerate() {
-            let drained = ring.drain(&self.memory)?;
-            self.sequencer.count_lost(drained.lost.len() as u64);
-            for why in drained.lost {
-                self.audit.inconclusive(why);
-            }
-            for record in drained.records {
-                if let Err(why) = self.sequencer.push(record) {
-                    self.audit.inconclusive(why);
-                }
-            }
-            let mut intent = match ring.intent(&self.memory)? {
-                Ok(intent) => intent,
-                Err(why) => {
-                    self.audit.inconclusive(why);
-                    None
-                }
-            };
-            if standing.is_none() && intent.take().is_some() {
-                let why = format!("CPU {cpu} makes a gate call in the middle of an entry write");
-                self.audit.inconclusive(why);
-            }
-            self.intents[cpu] = intent.map(|intent| intent.write);
-            intents.extend(intent);
+    /// Starts the other CPUs: from here on they count as running.
+    fn start_cpus(&mut self, cpu: u8, vcpus: &mut dyn Vcpus) -> Status {
+        let all = self.cpus.len();
+        if cpu != 0 || all < 2 || self.audit.running().count() != 1 {
+            return Status::BadState;
         }
-        let last = self.memory.last_event_number()?;
-        let standing = standing.unwrap_or(Standing::Final);
-        let (records, gaps) = self.sequencer.settle(last, intents, standing);
-        for gap in gaps {
-            self.audit.inconclusive(gap);
+        for other in (1..all).filter_map(|other| u8::try_from(other).ok()) {
+            self.audit.start_cpu(other);
         }
-        let started = Instant::now();
-        for record in records {
-            self.counters.events += 1;
-            if self.stop.told().is_some() {
-                // What follows is the end of the run; what is left is not judged.
-                self.audit.inconclusive("the run was stopped while events were judged".into());
-                self.unjudged = true;
-                break;
-            }
-            self.judge(&record);
-            self.tell(&record);
-        }
-        self.audit_time += started.elapsed();
-        Ok(())
+        vcpus.start();
+        Status::Ok
     }
 
-    /// Has the audit judge a record. The caller takes the time, once for many.
-    fn judge(&mut self, record: &Record) {
-        let Self { memory, stage, cpus, intents, audit, .. } = self;
-        audit.event(record, &LiveWorld { memory, stage: &**stage, cpus, intents });
-    }
-
-    /// Checks everything. No vCPU runs meanwhile.
-    fn quiesce(
-        &mut self,
-        cpu: u8,
-        vcpu: &mut dyn StoppedCpu,
-        scope: Scope,
-    ) -> Result<(), GateFailure> {
-        vcpu.complete();
-        self.drain((scope != Scope::Running).then_some(Standing::Final))?;
-        if self.unjudged {
-            // The tables are ahead of what the audit knows: a comparison would blame the guest.
-            return Ok(());
-        }
-        let registers = vcpu.registers()?;
-        if let Some(place) = self.cpus.get_mut(usize::from(cpu)) {
-            *place = Some(registers);
-        }
-        let seq = self.host_record(cpu, HostAct::Quiesced, self.memory.layout().zone_frames())?;
-        self.with_audit(|audit, world| audit.quiesce(seq, world));
-        self.search(seq, scope == Scope::Done)?;
-        self.counters.quiesces += 1;
-        self.events_at_quiesce = self.counters.events;
-        Ok(())
+    /// The CPUs named in an argument, one bit each: at least one, all of them running, and not the
+    /// caller.
+    fn others(&self, cpu: u8, set: u64) -> Option<u8> {
+        let set = u8::try_from(set).ok().filter(|set| *set != 0)?;
+        let others = self.audit.running().filter(|other| *other != cpu);
+        let known = others.fold(0, |known, other| known | 1 << other);
+        (set & !known == 0).then_some(set)
     }
 
     /// Registers the CPU's descriptor tables. Once: a guest that breaks them could otherwise have
@@ -305,7 +270,9 @@ impl Gate {
         }
         let args = arguments::<{ CpuRegistration::WORDS }>(page, ARGS_WORD);
         self.audit.register_cpu(cpu, CpuRegistration::from_words(&args));
-        self.ready_at.get_or_insert_with(Instant::now);
+        if cpu == 0 {
+            self.ready_at.get_or_insert_with(Instant::now);
+        }
         Status::Ok
     }
 
@@ -314,6 +281,7 @@ impl Gate {
         &mut self,
         cpu: u8,
         page: &[u64; PAGE_WORDS],
+        vcpus: &mut dyn Vcpus,
     ) -> Result<(Status, usize), GateFailure> {
         let mut ops: Vec<Op> = Vec::new();
         // The list is checked as a whole first: one that makes no sense has no effect.
@@ -330,14 +298,19 @@ impl Gate {
             if self.stop.told().is_some() {
                 return Ok((Status::BadState, index));
             }
-            if let Err(status) = self.operation(cpu, op)? {
+            if let Err(status) = self.operation(cpu, op, vcpus)? {
                 return Ok((status, index));
             }
         }
         Ok((Status::Ok, 0))
     }
 
-    fn operation(&mut self, cpu: u8, op: Op) -> Result<Result<(), Status>, GateFailure> {
+    fn operation(
+        &mut self,
+        cpu: u8,
+        op: Op,
+        vcpus: &mut dyn Vcpus,
+    ) -> Result<Result<(), Status>, GateFailure> {
         // An open takes its number before its effect, a seal and a release after theirs. On
         // arrival a seal is judged at the number of the last event.
         let opening = op.kind == OpKind::Open;
@@ -350,9 +323,16 @@ impl Gate {
         }
         let frames = self.audit.frames();
         let releasing = op.kind == OpKind::Release;
-        self.stage.update(op.frames, &|frame: Gfn| {
-            frames.may_close(frame) && !(releasing && op.frames.contains(frame))
-        })?;
+        let may_close =
+            |frame: Gfn| frames.may_close(frame) && !(releasing && op.frames.contains(frame));
+        let alone = self.stage.needs_all_stopped(op.frames, &may_close);
+        if alone {
+            vcpus.stop();
+        }
+        self.stage.update(op.frames, &may_close)?;
+        if alone {
+            vcpus.resume();
+        }
         let (seq, act) = match op.kind {
             OpKind::Open => {
                 self.counters.opens += 1;
@@ -372,39 +352,6 @@ impl Gate {
         self.with_audit(|audit, world| audit.done(cpu, op, seq, world));
         self.told(cpu, seq, act, op.frames);
         Ok(Ok(()))
-    }
-
-    fn host_number(&mut self) -> Result<u64, GateFailure> {
-        Ok(self.memory.next_event_number()?)
-    }
-
-    /// Takes a number for something that the host does, and records it.
-    fn host_record(
-        &mut self,
-        cpu: u8,
-        act: HostAct,
-        frames: FrameRange,
-    ) -> Result<u64, GateFailure> {
-        let seq = self.host_number()?;
-        self.told(cpu, seq, act, frames);
-        Ok(seq)
-    }
-
-    /// Puts the host's own event in its place among the guest's.
-    fn told(&mut self, cpu: u8, seq: u64, act: HostAct, frames: FrameRange) {
-        let record = Record { seq, cpu, event: Event::Host(act, frames) };
-        if let Err(why) = self.sequencer.push(record) {
-            self.audit.inconclusive(why);
-        }
-        for record in self.sequencer.ready() {
-            self.tell(&record);
-        }
-    }
-
-    fn tell(&mut self, record: &Record) {
-        for observer in &mut self.observers {
-            observer.event(record);
-        }
     }
 
     fn with_audit<R>(&mut self, f: impl FnOnce(&mut Audit, &LiveWorld<'_>) -> R) -> R {

@@ -11,6 +11,7 @@ use lacuna_abi::counter::Counters;
 use lacuna_abi::event::Record;
 use lacuna_abi::gate::ExceptionReport;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The host failed; the run ends without a judgement.
 #[derive(Debug, thiserror::Error)]
@@ -29,8 +30,8 @@ pub enum GateFailure {
     Search(std::io::Error),
 }
 
-/// Those who follow a run. All methods are called on the thread of the vCPU that left for the
-/// host, so they should be quick.
+/// Those who follow a run. All methods are called on the thread of a vCPU that left for the host,
+/// one at a time, so they should be quick.
 pub trait Observer: Send {
     /// An event, in the order of numbers, after the audit has judged it.
     fn event(&mut self, _record: &Record) {}
@@ -39,16 +40,38 @@ pub trait Observer: Send {
     fn log(&mut self, _line: &str) {}
 }
 
-/// The vCPU that makes a call, stopped.
-pub trait StoppedCpu {
-    /// Completes a pending access, so that registers and memory are one consistent picture.
-    fn complete(&mut self);
+/// The vCPUs of a machine, as the one that makes a call can have them stand still. Sets of vCPUs
+/// have a bit for each.
+pub trait Vcpus {
+    /// All stand still from here on, out of guest mode, pending accesses completed: registers and
+    /// memory are one consistent picture. Those that stand still already go on doing so.
+    fn stop(&mut self);
 
-    /// The registers.
+    /// Lets these, which stand still, go on until `done` says so or `deadline` comes; then they
+    /// stand still again.
+    fn let_on(&mut self, cpus: u8, done: &mut dyn FnMut() -> bool, deadline: Instant);
+
+    /// All may go on.
+    fn resume(&mut self);
+
+    /// The others that will execute further instructions when they go on, rather than wait for a
+    /// call of their own to be served.
+    fn runnable(&self) -> u8;
+
+    /// Registers of one that stands still.
     ///
     /// # Errors
     /// [`KvmError`].
-    fn registers(&self) -> Result<Registers, KvmError>;
+    fn registers(&self, cpu: u8) -> Result<Registers, KvmError>;
+
+    /// Starts the others.
+    fn start(&mut self);
+
+    /// Sends these the interrupt that asks for shootdowns.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    fn interrupt(&mut self, cpus: u8) -> Result<(), KvmError>;
 }
 
 /// What a served call means for the vCPU.
@@ -62,6 +85,13 @@ pub enum Served {
     Exception(Box<ExceptionReport>),
     /// The guest panicked, with this message.
     Panic(String),
+    /// CPUs have not answered the caller's shootdown for longer than allowed.
+    Unanswered {
+        /// These, one bit each.
+        missing: u8,
+        /// For how long.
+        waited: Duration,
+    },
 }
 
 /// What the gate counts.
@@ -89,12 +119,14 @@ pub struct GateSetup {
     pub memory: Arc<Memory>,
     /// What closes frames.
     pub stage: Box<dyn SecondStage>,
-    /// Root that all CPUs start with.
+    /// Root that every CPU starts with; CPU 0 runs from the start.
     pub boot_root: Gpa,
     /// Events between two complete checks.
     pub quiesce_every: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
+    /// Longest that a CPU may take to answer a shootdown.
+    pub shootdown_limit: Duration,
     /// Knows the secret input of the program, if it has one.
     pub scanner: Option<LeakScanner>,
     /// Tells when the run is to stop: long work is broken off then.

@@ -153,6 +153,12 @@ pub enum HostFault {
     Unexpected(u32),
 }
 
+/// Whether the guest only says that it waits for another CPU.
+#[must_use]
+pub fn is_yield(exit: &Exit) -> bool {
+    *exit == Exit::PortOut { port: GATE_PORT, value: Call::Yield as u32, len: 4 }
+}
+
 /// Decides what an exit calls for. `denied` says of a frame whether the second stage closed it.
 #[must_use]
 pub fn decide(exit: &Exit, denied: impl Fn(Gfn) -> bool) -> Action {

@@ -7,7 +7,8 @@ use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
 use crate::second_stage::Slots;
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment,
+    kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
@@ -30,6 +31,10 @@ pub const CR0: u64 = 1 << 0 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
 pub const CR4: u64 = 1 << 5 | 1 << 7;
 /// EFER: long mode enabled and active, no-execute.
 pub const EFER: u64 = 1 << 8 | 1 << 10 | 1 << 11;
+
+/// Where messages to local APICs are written; the destination's number stands from bit 12 on (SDM
+/// volume 3, "Message Signalled Interrupts").
+const MESSAGE_ADDRESS: u32 = 0xfee0_0000;
 
 /// Nested virtualisation is not passed on: a guest of the guest would have tables and cached
 /// translations that no rule sees.
@@ -105,6 +110,12 @@ impl Vm {
         u32::try_from(self.kvm.get_nr_memslots()).unwrap_or(32).saturating_sub(ZONE_SLOT)
     }
 
+    /// A way to interrupt the VM's vCPUs.
+    #[must_use]
+    pub fn interrupts(&self) -> Interrupts {
+        Interrupts { vm: Arc::clone(&self.vm), _memory: Arc::clone(&self.memory) }
+    }
+
     /// Checks that the VM has what guests need; the VM may have less than `/dev/kvm`.
     ///
     /// # Errors
@@ -145,6 +156,9 @@ impl Vm {
             ..kvm_regs::default()
         };
         fd.set_regs(&regs).what("set the registers")?;
+        // KVM has all but the first wait for another one's start-up interrupt.
+        let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+        fd.set_mp_state(runnable).what("make the vCPU runnable")?;
         Ok(Vcpu { fd, _memory: Arc::clone(&self.memory) })
     }
 }
@@ -208,6 +222,28 @@ fn set_slot(vm: &VmFd, slot: u32, gpa: Gpa, len: u64, address: u64) -> Result<()
     // mapping outlives the slot. No Rust reference into that memory exists; the guest may write it
     // at any time.
     unsafe { vm.set_user_memory_region(region) }.what("change a memory slot")
+}
+
+/// Sends interrupts to the vCPUs of a VM.
+#[derive(Clone)]
+pub struct Interrupts {
+    vm: Arc<VmFd>,
+    /// As [`Vcpu`].
+    _memory: Arc<Memory>,
+}
+
+impl Interrupts {
+    /// Sends a fixed interrupt with this vector to vCPU `cpu`.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn send(&self, cpu: u8, vector: u8) -> Result<(), KvmError> {
+        let address_lo = MESSAGE_ADDRESS | u32::from(cpu) << 12;
+        let message = kvm_msi { address_lo, data: vector.into(), ..kvm_msi::default() };
+        // KVM also says whether a local APIC took it; a guest that has its own switched off has
+        // nobody but itself to blame.
+        self.vm.signal_msi(message).what("interrupt a vCPU").map(|_taken| ())
+    }
 }
 
 /// One virtual CPU.

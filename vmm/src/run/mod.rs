@@ -3,35 +3,38 @@
 //! Nothing here is global: several machines may run in one process. A machine can be followed
 //! (observers), looked at while it runs (progress) and cancelled.
 
+pub(crate) mod crew;
 mod end;
 mod plan;
 mod report;
+mod stage;
+mod station;
+mod threads;
 mod vcpu;
 
 pub use end::{End, GuestEnd, Place};
 pub use plan::{Plan, PlanError};
 pub use report::{Surroundings, report};
 
-use crate::config::{GuardChoice, MachineKind, Seal};
+use crate::config::MachineKind;
 use crate::doctor::{self, HostError};
 use crate::gate::{Gate, GateFailure, GateSetup, Observer};
 use crate::image::Image;
 use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
-use crate::machine::kvm::{KvmError, Vcpu, Vm, ZONE_SLOT};
+use crate::machine::kvm::{Interrupts, KvmError, Vcpu, Vm};
 use crate::machine::memory::{Memory, MemoryError};
-use crate::second_stage::{Guard, Mechanism, MemSlot, Off, SecondStage, Software};
-use crate::sim::{Frames, Prepared, Secrecy, Simulated, Statistics, Workload};
+use crate::sim::{Frames, Prepared, Schedule, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
+use crew::Crew;
 use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::layout::{Layout, LayoutError, Needs};
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, OnceLock};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use threads::Threads;
 use zeroize::Zeroize;
 
 /// How often a waiting machine is looked at.
@@ -79,7 +82,7 @@ pub enum Host {
     /// The host's KVM.
     Kvm(Kvm),
     /// This process.
-    Sim,
+    Sim(Schedule),
 }
 
 impl Host {
@@ -90,21 +93,15 @@ impl Host {
     pub fn of(kind: MachineKind) -> Result<Self, HostError> {
         Ok(match kind {
             MachineKind::Kvm => Self::Kvm(doctor::open_kvm()?),
-            MachineKind::Sim => Self::Sim,
+            MachineKind::Sim => Self::Sim(Schedule::Seeded),
         })
     }
 }
 
-/// The CPUs of a machine.
+/// The CPUs of a machine that has not started.
 enum Cpus {
-    Kvm(Vcpu),
-    Sim {
-        root: Gpa,
-        faults: u64,
-        seed: u64,
-        frames: Arc<Frames>,
-        workload: Option<Arc<dyn Workload>>,
-    },
+    Kvm(Vec<Vcpu>, Interrupts),
+    Sim(Box<Prepared>),
 }
 
 /// A machine with everything open that it will need, not yet started: the point at which a jail
@@ -133,7 +130,7 @@ impl Machine {
         let needs = Needs {
             image: plan.image.len(),
             memory_mib: plan.memory_mib,
-            cpus: plan.cpus.into(),
+            cpus: plan.vcpus.into(),
             input: plan.input.len() as u64,
             scratch: plan.scratch,
         };
@@ -158,130 +155,112 @@ impl Machine {
         let scanner = plan.secret_input.then(|| LeakScanner::new(&plan.input));
         plan.input.zeroize();
         let root = Gpa(info.root);
+        let stop = Arc::new(Stop::default());
         let (cpus, stage) = match host {
             Host::Kvm(kvm) => {
                 let vm = Vm::new(kvm, Arc::clone(&memory))?;
                 vm.require()?;
-                let stage = second_stage(&plan, &vm, &memory)?;
-                (Cpus::Kvm(vm.vcpu(0, plan.image.entry, root)?), stage)
+                let stage = stage::second_stage(&plan, &vm, &memory)?;
+                let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
+                let vcpus = vcpus.collect::<Result<_, _>>()?;
+                (Cpus::Kvm(vcpus, vm.interrupts()), stage)
             }
-            Host::Sim => {
+            Host::Sim(schedule) => {
                 let frames = Arc::new(Frames::new(layout.zone_frames()));
                 observers.push(Box::new(Secrecy(Arc::clone(&frames))));
-                let stage = simulated_stage(plan.seal, &frames, &layout);
+                let stage = stage::simulated(plan.seal, &frames, &layout);
+                let (memory, stop) = (Arc::clone(&memory), Arc::clone(&stop));
                 let (faults, seed, workload) = (plan.faults, plan.seed, None);
-                (Cpus::Sim { root, faults, seed, frames, workload }, stage)
+                let sim = Prepared { memory, frames, root, faults, seed, schedule, stop, workload };
+                (Cpus::Sim(Box::new(sim)), stage)
             }
         };
-        let stop = Arc::new(Stop::default());
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
             boot_root: root,
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
+            shootdown_limit: plan.shootdown_limit,
             scanner,
             stop: Arc::clone(&stop),
             observers,
         });
         let gate = Arc::new(Mutex::new(gate));
         let image = Arc::new(plan.image);
-        Ok(Self { image, memory, cpus, gate, stop, timeout: plan.timeout, opened })
+        let timeout = plan.timeout;
+        Ok(Self { image, memory, cpus, gate, stop, timeout, opened })
     }
 
     /// Has simulated CPUs run this in place of the plan's program. Others have an image, and go on
     /// as before.
     #[must_use]
     pub fn with_workload(mut self, own: Arc<dyn Workload>) -> Self {
-        if let Cpus::Sim { workload, .. } = &mut self.cpus {
-            *workload = Some(own);
+        if let Cpus::Sim(sim) = &mut self.cpus {
+            sim.workload = Some(own);
         }
         self
     }
 
-    /// Starts the CPUs.
+    /// Starts the threads of all CPUs, and with its thread CPU 0. The guest starts the others.
     ///
     /// # Errors
-    /// [`OpenError::Thread`].
+    /// [`OpenError::Signal`] or [`OpenError::Thread`].
     pub fn start(self) -> Result<Running, OpenError> {
         let Self { image, memory, cpus, gate, stop, timeout, opened } = self;
-        let simulated = matches!(cpus, Cpus::Sim { .. });
-        let run: Box<dyn FnOnce() -> vcpu::Finished + Send> = match cpus {
-            Cpus::Kvm(vcpu) => {
-                register_kick().map_err(OpenError::Signal)?;
-                let (gate, stop) = (Arc::clone(&gate), Arc::clone(&stop));
-                let runner = vcpu::Runner { cpu: 0, vcpu, gate, stop, image };
-                Box::new(move || runner.run())
-            }
-            Cpus::Sim { root, faults, seed, frames, workload } => {
-                let (memory, gate) = (Arc::clone(&memory), Arc::clone(&gate));
-                let stop = Arc::clone(&stop);
-                let sim = Prepared { memory, frames, gate, root, faults, seed, stop, workload };
-                Box::new(move || sim.run().into())
+        let threads = Arc::new(Threads::default());
+        let started = Instant::now();
+        let deadline = started + timeout;
+        let (vcpus, interrupts) = match cpus {
+            Cpus::Kvm(vcpus, interrupts) => (vcpus, interrupts),
+            Cpus::Sim(sim) => {
+                let shared = Arc::clone(&gate);
+                let run = move || sim.run(&shared).into();
+                threads.spawn(0, run).map_err(OpenError::Thread)?;
+                let crew = None;
+                return Ok(Running {
+                    threads,
+                    crew,
+                    gate,
+                    memory,
+                    stop,
+                    deadline,
+                    opened,
+                    started,
+                });
             }
         };
-        let started = Instant::now();
-        let name = if simulated { "sim" } else { "vcpu0" };
-        let thread = std::thread::Builder::new().name(name.into()).spawn(run);
-        let thread = thread.map_err(OpenError::Thread)?;
-        let deadline = started + timeout;
-        Ok(Running { thread, simulated, gate, memory, stop, deadline, opened, started })
-    }
-}
-
-fn second_stage(
-    plan: &Plan,
-    vm: &Vm,
-    memory: &Arc<Memory>,
-) -> Result<Box<dyn SecondStage>, OpenError> {
-    let budgeted = || match (Mechanism::mprotect(), plan.vma_budget) {
-        (Mechanism::Mprotect { .. }, Some(budget)) => Mechanism::Mprotect { budget: budget.into() },
-        (mechanism, _) => mechanism,
-    };
-    let guard = |mechanism| Box::new(Guard::new(Arc::clone(memory), mechanism));
-    Ok(match plan.seal {
-        Seal::Off => Box::new(Off),
-        Seal::Memslot => {
-            let zone = memory.layout().zone_frames();
-            Box::new(MemSlot::new(vm.slots(), zone, ZONE_SLOT, vm.zone_slots()))
+        threads::register_kick().map_err(OpenError::Signal)?;
+        let crew = Arc::new(Crew::new(vcpus.len()));
+        // vCPU 0 comes last: before it nothing runs.
+        for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
+            let runner = vcpu::Runner {
+                cpu,
+                station: vcpu.into(),
+                crew: Arc::clone(&crew),
+                threads: Arc::clone(&threads),
+                interrupts: interrupts.clone(),
+                gate: Arc::clone(&gate),
+                memory: Arc::clone(&memory),
+                stop: Arc::clone(&stop),
+                image: Arc::clone(&image),
+            };
+            if let Err(error) = threads.spawn(cpu, move || runner.run()) {
+                crew.abandon();
+                threads.join();
+                return Err(OpenError::Thread(error));
+            }
         }
-        Seal::Auto | Seal::Guard => match plan.guard {
-            GuardChoice::Mprotect => guard(budgeted()),
-            GuardChoice::Madvise => match Mechanism::probe_madvise() {
-                Ok(()) => guard(Mechanism::Madvise),
-                Err(error) => {
-                    return Err(OpenError::Seal { seal: "guard with madvise", error });
-                }
-            },
-            GuardChoice::Auto => match Mechanism::best() {
-                Mechanism::Madvise => guard(Mechanism::Madvise),
-                Mechanism::Mprotect { .. } => guard(budgeted()),
-            },
-        },
-    })
-}
-
-/// The second stage of a simulated machine.
-fn simulated_stage(seal: Seal, frames: &Arc<Frames>, layout: &Layout) -> Box<dyn SecondStage> {
-    let (frames, zone) = (Arc::clone(frames), layout.zone_frames());
-    match seal {
-        Seal::Auto | Seal::Guard => Box::new(Software::guard(frames, zone)),
-        Seal::Memslot => Box::new(Software::memslot(frames, zone)),
-        Seal::Off => Box::new(Off),
-    }
-}
-
-impl From<Simulated> for vcpu::Finished {
-    fn from(simulated: Simulated) -> Self {
-        let Simulated { end, in_guest, calls, statistics } = simulated;
-        Self { end, in_guest, exits: calls, simulation: Some(statistics) }
+        let crew = Some(crew);
+        Ok(Running { threads, crew, gate, memory, stop, deadline, opened, started })
     }
 }
 
 /// A machine that runs.
 pub struct Running {
-    thread: JoinHandle<vcpu::Finished>,
-    simulated: bool,
+    threads: Arc<Threads>,
+    /// Of vCPUs, which are kicked out of the guest; a simulated CPU looks by itself.
+    crew: Option<Arc<Crew<vcpu::Report>>>,
     gate: Arc<Mutex<Gate>>,
     memory: Arc<Memory>,
     stop: Arc<Stop>,
@@ -295,7 +274,7 @@ pub struct Running {
 pub struct CancelHandle(Arc<Stop>);
 
 impl CancelHandle {
-    /// Ends the run as soon as the vCPU can be stopped.
+    /// Ends the run as soon as the vCPUs can be stopped.
     pub fn cancel(&self) {
         self.0.tell(Stopped::Cancelled);
     }
@@ -311,33 +290,33 @@ impl Running {
     /// Waits for the end. `tick` is called now and then with the work done so far, and may break
     /// off the run.
     pub fn wait(self, mut tick: impl FnMut(u64) -> ControlFlow<()>) -> Outcome {
-        let mut told: Option<(Stopped, Instant)> = None;
-        while !self.thread.is_finished() {
+        let mut told: Option<Instant> = None;
+        while !self.threads.are_finished() {
             std::thread::sleep(TICK);
-            if tick(self.memory.progress(0).unwrap_or(0)).is_break() {
+            if tick(self.progress()).is_break() {
                 self.stop.tell(Stopped::Cancelled);
             }
             if Instant::now() >= self.deadline {
                 self.stop.tell(Stopped::Timeout);
             }
-            let Some(why) = self.stop.told() else { continue };
-            if !self.simulated {
-                // The signal makes KVM_RUN return. It may arrive just before KVM_RUN is entered;
-                // the next tick sends another.
-                let _ = self.thread.kill(SIGRTMIN());
-            } else if told.get_or_insert((why, Instant::now())).1.elapsed() > GRACE {
-                return self.give_up(why);
+            match (&self.crew, self.stop.told()) {
+                (Some(crew), stopped) if stopped.is_some() || crew.has_ended() => {
+                    // A kick may arrive just before KVM_RUN is entered; the next tick sends another.
+                    self.threads.kick_all();
+                }
+                (None, Some(why)) if told.get_or_insert_with(Instant::now).elapsed() > GRACE => {
+                    return self.give_up(why);
+                }
+                _ => {}
             }
         }
         let ended = Instant::now();
-        let Self { thread, gate, opened, started, .. } = self;
-        let finished = thread.join().unwrap_or_else(|_| {
-            vcpu::Finished::without_guest(End::Host(
-                "the VMM's vCPU thread panicked; this is a fault of the VMM".into(),
-            ))
-        });
+        let Self { threads, gate, opened, started, .. } = self;
+        let finished = threads.join();
         Outcome {
-            end: finished.end,
+            end: finished.end.unwrap_or_else(|| {
+                End::Host("a vCPU's thread of the VMM panicked; this is a fault of the VMM".into())
+            }),
             gate,
             opening: started - opened,
             running: ended - started,
@@ -367,6 +346,13 @@ impl Running {
             simulation: None,
         }
     }
+
+    /// Units of work that all CPUs say they have done.
+    fn progress(&self) -> u64 {
+        let cpus = 0..self.memory.layout().cpus;
+        let done = cpus.filter_map(|cpu| self.memory.progress(cpu).ok());
+        done.fold(0, u64::saturating_add)
+    }
 }
 
 /// A machine that has ended.
@@ -378,9 +364,9 @@ pub struct Outcome {
     pub opening: Duration,
     /// Time from the first instruction to the end.
     pub running: Duration,
-    /// Part of it inside `KVM_RUN`.
+    /// Part of it that vCPU 0 was inside `KVM_RUN`, or simulated CPUs in the guest's own code.
     pub in_guest: Duration,
-    /// Times that the vCPU left for the VMM.
+    /// Times that vCPUs left for the VMM.
     pub exits: u64,
     /// When the first instruction ran.
     pub started: Instant,
@@ -396,15 +382,10 @@ impl Outcome {
     }
 }
 
-/// A signal handler that does nothing: the signal's arrival is what makes `KVM_RUN` return. Without
-/// it the signal would end the process.
-fn register_kick() -> std::io::Result<()> {
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    static FAILED: OnceLock<Option<i32>> = OnceLock::new();
-    let register = || register_signal_handler(SIGRTMIN(), nothing).err().map(|e| e.errno());
-    match FAILED.get_or_init(register) {
-        None => Ok(()),
-        Some(number) => Err(std::io::Error::from_raw_os_error(*number)),
+impl From<Simulated> for vcpu::Finished {
+    fn from(simulated: Simulated) -> Self {
+        let Simulated { end, in_guest, calls, statistics } = simulated;
+        Self { end: Some(end), in_guest, exits: calls, simulation: Some(statistics) }
     }
 }
 

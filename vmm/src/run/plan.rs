@@ -1,10 +1,10 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
-use crate::config::{Config, GuardChoice, Seal, Workload};
+use crate::config::{Config, GuardChoice, Seal, Shootdown, Workload};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
-use lacuna_abi::boot::{FEATURE_FLIP, FEATURE_PREZERO};
+use lacuna_abi::boot::{FEATURE_FLIP, FEATURE_GATE_SHOOTDOWN, FEATURE_PREZERO};
 use lacuna_abi::layout::MIN_MEMORY_MIB;
 use lacuna_abi::workload::{Program, SLOT_BYTES, secrets_scratch};
 use std::num::NonZeroU8;
@@ -42,10 +42,10 @@ pub enum PlanError {
 pub struct Plan {
     /// Kernel image.
     pub image: Image,
-    /// Number of CPUs.
-    pub cpus: u8,
     /// Memory for the guest's allocator.
     pub memory_mib: u64,
+    /// Number of vCPUs.
+    pub vcpus: u8,
     /// Byte that the allocator's memory is filled with before the start.
     pub fill: Option<u8>,
     /// `FEATURE_*` bits of the boot information.
@@ -74,6 +74,8 @@ pub struct Plan {
     pub quiesce_every: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
+    /// Longest that a CPU may take to answer a shootdown.
+    pub shootdown_limit: Duration,
     /// Longest time from the first instruction to the end.
     pub timeout: Duration,
 }
@@ -105,12 +107,16 @@ impl Plan {
         };
         let work = work(config)?;
         let prezero = if config.guest.prezero { FEATURE_PREZERO } else { 0 };
+        let shootdown = match config.guest.shootdown {
+            Shootdown::X2apic => 0,
+            Shootdown::Gate => FEATURE_GATE_SHOOTDOWN,
+        };
         let plan = Self {
             image,
-            cpus: config.guest.vcpus,
             memory_mib: config.guest.memory_mib,
+            vcpus: config.guest.vcpus,
             fill: config.guest.fill,
-            features: FEATURE_FLIP | prezero,
+            features: FEATURE_FLIP | prezero | shootdown,
             faults: config.inject.iter().fold(0, |bits, fault| bits | fault.bit()),
             seed: config.guest.seed,
             program: config.workload.program(),
@@ -123,6 +129,7 @@ impl Plan {
             vma_budget: config.second_stage.vma_budget,
             quiesce_every: config.audit.quiesce_every,
             max_findings: MAX_FINDINGS,
+            shootdown_limit: Duration::from_secs(config.limits.shootdown_s),
             timeout: Duration::from_secs(config.limits.timeout_s),
         };
         Ok((plan, work.warnings))

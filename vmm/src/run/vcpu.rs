@@ -1,12 +1,17 @@
 //! The thread of one vCPU: run, decide, act, until there is an end.
 
+use super::crew::{Crew, Turn};
 use super::end::{End, GuestEnd, Place};
-use crate::gate::{Gate, GateFailure, Served, StoppedCpu};
+use super::station::{Floor, Station};
+use super::threads::Threads;
+use crate::gate::{Gate, GateFailure, Served, Vcpus};
 use crate::image::Image;
 use crate::machine::backtrace::{backtrace, place};
 use crate::machine::decode::{SealedAccess, View};
-use crate::machine::exit::{AccessKind, Action, GuestFault, HostFault, Trouble, decide};
-use crate::machine::kvm::{KvmError, Vcpu};
+use crate::machine::exit::{
+    AccessKind, Action, Exit, GuestFault, HostFault, Trouble, decide, is_yield,
+};
+use crate::machine::kvm::Interrupts;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
 use crate::sim::Statistics;
@@ -20,106 +25,150 @@ use std::time::{Duration, Instant};
 const DOUBLE_FAULT: u64 = 8;
 /// Vector of a page fault.
 const PAGE_FAULT: u64 = 14;
+/// RFLAGS.IF: interrupts on.
+const RFLAGS_IF: u64 = 1 << 9;
+/// Yields in a row after which a vCPU that waits for another leaves the processor for a while, and
+/// for how long.
+const RESTLESS: u32 = 4;
+const REST: Duration = Duration::from_micros(50);
+
+/// What a vCPU's thread reports when it stands still: its registers, if they can be read.
+pub(super) type Report = Option<Registers>;
 
 /// What a vCPU's thread needs.
 pub(super) struct Runner {
     pub(super) cpu: u8,
-    pub(super) vcpu: Vcpu,
+    pub(super) station: Station,
+    pub(super) crew: Arc<Crew<Report>>,
+    pub(super) threads: Arc<Threads>,
+    pub(super) interrupts: Interrupts,
     pub(super) gate: Arc<Mutex<Gate>>,
+    pub(super) memory: Arc<Memory>,
     pub(super) stop: Arc<Stop>,
     pub(super) image: Arc<Image>,
 }
 
 /// What a vCPU's thread leaves.
+#[derive(Default)]
 pub(super) struct Finished {
-    pub(super) end: End,
+    /// The end of the run, if this vCPU ended it.
+    pub(super) end: Option<End>,
     pub(super) in_guest: Duration,
     pub(super) exits: u64,
     /// Of a simulated machine.
     pub(super) simulation: Option<Statistics>,
 }
 
-impl Finished {
-    /// An end that no guest had a part in.
-    pub(super) const fn without_guest(end: End) -> Self {
-        Self { end, in_guest: Duration::ZERO, exits: 0, simulation: None }
-    }
-}
-
-impl StoppedCpu for Vcpu {
-    fn complete(&mut self) {
-        Self::complete(self);
-    }
-
-    fn registers(&self) -> Result<Registers, KvmError> {
-        Self::registers(self)
-    }
-}
-
 impl Runner {
-    /// Runs until there is an end, then checks everything once more.
+    /// Runs until there is an end, here or on another vCPU.
     pub(super) fn run(mut self) -> Finished {
-        let mut in_guest = Duration::ZERO;
-        let mut exits = 0;
-        let end = loop {
-            if let Some(stopped) = self.stop.told() {
-                break self.stopped(stopped);
-            }
+        let crew = Arc::clone(&self.crew);
+        let _presence = crew.join(self.cpu);
+        let mut finished = Finished::default();
+        let mut yields = 0;
+        while crew.enter(self.cpu, || self.station.report()) {
             let entered = Instant::now();
-            let exit = self.vcpu.run();
-            in_guest += entered.elapsed();
-            exits += 1;
-            let action = {
-                let gate = lock(&self.gate);
-                decide(&exit, |frame| gate.stage().denies(frame))
-            };
-            log::trace!("vCPU {}: {exit:?}: {action:?}", self.cpu);
-            match self.act(action) {
-                Ok(None) => {}
-                Ok(Some(end)) => break end,
-                Err(failure) => break failure.into(),
+            let exit = self.station.run();
+            finished.in_guest += entered.elapsed();
+            finished.exits += 1;
+            crew.leave(self.cpu, self.station.is_calling());
+            // vCPU 0 never sleeps nor ends before the others: it is the one that stops the run.
+            let stopped = self.stop.told().filter(|_| self.cpu == 0);
+            if stopped.is_none() && exit == Exit::Interrupted {
+                continue;
+            }
+            if stopped.is_none() && is_yield(&exit) {
+                yields += 1;
+                if yields < RESTLESS {
+                    std::thread::yield_now()
+                } else {
+                    std::thread::sleep(REST)
+                }
+                continue;
+            }
+            yields = 0;
+            let Some(turn) = crew.take(self.cpu, || self.station.report()) else { break };
+            if let Some(end) = self.with_gate(&turn, &exit, stopped) {
+                turn.end();
+                finished.end = Some(end);
+                break;
+            }
+        }
+        finished
+    }
+
+    /// What to do while this vCPU has the gate; the end, if it is one, after everything has been
+    /// checked once more.
+    fn with_gate(
+        &mut self,
+        turn: &Turn<'_, Report>,
+        exit: &Exit,
+        stopped: Option<Stopped>,
+    ) -> Option<End> {
+        let gate = Arc::clone(&self.gate);
+        let mut gate = lock(&gate);
+        let acted = match stopped {
+            Some(stopped) => Ok(Some(self.stopped(stopped))),
+            None => {
+                let action = decide(exit, |frame| gate.stage().denies(frame));
+                log::trace!("vCPU {}: {exit:?}: {action:?}", self.cpu);
+                self.act(action, &mut gate, turn)
             }
         };
-        let end = match end {
-            End::Host(_) => end,
-            end => {
+        match acted {
+            Ok(None) => None,
+            Ok(Some(end @ End::Host(_))) => Some(end),
+            Ok(Some(end)) => {
                 let done = matches!(end, End::Exit(0, _));
-                let last = lock(&self.gate).finish(self.cpu, &mut self.vcpu, done);
-                last.map_or_else(End::from, |()| end)
+                let last = gate.finish(self.cpu, &mut self.floor(turn), done);
+                Some(last.map_or_else(End::from, |()| end))
             }
-        };
-        Finished { end, in_guest, exits, simulation: None }
+            Err(failure) => Some(failure.into()),
+        }
+    }
+
+    fn floor<'f>(&'f mut self, turn: &'f Turn<'f, Report>) -> Floor<'f> {
+        Floor {
+            cpu: self.cpu,
+            turn,
+            station: &mut self.station,
+            threads: &self.threads,
+            interrupts: &self.interrupts,
+        }
     }
 
     /// Does what an exit calls for; an end, if it is one.
-    fn act(&mut self, action: Action) -> Result<Option<End>, GateFailure> {
-        let gate = Arc::clone(&self.gate);
+    fn act(
+        &mut self,
+        action: Action,
+        gate: &mut Gate,
+        turn: &Turn<'_, Report>,
+    ) -> Result<Option<End>, GateFailure> {
         Ok(match action {
             Action::Resume => None,
-            Action::Gate(call) => {
-                // Bound first: the lock must not be held while the end is described.
-                let served = lock(&gate).serve(call, self.cpu, &mut self.vcpu)?;
-                match served {
-                    Served::Resume => None,
-                    Served::Exit(status, counters) => Some(End::Exit(status, counters)),
-                    Served::Exception(report) => Some(self.exception(&lock_free(&gate), &report)?),
-                    Served::Panic(message) => Some(self.guest_end("panic", message)?),
+            Action::Gate(call) => match gate.serve(call, self.cpu, &mut self.floor(turn))? {
+                Served::Resume => None,
+                Served::Exit(status, counters) => Some(End::Exit(status, counters)),
+                Served::Exception(report) => Some(self.exception(gate, &report)?),
+                Served::Panic(message) => Some(self.guest_end("panic", message)?),
+                Served::Unanswered { missing, waited } => {
+                    Some(self.unanswered(turn, missing, waited)?)
                 }
-            }
+            },
             Action::UnknownGate(_) => {
-                lock(&gate).refuse(self.cpu)?;
+                gate.refuse(self.cpu)?;
                 None
             }
             Action::Sealed(gpa, kind) => {
-                let registers = self.vcpu.registers()?;
-                let access = self.view(&registers, |view| match kind {
+                let registers = self.station.registers()?;
+                let access = self.view(gate, &registers, |view| match kind {
                     AccessKind::Unknown => view.identify(gpa),
                     kind => view.explain(gpa, kind),
                 });
                 Some(self.sealed(access, &registers))
             }
-            Action::Decode(trouble) => Some(self.decode(trouble)?),
-            Action::TripleFault => Some(self.triple_fault()?),
+            Action::Decode(trouble) => Some(self.decode(gate, trouble)?),
+            Action::TripleFault => Some(self.triple_fault(gate)?),
             Action::GuestError(fault) => Some(self.guest_fault(fault)?),
             Action::HostError(fault) => Some(End::Host(match fault {
                 HostFault::FailEntry(reason) => {
@@ -137,26 +186,26 @@ impl Runner {
     }
 
     fn stopped(&mut self, stopped: Stopped) -> End {
-        self.vcpu.complete();
-        let place = self.vcpu.registers().map(|r| self.place(&r)).unwrap_or_default();
+        let registers = self.station.report();
+        let place = registers.map(|r| self.place(self.cpu, &r)).unwrap_or_default();
         End::Stopped(stopped, Box::new(place))
     }
 
     fn sealed(&self, access: SealedAccess, registers: &Registers) -> End {
-        let mut place = self.place(registers);
+        let mut place = self.place(self.cpu, registers);
         place.rip = Some(access.rip);
         place.symbol = self.image.symbolise(access.rip);
         End::Sealed(Box::new(access), Box::new(place))
     }
 
     /// KVM does not say what is wrong: a sealed frame, if the instruction shows one.
-    fn decode(&mut self, trouble: Trouble) -> Result<End, GateFailure> {
-        let registers = self.vcpu.registers()?;
-        if let Some(access) = self.view(&registers, |view| view.find()) {
+    fn decode(&mut self, gate: &Gate, trouble: Trouble) -> Result<End, GateFailure> {
+        let registers = self.station.registers()?;
+        if let Some(access) = self.view(gate, &registers, |view| view.find()) {
             return Ok(self.sealed(access, &registers));
         }
         // Nothing that the instruction touches is sealed: perhaps a stack that an event needs.
-        if let Some(access) = self.view(&registers, |view| view.find_delivery()) {
+        if let Some(access) = self.view(gate, &registers, |view| view.find_delivery()) {
             return Ok(self.sealed(access, &registers));
         }
         let message = match trouble {
@@ -174,13 +223,13 @@ impl Runner {
         self.guest_end("emulation", message)
     }
 
-    fn triple_fault(&mut self) -> Result<End, GateFailure> {
-        let mut registers = self.vcpu.registers()?;
+    fn triple_fault(&mut self, gate: &Gate) -> Result<End, GateFailure> {
+        let mut registers = self.station.registers()?;
         if registers.tss_base == 0 || registers.cr3 == 0 {
             // Some hosts reset the vCPU before they say so: go by its last known state.
-            registers = lock(&self.gate).last_registers(self.cpu).unwrap_or(registers);
+            registers = gate.last_registers(self.cpu).unwrap_or(registers);
         }
-        if let Some(access) = self.view(&registers, |view| view.find_delivery()) {
+        if let Some(access) = self.view(gate, &registers, |view| view.find_delivery()) {
             return Ok(self.sealed(access, &registers));
         }
         let message = "triple fault: an exception could not be delivered, nor the double fault \
@@ -207,8 +256,8 @@ impl Runner {
 
     /// An exception that the guest reports about itself. Behind a page fault there may be a walk
     /// through a sealed frame: some hosts turn that into a fault of the guest.
-    fn exception(&mut self, memory: &Memory, report: &ExceptionReport) -> Result<End, GateFailure> {
-        let now = self.vcpu.registers()?;
+    fn exception(&mut self, gate: &Gate, report: &ExceptionReport) -> Result<End, GateFailure> {
+        let now = self.station.registers()?;
         let mut registers = Registers { rip: report.rip, rflags: report.rflags, ..now };
         registers.general = [
             report.rax, report.rcx, report.rdx, report.rbx, report.rsp, report.rbp, report.rsi,
@@ -216,13 +265,13 @@ impl Runner {
             report.r14, report.r15,
         ];
         if report.vector == PAGE_FAULT
-            && let Some(access) = self.view(&registers, |view| view.walk_of(Gva(report.cr2)))
+            && let Some(access) = self.view(gate, &registers, |view| view.walk_of(Gva(report.cr2)))
         {
             return Ok(self.sealed(access, &registers));
         }
         // A delivery that a sealed stack stopped ends in a double fault, which has another stack.
         if report.vector == DOUBLE_FAULT
-            && let Some(access) = self.view(&registers, |view| view.find_delivery())
+            && let Some(access) = self.view(gate, &registers, |view| view.find_delivery())
         {
             return Ok(self.sealed(access, &registers));
         }
@@ -234,35 +283,71 @@ impl Runner {
         );
         if report.vector == PAGE_FAULT {
             message += &format!(", address {:#x}", report.cr2);
-            if let Some(what) = place(memory.layout(), Gva(report.cr2)) {
+            if let Some(what) = place(self.memory.layout(), Gva(report.cr2)) {
                 message += &format!(" ({what})");
             }
         }
-        let place = self.place(&registers);
+        let place = self.place(self.cpu, &registers);
         Ok(End::Guest(Box::new(GuestEnd { kind: "exception", message, place })))
     }
 
     fn guest_end(&mut self, kind: &'static str, message: String) -> Result<End, GateFailure> {
-        let place = self.place(&self.vcpu.registers()?);
+        let place = self.place(self.cpu, &self.station.registers()?);
         Ok(End::Guest(Box::new(GuestEnd { kind, message, place })))
     }
 
-    fn place(&self, registers: &Registers) -> Place {
-        let memory = lock_free(&self.gate);
-        let inspect = |at, into: &mut [u8]| memory.inspect(at, into);
+    /// CPUs have not answered a shootdown of this one: says where the first of them is.
+    fn unanswered(
+        &mut self,
+        turn: &Turn<'_, Report>,
+        missing: u8,
+        waited: Duration,
+    ) -> Result<End, GateFailure> {
+        let mut floor = self.floor(turn);
+        floor.stop();
+        let mut places = Vec::new();
+        for cpu in (0..8).filter(|cpu| missing & 1 << cpu != 0) {
+            places.push((cpu, floor.registers(cpu)?));
+        }
+        let mut message = String::new();
+        for (cpu, registers) in &places {
+            let place = self.place(*cpu, registers);
+            let at = place.symbol.unwrap_or_else(|| "no known function".into());
+            let interrupts = if registers.rflags & RFLAGS_IF == 0 { "off" } else { "on" };
+            message += &format!(
+                "CPU {cpu} has not answered a shootdown of CPU {} for {} s; it is in {at}, at rip \
+                 {:#x}, with interrupts {interrupts}. ",
+                self.cpu,
+                waited.as_secs(),
+                registers.rip,
+            );
+        }
+        message += "A CPU must answer within [limits] shootdown_s: it may not loop or wait with \
+                    interrupts off";
+        let place = places.first().map(|(cpu, r)| self.place(*cpu, r)).unwrap_or_default();
+        Ok(End::Guest(Box::new(GuestEnd { kind: "shootdown", message, place })))
+    }
+
+    /// Where a vCPU with these registers is.
+    fn place(&self, cpu: u8, registers: &Registers) -> Place {
+        let inspect = |at, into: &mut [u8]| self.memory.inspect(at, into);
         let frame = registers.general[Registers::RBP];
         let (root, rip) = (registers.root(), registers.rip);
         Place {
-            cpu: self.cpu,
+            cpu,
             rip: Some(rip),
             symbol: self.image.symbolise(rip),
-            backtrace: backtrace(&self.image, &*memory, &inspect, root, rip, frame),
+            backtrace: backtrace(&self.image, &*self.memory, &inspect, root, rip, frame),
         }
     }
 
-    fn view<R>(&self, registers: &Registers, f: impl FnOnce(&View<'_, Memory>) -> R) -> R {
-        let gate = lock(&self.gate);
-        let memory = gate.memory();
+    fn view<R>(
+        &self,
+        gate: &Gate,
+        registers: &Registers,
+        f: impl FnOnce(&View<'_, Memory>) -> R,
+    ) -> R {
+        let memory = &*self.memory;
         f(&View {
             registers,
             tables: memory,
@@ -273,12 +358,8 @@ impl Runner {
     }
 }
 
-/// The gate; after a panic under its lock what it holds can still be read.
+/// The gate, which only the vCPU that has the turn locks while the machine runs; after a panic
+/// under its lock what it holds can still be read.
 fn lock(gate: &Mutex<Gate>) -> MutexGuard<'_, Gate> {
     gate.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Guest memory, without keeping the lock.
-fn lock_free(gate: &Mutex<Gate>) -> Arc<Memory> {
-    lock(gate).shared_memory()
 }

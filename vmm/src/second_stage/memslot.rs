@@ -196,6 +196,16 @@ impl<S: Slots> SecondStage for MemSlot<S> {
         Ok(())
     }
 
+    /// A slot is split by deleting it, and memory that stays open would be gone for a moment.
+    fn needs_all_stopped(&self, frames: FrameRange, may_close: &dyn Fn(Gfn) -> bool) -> bool {
+        frames.by_block().any(|part| {
+            self.map.block(part.start()).is_some_and(|block| {
+                let closes = block.count() == BLOCK_FRAMES && block.iter().all(may_close);
+                closes != self.map.is_closed(block.start())
+            })
+        })
+    }
+
     fn denies(&self, frame: Gfn) -> bool {
         self.map.is_closed(frame)
     }

@@ -54,6 +54,12 @@ pub trait SecondStage: Send {
         may_close: &dyn Fn(Gfn) -> bool,
     ) -> Result<(), SecondStageError>;
 
+    /// Whether [`Self::update`] with the same arguments must not be called while a vCPU runs: what
+    /// it does on the way to the new state shows.
+    fn needs_all_stopped(&self, _frames: FrameRange, _may_close: &dyn Fn(Gfn) -> bool) -> bool {
+        false
+    }
+
     /// Whether the back end closed this frame.
     fn denies(&self, frame: Gfn) -> bool;
 

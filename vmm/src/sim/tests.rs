@@ -20,7 +20,7 @@ fn run(
     cpus: u8,
     memory_mib: u64,
     seal: Seal,
-    seed: u64,
+    (schedule, seed): (Schedule, u64),
 ) -> Outcome {
     let text = format!(
         "[guest]\nmemory_mib = {memory_mib}\nvcpus = {cpus}\nseed = {seed}\n\
@@ -30,7 +30,7 @@ fn run(
     let overrides = Overrides { machine, seal, ..Overrides::default() };
     let config = Config::from_text(Path::new("test.toml"), &text, &overrides).unwrap();
     let (plan, _) = Plan::new(&config).unwrap();
-    let machine = Machine::open(Host::Sim, plan, Vec::new()).unwrap();
+    let machine = Machine::open(Host::Sim(schedule), plan, Vec::new()).unwrap();
     let running = machine.with_workload(Arc::new(workload)).start().unwrap();
     running.wait(|_| ControlFlow::Continue(()))
 }
@@ -139,7 +139,17 @@ fn mixed_allocations_on_many_cpus_are_clean() {
             .into_iter()
             .enumerate()
     {
-        clean(&run(Mixed::new(300), cpus, 32, seal, seed as u64));
+        clean(&run(Mixed::new(300), cpus, 32, seal, (Schedule::Seeded, seed as u64)));
+    }
+}
+
+#[test]
+fn mixed_allocations_on_threads_are_clean() {
+    for (seed, (cpus, seal)) in
+        [(2, Seal::Guard), (4, Seal::Off), (8, Seal::Memslot)].into_iter().enumerate()
+    {
+        let schedule = (Schedule::Threads, seed as u64);
+        clean(&run(Mixed::new(400), cpus, 32, seal, schedule));
     }
 }
 
@@ -165,7 +175,7 @@ impl Workload for Hits {
 fn speed() {
     for _ in 0..3 {
         let count = 1_000_000;
-        let outcome = run(Hits(count), 1, 64, Seal::Guard, 0);
+        let outcome = run(Hits(count), 1, 64, Seal::Guard, (Schedule::Seeded, 0));
         clean(&outcome);
         let each = outcome.running.as_nanos() / u128::from(2 * count);
         let audit = outcome.with_gate(|gate| gate.audit_time()).as_nanos() / u128::from(2 * count);

@@ -156,7 +156,9 @@ impl Scene {
         let mut audit = Audit::new(config(&machine, seal != Denial::NotEnforced), &machine);
         for cpu in 0..cpus {
             let tables = CpuRegistration { idt_limit: 0xfff, ..CpuRegistration::default() };
-            audit.register_cpu(u8::try_from(cpu).unwrap(), tables);
+            let cpu = u8::try_from(cpu).unwrap();
+            audit.start_cpu(cpu);
+            audit.register_cpu(cpu, tables);
         }
         Self { machine, audit, seq: 0, seal }
     }

@@ -16,11 +16,24 @@ fn each_mistake_is_named_with_line_field_and_remedy() {
         ("[guest]\nmemory_mib = -64\n", ":2: [guest] memory_mib: -64 is out of range; give"),
         ("[guest]\nmemory_mib = 17\n", ":2: [guest] memory_mib: 17 is odd; give an even"),
         ("[guest]\nmemory_mib = 99999999999999999999\n", ":2: [guest] memory_mib: "),
-        ("[guest]\nvcpus = 2\n", ":2: [guest] vcpus: this version runs one vCPU; give 1"),
-        ("[guest]\nvcpus = 8\n", ":2: [guest] vcpus: this version runs one vCPU; give 1"),
-        ("[guest]\nvcpus = 0\n", ":2: [guest] vcpus: 0 vCPUs are impossible; give 1"),
-        ("[guest]\nvcpus = 9\n", ":2: [guest] vcpus: 9 vCPUs are impossible; give 1"),
-        ("[guest]\nvcpus = -1\n", ":2: [guest] vcpus: -1 vCPUs are impossible; give 1"),
+        ("[guest]\nvcpus = 0\n", ":2: [guest] vcpus: 0 is out of range; give a number from 1 to 8"),
+        ("[guest]\nvcpus = 9\n", ":2: [guest] vcpus: 9 is out of range; give a number from 1 to 8"),
+        (
+            "[guest]\nvcpus = -1\n",
+            ":2: [guest] vcpus: -1 is out of range; give a number from 1 to 8",
+        ),
+        (
+            "[guest]\nshootdown = \"nmi\"\n[workload]\nprogram = \"idle\"\n",
+            ":2: [guest] shootdown: \"nmi\" is not known; give \"x2apic\" or \"gate\"",
+        ),
+        (
+            "[guest]\nvcpus = 1\n[workload]\nprogram = \"crash\"\ncrash = \"stuck-cpu\"\n",
+            ":2: [guest] vcpus: crash = \"stuck-cpu\" needs at least 2; give a number from 2 to 8",
+        ),
+        (
+            "[workload]\nprogram = \"idle\"\n[limits]\nshootdown_s = 0\n",
+            ":4: [limits] shootdown_s: 0 is out of range; give a number of seconds from 1",
+        ),
         ("[guest]\nfill = 256\n", ":2: [guest] fill: 256 is out of range; give a byte"),
         (
             "[guest]\nfill = 1\nmemory_mib = 1026\n",

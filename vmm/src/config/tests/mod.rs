@@ -50,12 +50,23 @@ fn the_bundled_configurations_are_right() {
 #[test]
 fn everything_but_the_program_has_a_default() {
     let config = loaded(IDLE, &Overrides::default()).unwrap();
-    let guest = Guest { memory_mib: 64, vcpus: 1, image: None, fill: None, prezero: true, seed: 0 };
+    let guest = Guest {
+        memory_mib: 64,
+        vcpus: 1,
+        shootdown: Shootdown::X2apic,
+        image: None,
+        fill: None,
+        prezero: true,
+        seed: 0,
+    };
     assert_eq!(config.guest, guest);
     assert_eq!(config.workload, Workload::Idle);
     assert_eq!(config.second_stage.seal, Seal::Auto);
     assert_eq!(config.audit.quiesce_every, 1000);
-    assert_eq!(config.limits, Limits { timeout_s: 60, guest_log_kib: 1024, events_mib: 64 });
+    assert_eq!(
+        config.limits,
+        Limits { timeout_s: 60, shootdown_s: 10, guest_log_kib: 1024, events_mib: 64 }
+    );
     assert_eq!((config.machine, config.mediation), (MachineKind::Kvm, Mediation::Trace));
 }
 

@@ -1,0 +1,173 @@
+//! Shootdowns: a CPU has others carry out a flush, and returns when all of them have.
+//!
+//! Each CPU has one request, which it fills in as initiator; each target takes its own bit out of
+//! the request when it has flushed. No lock is taken, so that any number of CPUs may be initiators
+//! at once, and a CPU that waits for others serves theirs meanwhile: its interrupts are on.
+
+use crate::platform::CpuSet;
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use core::sync::atomic::{AtomicU8, AtomicU64};
+use lacuna_abi::MAX_CPUS;
+use lacuna_abi::addr::Gva;
+use lacuna_abi::event::Flush;
+use lacuna_abi::paging::Level;
+
+/// Turns of waiting between two reports that CPUs have not answered; a power of two.
+const PATIENCE: u32 = 1024;
+
+/// What shootdowns need of the CPU that runs them.
+pub trait Interrupts {
+    /// Number of this CPU.
+    fn cpu(&self) -> usize;
+
+    /// Whether interrupts are on.
+    fn interrupts_are_on(&self) -> bool;
+
+    /// Sends the shootdown interrupt to these CPUs, whose handler calls [`Shootdowns::serve`].
+    fn send(&self, cpus: CpuSet);
+
+    /// Records, then executes a local invalidation.
+    fn flush(&self, flush: Flush);
+
+    /// Records that this CPU has done what shootdown `number` asked of it.
+    fn acknowledge(&self, number: u64);
+
+    /// One turn of waiting for another CPU.
+    fn relax(&self);
+
+    /// Called now and then while these CPUs have not answered shootdown `number` of this CPU.
+    fn unanswered(&self, number: u64, cpus: CpuSet);
+}
+
+/// What one CPU asks of others.
+#[derive(Debug)]
+struct Request {
+    /// CPUs that have not answered yet. Published last, so that who finds its bit finds the rest.
+    missing: AtomicU8,
+    number: AtomicU64,
+    flush: [AtomicU64; 2],
+}
+
+impl Request {
+    const fn none() -> Self {
+        Self {
+            missing: AtomicU8::new(0),
+            number: AtomicU64::new(0),
+            flush: [const { AtomicU64::new(0) }; 2],
+        }
+    }
+}
+
+/// The shootdowns of all CPUs.
+#[derive(Debug)]
+pub struct Shootdowns {
+    /// CPUs that were started, or are about to be.
+    online: AtomicU8,
+    /// Number of the last shootdown.
+    last: AtomicU64,
+    requests: [Request; MAX_CPUS],
+}
+
+impl Default for Shootdowns {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Shootdowns {
+    /// None under way; CPU 0 alone is online.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            online: AtomicU8::new(CpuSet::only(0).0),
+            last: AtomicU64::new(0),
+            requests: [const { Request::none() }; MAX_CPUS],
+        }
+    }
+
+    /// From now on these CPUs take part too. Called before they are started. Each of them calls
+    /// [`Self::serve`] once, as soon as interrupts reach it: what was asked of it before that has
+    /// been waiting.
+    pub fn bring_online(&self, cpus: CpuSet) {
+        self.online.fetch_or(cpus.0, AcqRel);
+    }
+
+    /// Has every CPU of the set that is online carry out `flush`, this one included if it is in
+    /// the set, and returns when all have. A CPU that was not started caches nothing.
+    ///
+    /// # Panics
+    /// With interrupts off: two CPUs that wait for each other could never answer, and who holds a
+    /// lock might wait for its next owner.
+    pub fn run(&self, on: &impl Interrupts, flush: Flush, cpus: CpuSet) {
+        assert!(on.interrupts_are_on(), "a shootdown with interrupts off, or a lock held");
+        let own = CpuSet::only(on.cpu());
+        let others = CpuSet(cpus.0 & self.online.load(Acquire) & !own.0);
+        let request = &self.requests[on.cpu()];
+        let number = self.last.fetch_add(1, Relaxed) + 1;
+        if !others.is_empty() {
+            for (word, value) in request.flush.iter().zip(encode(flush)) {
+                word.store(value, Relaxed);
+            }
+            request.number.store(number, Relaxed);
+            request.missing.store(others.0, Release);
+            on.send(others);
+        }
+        if cpus.contains(on.cpu()) {
+            on.flush(flush);
+        }
+        let mut turns = 0_u32;
+        loop {
+            let missing = CpuSet(request.missing.load(Acquire));
+            if missing.is_empty() {
+                break;
+            }
+            on.relax();
+            turns = turns.wrapping_add(1);
+            if turns.is_multiple_of(PATIENCE) {
+                on.unanswered(number, missing);
+            }
+        }
+    }
+
+    /// Does what other CPUs ask of this one: the handler of the shootdown interrupt. Interrupts
+    /// are off. An interrupt that finds nothing to do was answered together with an earlier one.
+    pub fn serve(&self, on: &impl Interrupts) {
+        let own = CpuSet::only(on.cpu());
+        for request in &self.requests {
+            if request.missing.load(Acquire) & own.0 == 0 {
+                continue;
+            }
+            let [kind, va] = &request.flush;
+            on.flush(decode([kind.load(Relaxed), va.load(Relaxed)]));
+            on.acknowledge(request.number.load(Relaxed));
+            // The request may be filled in anew as soon as the last bit is gone.
+            request.missing.fetch_and(!own.0, AcqRel);
+        }
+    }
+}
+
+const NON_GLOBAL: u64 = 0;
+const EVERYTHING: u64 = 1;
+const PAGES: u64 = 2;
+
+/// Kind, level and count in the first word, the address in the second.
+fn encode(flush: Flush) -> [u64; 2] {
+    match flush {
+        Flush::NonGlobal => [NON_GLOBAL, 0],
+        Flush::Everything => [EVERYTHING, 0],
+        Flush::Pages { va, count, level } => {
+            [PAGES | u64::from(level.number()) << 8 | u64::from(count) << 32, va.0]
+        }
+    }
+}
+
+/// What [`encode`] was given; anything else is the flush that leaves nothing behind.
+fn decode([first, va]: [u64; 2]) -> Flush {
+    let [kind, level, _, _, c0, c1, c2, c3] = first.to_le_bytes();
+    let count = u32::from_le_bytes([c0, c1, c2, c3]);
+    match (u64::from(kind), Level::from_number(level)) {
+        (NON_GLOBAL, _) => Flush::NonGlobal,
+        (PAGES, Some(level)) => Flush::Pages { va: Gva(va), count, level },
+        _ => Flush::Everything,
+    }
+}

@@ -1,0 +1,103 @@
+//! A vCPU where its thread stands, and with it the others, as its gate call sees them.
+
+use super::crew::Turn;
+use super::threads::Threads;
+use super::vcpu::Report;
+use crate::gate::Vcpus;
+use crate::machine::exit::Exit;
+use crate::machine::kvm::{Interrupts, KvmError, Vcpu};
+use crate::machine::state::Registers;
+use lacuna_abi::gate::SHOOTDOWN_VECTOR;
+use std::io;
+use std::time::Instant;
+
+/// A vCPU, and whether it came out of the guest to make a call that is not completed yet.
+pub(super) struct Station {
+    vcpu: Vcpu,
+    calling: bool,
+}
+
+impl From<Vcpu> for Station {
+    fn from(vcpu: Vcpu) -> Self {
+        Self { vcpu, calling: false }
+    }
+}
+
+impl Station {
+    /// Runs the vCPU until it comes out.
+    pub(super) fn run(&mut self) -> Exit {
+        let exit = self.vcpu.run();
+        self.calling = matches!(exit, Exit::PortOut { .. });
+        exit
+    }
+
+    /// Whether it came out with an OUT, which a call is.
+    pub(super) const fn is_calling(&self) -> bool {
+        self.calling
+    }
+
+    /// Completes a pending call, so that registers and memory are one consistent picture, and reads
+    /// the registers. Any other pending access ends the run and is left as it is: to complete it
+    /// would be to answer it.
+    pub(super) fn report(&mut self) -> Report {
+        if self.calling {
+            self.vcpu.complete();
+        }
+        self.vcpu.registers().ok()
+    }
+
+    /// The registers as they are.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub(super) fn registers(&self) -> Result<Registers, KvmError> {
+        self.vcpu.registers()
+    }
+}
+
+/// All vCPUs, while `cpu` has the gate.
+pub(super) struct Floor<'f> {
+    pub(super) cpu: u8,
+    pub(super) turn: &'f Turn<'f, Report>,
+    pub(super) station: &'f mut Station,
+    pub(super) threads: &'f Threads,
+    pub(super) interrupts: &'f Interrupts,
+}
+
+impl Vcpus for Floor<'_> {
+    fn stop(&mut self) {
+        self.turn.stop(&|cpu| self.threads.kick(cpu));
+        self.station.report();
+    }
+
+    fn let_on(&mut self, cpus: u8, done: &mut dyn FnMut() -> bool, deadline: Instant) {
+        self.turn.let_on(cpus, done, deadline, &|cpu| self.threads.kick(cpu));
+    }
+
+    fn resume(&mut self) {
+        self.turn.resume();
+    }
+
+    fn runnable(&self) -> u8 {
+        self.turn.runnable()
+    }
+
+    fn registers(&self, cpu: u8) -> Result<Registers, KvmError> {
+        if cpu == self.cpu {
+            return self.station.registers();
+        }
+        let reported = self.turn.report(cpu).flatten();
+        let error = || io::Error::other("it did not say where it stands");
+        reported.ok_or_else(|| KvmError { what: "read another vCPU's registers", error: error() })
+    }
+
+    fn start(&mut self) {
+        self.turn.start();
+    }
+
+    fn interrupt(&mut self, cpus: u8) -> Result<(), KvmError> {
+        (0..8)
+            .filter(|cpu| cpus & 1 << cpu != 0)
+            .try_for_each(|cpu| self.interrupts.send(cpu, SHOOTDOWN_VECTOR))
+    }
+}
