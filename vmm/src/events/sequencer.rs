@@ -93,7 +93,7 @@ impl Sequencer {
     /// Hands out what is complete up to `last`, in order. What comes after it waits, so that what
     /// is handed out now depends on `last` alone and not on how far other CPUs have got.
     fn ready(&mut self, last: u64) -> Vec<Record> {
-        let mut ready = Vec::new();
+        let mut ready = Vec::with_capacity(self.waiting.len());
         while self.next <= last
             && let Some(slot) = self.waiting.take(self.next)
         {
