@@ -34,6 +34,9 @@ fn trials() -> Vec<Trial> {
         trial("secrets_leave_no_trace", secrets),
         trial("a_large_guest_takes_little_memory", sparse),
         trial("a_hang_ends_with_its_timeout", hang),
+        trial("a_cpu_that_answers_no_shootdown_is_named", stuck_cpu),
+        trial("a_panic_on_another_cpu_is_named", panic_elsewhere),
+        trial("shootdowns_through_the_gate_are_clean", gate_shootdowns),
         trial("being_told_to_stop_ends_a_run_wherever_it_is", cancel),
         trial("without_prezero_pages_are_zeroed_when_handed_out", no_prezero),
     ];
@@ -202,7 +205,7 @@ fn shows_under(fault: Fault, seal: &str) -> bool {
 
 fn fault_is_found(fault: Fault, seal: &str) -> Check {
     let rule = fault.rule();
-    let config = dirty(&replay(EVENTS, "all"));
+    let config = on_cpus(fault.vcpus(), &dirty(&replay(EVENTS, "all")));
     // Zeroing at hand-out can be skipped only where the pool is not zeroed ahead of demand.
     let config = if fault == Fault::SkipZero {
         config.replace("[guest]\n", "[guest]\nprezero = false\n")
@@ -274,6 +277,39 @@ fn crash_is_reported(crash: &str, needles: &[&str]) -> Check {
         ensure(found, &format!("{needle:?} is missing in {error:#}"))?;
     }
     ensure(error["vcpu"] == 0, "no CPU is named")
+}
+
+fn stuck_cpu() -> Check {
+    let config = "[guest]\nmemory_mib = 16\nvcpus = 2\n[workload]\nprogram = \"crash\"\n\
+                  crash = \"stuck-cpu\"\n[limits]\nshootdown_s = 1\n";
+    let run = sim(config, &[])?;
+    run.expect(4, "guest-error")?;
+    let error = &run.report["guest_error"];
+    ensure(error["kind"] == "shootdown" && error["vcpu"] == 1, &format!("{error:#}"))?;
+    ensure(error["message"].to_string().contains("CPUs [1] have not"), &format!("{error:#}"))
+}
+
+fn panic_elsewhere() -> Check {
+    let config = "[guest]\nmemory_mib = 16\nvcpus = 3\n[workload]\nprogram = \"crash\"\n\
+                  crash = \"panic-elsewhere\"\n";
+    let run = sim(config, &[])?;
+    run.expect(4, "guest-error")?;
+    let error = &run.report["guest_error"];
+    ensure(error["kind"] == "panic" && error["vcpu"] == 2, &format!("{error:#}"))?;
+    ensure(error["message"] == "asked to, on CPU 2", &format!("{error:#}"))
+}
+
+fn gate_shootdowns() -> Check {
+    let config = on_cpus(4, &dirty(&replay(EVENTS, "all")));
+    let [x2apic, gate] = ["x2apic", "gate"].map(|how| {
+        let how = format!("[guest]\nshootdown = {how:?}\n");
+        sim(&config.replace("[guest]\n", &how), &[])
+    });
+    let (x2apic, gate) = (x2apic?, gate?);
+    x2apic.clean()?;
+    gate.clean()?;
+    let more = gate.counter("gate_calls").saturating_sub(x2apic.counter("gate_calls"));
+    ensure(more > 0, "no call sent an interrupt")
 }
 
 fn secrets() -> Check {

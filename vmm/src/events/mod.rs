@@ -4,6 +4,7 @@
 mod file;
 mod ring;
 mod sequencer;
+mod waiting;
 
 pub use file::{EVENTS_MAGIC, EventFile, read_events};
 pub use ring::{Drained, RingReader};

@@ -48,6 +48,8 @@ impl RingReader {
                 self.cpu, self.tail
             ));
             self.tail = head;
+        } else {
+            drained.records.reserve(usize::try_from(published).unwrap_or(0));
         }
         while self.tail != head {
             match self.record(memory, self.tail)? {

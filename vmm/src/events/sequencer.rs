@@ -1,7 +1,7 @@
 //! Puts records in the order of their numbers and notices what is missing.
 
+use super::waiting::Waiting;
 use lacuna_abi::event::{Event, Intent, Record};
-use std::collections::BTreeMap;
 
 /// Largest number that is taken for one: no run gets there, a hostile guest's may.
 const MAX_NUMBER: u64 = u64::MAX / 2;
@@ -31,13 +31,13 @@ pub enum Standing {
 #[derive(Debug)]
 pub struct Sequencer {
     next: u64,
-    waiting: BTreeMap<u64, Slot>,
+    waiting: Waiting<Slot>,
     lost: u64,
 }
 
 impl Default for Sequencer {
     fn default() -> Self {
-        Self { next: 1, waiting: BTreeMap::new(), lost: 0 }
+        Self { next: 1, waiting: Waiting::new(1), lost: 0 }
     }
 }
 
@@ -70,7 +70,7 @@ impl Sequencer {
 
     fn place(&mut self, number: u64, given: u64, slot: Slot) -> Result<(), String> {
         let known = number <= given.min(MAX_NUMBER);
-        if number < self.next || !known || self.waiting.contains_key(&number) {
+        if number < self.next || !known || self.waiting.contains(number) {
             self.lost = self.lost.saturating_add(1);
             let why = if known { "came twice or too late" } else { "was never given out" };
             return Err(format!("event number {number} {why}"));
@@ -86,16 +86,16 @@ impl Sequencer {
         if self.next > last {
             return 0;
         }
-        let there = self.waiting.range(self.next..=last).count();
+        let there = self.waiting.count(self.next, last);
         (last - self.next + 1).saturating_sub(u64::try_from(there).unwrap_or(u64::MAX))
     }
 
     /// Hands out what is complete up to `last`, in order. What comes after it waits, so that what
     /// is handed out now depends on `last` alone and not on how far other CPUs have got.
     fn ready(&mut self, last: u64) -> Vec<Record> {
-        let mut ready = Vec::new();
+        let mut ready = Vec::with_capacity(self.waiting.len());
         while self.next <= last
-            && let Some(slot) = self.waiting.remove(&self.next)
+            && let Some(slot) = self.waiting.take(self.next)
         {
             self.next += 1;
             if let Slot::Record(record) = slot {
@@ -121,16 +121,15 @@ impl Sequencer {
             for number in numbers.into_iter().filter(|n| *n >= self.next && *n <= last) {
                 match standing {
                     Standing::Owed => owed.push(number),
-                    Standing::Final => {
-                        self.waiting.entry(number).or_insert(Slot::Covered);
-                    }
+                    Standing::Final if self.waiting.contains(number) => {}
+                    Standing::Final => self.waiting.insert(number, Slot::Covered),
                 }
             }
         }
         let mut records = self.ready(last);
         let mut gaps = Vec::new();
         while self.next <= last && !owed.contains(&self.next) {
-            let waiting = self.waiting.keys().next().copied().unwrap_or(last + 1);
+            let waiting = self.waiting.first().unwrap_or(last + 1);
             let owed = owed.iter().copied().filter(|n| *n > self.next).min().unwrap_or(last + 1);
             let until = waiting.min(owed).min(last + 1);
             gaps.push(format!("events {} to {} are missing", self.next, until - 1));

@@ -1,6 +1,7 @@
 //! Events in their order, while other vCPUs run on: taken from the rings, waited for where a number
 //! is owed, judged; and the point at which all vCPUs stand still and everything is checked.
 
+use super::world::LiveWorld;
 use super::{Gate, GateFailure, Scope, Vcpus};
 use crate::events::Standing;
 use lacuna_abi::addr::FrameRange;
@@ -178,12 +179,19 @@ impl Gate {
                 self.audit.inconclusive("the run was stopped while events were judged".into());
                 return Ok(false);
             }
-            self.with_audit(|audit, world| audit.event(&record, world));
+            self.event(&record);
             for observer in &mut self.observers {
                 observer.event(&record);
             }
         }
+        self.audit_time += started.elapsed();
         Ok(true)
+    }
+
+    /// Has the audit judge a record. The caller takes the time, once for many.
+    fn event(&mut self, record: &Record) {
+        let Self { memory, stage, cpus, intents, audit, .. } = self;
+        audit.event(record, &LiveWorld { memory, stage: &**stage, cpus, intents });
     }
 
     /// Takes a number for something that the host does, and records it.

@@ -74,10 +74,12 @@ pub struct Machine {
 }
 
 /// A simulated machine, and what only it can tell of a run.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Simulation {
-    /// What everything that is left to chance follows from: the same seed repeats the run.
+    /// What everything that is left to chance follows from.
     pub seed: u64,
+    /// `seeded`: the same seed repeats the run; `threads`: nothing does.
+    pub schedule: String,
     /// How often another CPU took over.
     pub switches: u64,
     /// Walks of the tables by its MMUs.

@@ -119,13 +119,18 @@ fn setting(out: &mut String, report: &Report) {
         ),
     );
     if let Some(simulation) = &machine.simulation {
-        let Simulation { seed, switches, stale_uses, stale_secret_uses, .. } = *simulation;
-        let [switches, stale_uses, secret] = [switches, stale_uses, stale_secret_uses].map(grouped);
+        let Simulation { seed, schedule, switches, stale_uses, stale_secret_uses, .. } = simulation;
+        let repeats = match schedule.as_str() {
+            "seeded" => format!("seed {seed} repeats it"),
+            _ => "it cannot be repeated".to_owned(),
+        };
+        let [switches, stale_uses, secret] =
+            [switches, stale_uses, stale_secret_uses].map(|count| grouped(*count));
         line(
             out,
             "simulation",
             &format!(
-                "seed {seed}; {switches} switches between CPUs; {stale_uses} uses of stale \
+                "{repeats}; {switches} switches between CPUs; {stale_uses} uses of stale \
                  translations, {secret} of them of secret frames that must not happen"
             ),
         );

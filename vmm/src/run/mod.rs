@@ -3,10 +3,11 @@
 //! Nothing here is global: several machines may run in one process. A machine can be followed
 //! (observers), looked at while it runs (progress) and cancelled.
 
-mod crew;
+pub(crate) mod crew;
 mod end;
 mod plan;
 mod report;
+mod stage;
 mod station;
 mod threads;
 mod vcpu;
@@ -15,16 +16,15 @@ pub use end::{End, GuestEnd, Place};
 pub use plan::{Plan, PlanError};
 pub use report::{Surroundings, report};
 
-use crate::config::{GuardChoice, MachineKind, Seal};
+use crate::config::MachineKind;
 use crate::doctor::{self, HostError};
 use crate::gate::{Gate, GateFailure, GateSetup, Observer};
 use crate::image::Image;
 use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
-use crate::machine::kvm::{Interrupts, KvmError, Vcpu, Vm, ZONE_SLOT};
+use crate::machine::kvm::{Interrupts, KvmError, Vcpu, Vm};
 use crate::machine::memory::{Memory, MemoryError};
-use crate::second_stage::{Guard, Mechanism, MemSlot, Off, SecondStage, Software};
-use crate::sim::{Frames, Prepared, Secrecy, Simulated, Statistics};
+use crate::sim::{Frames, Prepared, Schedule, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
 use crew::Crew;
 use kvm_ioctls::Kvm;
@@ -82,7 +82,7 @@ pub enum Host {
     /// The host's KVM.
     Kvm(Kvm),
     /// This process.
-    Sim,
+    Sim(Schedule),
 }
 
 impl Host {
@@ -93,15 +93,15 @@ impl Host {
     pub fn of(kind: MachineKind) -> Result<Self, HostError> {
         Ok(match kind {
             MachineKind::Kvm => Self::Kvm(doctor::open_kvm()?),
-            MachineKind::Sim => Self::Sim,
+            MachineKind::Sim => Self::Sim(Schedule::Seeded),
         })
     }
 }
 
-/// The CPUs of a machine.
+/// The CPUs of a machine that has not started.
 enum Cpus {
-    Kvm { vcpus: Vec<Vcpu>, interrupts: Interrupts },
-    Sim { root: Gpa, faults: u64, seed: u64, frames: Arc<Frames> },
+    Kvm(Vec<Vcpu>, Interrupts),
+    Sim(Box<Prepared>),
 }
 
 /// A machine with everything open that it will need, not yet started: the point at which a jail
@@ -159,23 +159,26 @@ impl Machine {
         let scanner = plan.secret_input.then(|| LeakScanner::new(&plan.input));
         plan.input.zeroize();
         let root = Gpa(info.root);
+        let stop = Arc::new(Stop::default());
         let (cpus, stage) = match host {
             Host::Kvm(kvm) => {
                 let vm = Vm::new(kvm, Arc::clone(&memory))?;
                 vm.require()?;
-                let stage = second_stage(&plan, &vm, &memory)?;
+                let stage = stage::second_stage(&plan, &vm, &memory)?;
                 let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
                 let vcpus = vcpus.collect::<Result<_, _>>()?;
-                (Cpus::Kvm { vcpus, interrupts: vm.interrupts() }, stage)
+                (Cpus::Kvm(vcpus, vm.interrupts()), stage)
             }
-            Host::Sim => {
+            Host::Sim(schedule) => {
                 let frames = Arc::new(Frames::new(layout.zone_frames()));
                 observers.push(Box::new(Secrecy(Arc::clone(&frames))));
-                let stage = simulated_stage(plan.seal, &frames, &layout);
-                (Cpus::Sim { root, faults: plan.faults, seed: plan.seed, frames }, stage)
+                let stage = stage::simulated(plan.seal, &frames, &layout);
+                let (memory, stop) = (Arc::clone(&memory), Arc::clone(&stop));
+                let (faults, seed, workload) = (plan.faults, plan.seed, None);
+                let sim = Prepared { memory, frames, root, faults, seed, schedule, stop, workload };
+                (Cpus::Sim(Box::new(sim)), stage)
             }
         };
-        let stop = Arc::new(Stop::default());
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
@@ -193,7 +196,17 @@ impl Machine {
         Ok(Self { image, memory, cpus, gate, stop, timeout, opened })
     }
 
-    /// Starts the threads of the CPUs, and with its thread CPU 0. The guest starts the others.
+    /// Has simulated CPUs run this in place of the plan's program. Others have an image, and go on
+    /// as before.
+    #[must_use]
+    pub fn with_workload(mut self, own: Arc<dyn Workload>) -> Self {
+        if let Cpus::Sim(sim) = &mut self.cpus {
+            sim.workload = Some(own);
+        }
+        self
+    }
+
+    /// Starts the threads of all CPUs, and with its thread CPU 0. The guest starts the others.
     ///
     /// # Errors
     /// [`OpenError::Signal`] or [`OpenError::Thread`].
@@ -201,97 +214,56 @@ impl Machine {
         let Self { image, memory, cpus, gate, stop, timeout, opened } = self;
         let threads = Arc::new(Threads::default());
         let started = Instant::now();
-        let crew = match cpus {
-            Cpus::Kvm { vcpus, interrupts } => {
-                threads::register_kick().map_err(OpenError::Signal)?;
-                let crew = Arc::new(Crew::new(vcpus.len()));
-                // vCPU 0 comes last: before it nothing runs.
-                for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
-                    let runner = vcpu::Runner {
-                        cpu,
-                        station: vcpu.into(),
-                        crew: Arc::clone(&crew),
-                        threads: Arc::clone(&threads),
-                        interrupts: interrupts.clone(),
-                        gate: Arc::clone(&gate),
-                        memory: Arc::clone(&memory),
-                        stop: Arc::clone(&stop),
-                        image: Arc::clone(&image),
-                    };
-                    if let Err(error) = threads.spawn(cpu, move || runner.run()) {
-                        crew.abandon();
-                        threads.join();
-                        return Err(OpenError::Thread(error));
-                    }
-                }
-                Some(crew)
-            }
-            Cpus::Sim { root, faults, seed, frames } => {
-                let (memory, gate) = (Arc::clone(&memory), Arc::clone(&gate));
-                let stop = Arc::clone(&stop);
-                let sim = Prepared { memory, frames, gate, root, faults, seed, stop };
-                threads.spawn(0, move || sim.run().into()).map_err(OpenError::Thread)?;
-                None
+        let deadline = started + timeout;
+        let (vcpus, interrupts) = match cpus {
+            Cpus::Kvm(vcpus, interrupts) => (vcpus, interrupts),
+            Cpus::Sim(sim) => {
+                let shared = Arc::clone(&gate);
+                let run = move || sim.run(&shared).into();
+                threads.spawn(0, run).map_err(OpenError::Thread)?;
+                let crew = None;
+                return Ok(Running {
+                    threads,
+                    crew,
+                    gate,
+                    memory,
+                    stop,
+                    deadline,
+                    opened,
+                    started,
+                });
             }
         };
-        let deadline = started + timeout;
-        Ok(Running { threads, crew, gate, memory, stop, deadline, opened, started })
-    }
-}
-
-fn second_stage(
-    plan: &Plan,
-    vm: &Vm,
-    memory: &Arc<Memory>,
-) -> Result<Box<dyn SecondStage>, OpenError> {
-    let budgeted = || match (Mechanism::mprotect(), plan.vma_budget) {
-        (Mechanism::Mprotect { .. }, Some(budget)) => Mechanism::Mprotect { budget: budget.into() },
-        (mechanism, _) => mechanism,
-    };
-    let guard = |mechanism| Box::new(Guard::new(Arc::clone(memory), mechanism));
-    Ok(match plan.seal {
-        Seal::Off => Box::new(Off),
-        Seal::Memslot => {
-            let zone = memory.layout().zone_frames();
-            Box::new(MemSlot::new(vm.slots(), zone, ZONE_SLOT, vm.zone_slots()))
+        threads::register_kick().map_err(OpenError::Signal)?;
+        let crew = Arc::new(Crew::new(vcpus.len()));
+        // vCPU 0 comes last: before it nothing runs.
+        for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
+            let runner = vcpu::Runner {
+                cpu,
+                station: vcpu.into(),
+                crew: Arc::clone(&crew),
+                threads: Arc::clone(&threads),
+                interrupts: interrupts.clone(),
+                gate: Arc::clone(&gate),
+                memory: Arc::clone(&memory),
+                stop: Arc::clone(&stop),
+                image: Arc::clone(&image),
+            };
+            if let Err(error) = threads.spawn(cpu, move || runner.run()) {
+                crew.abandon();
+                threads.join();
+                return Err(OpenError::Thread(error));
+            }
         }
-        Seal::Auto | Seal::Guard => match plan.guard {
-            GuardChoice::Mprotect => guard(budgeted()),
-            GuardChoice::Madvise => match Mechanism::probe_madvise() {
-                Ok(()) => guard(Mechanism::Madvise),
-                Err(error) => {
-                    return Err(OpenError::Seal { seal: "guard with madvise", error });
-                }
-            },
-            GuardChoice::Auto => match Mechanism::best() {
-                Mechanism::Madvise => guard(Mechanism::Madvise),
-                Mechanism::Mprotect { .. } => guard(budgeted()),
-            },
-        },
-    })
-}
-
-/// The second stage of a simulated machine.
-fn simulated_stage(seal: Seal, frames: &Arc<Frames>, layout: &Layout) -> Box<dyn SecondStage> {
-    let (frames, zone) = (Arc::clone(frames), layout.zone_frames());
-    match seal {
-        Seal::Auto | Seal::Guard => Box::new(Software::guard(frames, zone)),
-        Seal::Memslot => Box::new(Software::memslot(frames, zone)),
-        Seal::Off => Box::new(Off),
-    }
-}
-
-impl From<Simulated> for vcpu::Finished {
-    fn from(simulated: Simulated) -> Self {
-        let Simulated { end, in_guest, calls, statistics } = simulated;
-        Self { end: Some(end), in_guest, exits: calls, simulation: Some(statistics) }
+        let crew = Some(crew);
+        Ok(Running { threads, crew, gate, memory, stop, deadline, opened, started })
     }
 }
 
 /// A machine that runs.
 pub struct Running {
     threads: Arc<Threads>,
-    /// The vCPUs; a simulated machine has none.
+    /// Of vCPUs, which are kicked out of the guest; a simulated CPU looks by itself.
     crew: Option<Arc<Crew<vcpu::Report>>>,
     gate: Arc<Mutex<Gate>>,
     memory: Arc<Memory>,
@@ -322,7 +294,7 @@ impl Running {
     /// Waits for the end. `tick` is called now and then with the work done so far, and may break
     /// off the run.
     pub fn wait(self, mut tick: impl FnMut(u64) -> ControlFlow<()>) -> Outcome {
-        let mut told: Option<(Stopped, Instant)> = None;
+        let mut told: Option<Instant> = None;
         while !self.threads.are_finished() {
             std::thread::sleep(TICK);
             if tick(self.progress()).is_break() {
@@ -332,13 +304,11 @@ impl Running {
                 self.stop.tell(Stopped::Timeout);
             }
             match (&self.crew, self.stop.told()) {
-                (Some(crew), why) if why.is_some() || crew.has_ended() => {
+                (Some(crew), stopped) if stopped.is_some() || crew.has_ended() => {
                     // A kick may arrive just before KVM_RUN is entered; the next tick sends another.
                     self.threads.kick_all();
                 }
-                (None, Some(why))
-                    if told.get_or_insert((why, Instant::now())).1.elapsed() > GRACE =>
-                {
+                (None, Some(why)) if told.get_or_insert_with(Instant::now).elapsed() > GRACE => {
                     return self.give_up(why);
                 }
                 _ => {}
@@ -398,7 +368,7 @@ pub struct Outcome {
     pub opening: Duration,
     /// Time from the first instruction to the end.
     pub running: Duration,
-    /// Part of it that vCPU 0 was inside `KVM_RUN`.
+    /// Part of it that vCPU 0 was inside `KVM_RUN`, or simulated CPUs in the guest's own code.
     pub in_guest: Duration,
     /// Times that vCPUs left for the VMM.
     pub exits: u64,
@@ -413,6 +383,13 @@ impl Outcome {
     pub fn with_gate<R>(&self, f: impl FnOnce(&mut Gate) -> R) -> R {
         // A panic under the lock has ended the run; what the gate holds can still be read.
         f(&mut self.gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+}
+
+impl From<Simulated> for vcpu::Finished {
+    fn from(simulated: Simulated) -> Self {
+        let Simulated { end, in_guest, calls, statistics } = simulated;
+        Self { end: Some(end), in_guest, exits: calls, simulation: Some(statistics) }
     }
 }
 

@@ -173,9 +173,18 @@ fn sealed(access: &SealedAccess, place: &Place) -> report::SealedAccess {
 }
 
 fn simulation(statistics: Statistics) -> report::Simulation {
-    let Statistics { seed, switches, walks, speculations, stale_uses, stale_secret_uses } =
+    let Statistics { seed, schedule, switches, walks, speculations, stale_uses, stale_secret_uses } =
         statistics;
-    report::Simulation { seed, switches, walks, speculations, stale_uses, stale_secret_uses }
+    let schedule = schedule.name().to_owned();
+    report::Simulation {
+        seed,
+        schedule,
+        switches,
+        walks,
+        speculations,
+        stale_uses,
+        stale_secret_uses,
+    }
 }
 
 fn frames(place: &Place) -> Vec<Frame> {

@@ -54,6 +54,7 @@ impl Threads {
             let Ok(finished) = thread.join() else { continue };
             all.end = all.end.or(finished.end);
             all.exits += finished.exits;
+            all.simulation = all.simulation.or(finished.simulation);
             if cpu == 0 {
                 all.in_guest = finished.in_guest;
                 all.simulation = finished.simulation;

@@ -23,6 +23,8 @@ pub struct Baton {
 #[derive(Debug)]
 struct State {
     holder: usize,
+    /// CPUs that run, one bit each; CPU 0 alone until it starts the others.
+    awake: u32,
     /// CPUs that wait for another one to do something, one bit each.
     idle: u32,
     over: bool,
@@ -35,7 +37,7 @@ impl Baton {
     #[must_use]
     pub fn new(cpus: usize, seed: u64) -> Self {
         let random = Random::new(seed, 0);
-        let state = State { holder: 0, idle: 0, over: false, passed: 0, random };
+        let state = State { holder: 0, awake: 1, idle: 0, over: false, passed: 0, random };
         Self { state: Mutex::new(state), turns: (0..cpus).map(|_| Condvar::new()).collect() }
     }
 
@@ -59,7 +61,7 @@ impl Baton {
         }
         let own = 1 << cpu;
         state.idle = if idle { state.idle | own } else { state.idle & !own };
-        let next = state.draw(cpu, self.turns.len(), idle);
+        let next = state.draw(cpu, idle);
         if next == cpu {
             return Ok(());
         }
@@ -69,9 +71,14 @@ impl Baton {
         self.wait_in(state, cpu)
     }
 
-    /// Something happened that `cpu` may be waiting for.
-    pub fn nudge(&self, cpu: usize) {
-        self.lock().idle &= !(1 << cpu);
+    /// Has all CPUs run.
+    pub fn start(&self) {
+        self.lock().awake = (1 << self.turns.len()) - 1;
+    }
+
+    /// Something happened that idle CPUs may be waiting for.
+    pub fn stir(&self) {
+        self.lock().idle = 0;
     }
 
     /// Ends the run: whoever waits stops waiting.
@@ -101,22 +108,18 @@ impl Baton {
 impl State {
     /// Who is next: one that is not idle, if there is any; idle ones now and then, because what
     /// they wait for is not known here. An idle CPU does not follow itself.
-    fn draw(&mut self, cpu: usize, cpus: usize, idle: bool) -> usize {
-        let all = (1_u32 << cpus) - 1;
-        let others = if idle && cpus > 1 { all & !(1 << cpu) } else { all };
+    fn draw(&mut self, cpu: usize, idle: bool) -> usize {
+        let own = 1_u32 << cpu;
+        let others = if idle && self.awake != own { self.awake & !own } else { self.awake };
         let busy = others & !self.idle;
         let from = if busy == 0 || self.random.one_in(PATIENCE) { others } else { busy };
         let mut skip = self.random.below(from.count_ones().into());
-        (0..cpus)
-            .find(|cpu| {
-                from & (1 << cpu) != 0 && {
-                    skip == 0 || {
-                        skip -= 1;
-                        false
-                    }
-                }
-            })
-            .unwrap_or(cpu)
+        let mut wanted = (0..32).filter(|cpu| from & (1 << cpu) != 0);
+        while skip > 0 {
+            wanted.next();
+            skip -= 1;
+        }
+        wanted.next().unwrap_or(cpu)
     }
 }
 
@@ -133,6 +136,7 @@ mod tests {
         idle: impl Fn(usize) -> bool + Sync,
     ) -> Vec<usize> {
         let baton = Baton::new(cpus, seed);
+        baton.start();
         let order = Mutex::new(Vec::new());
         thread::scope(|scope| {
             for cpu in 0..cpus {
@@ -170,6 +174,15 @@ mod tests {
         let order = order(3, 1000, 1, |cpu| cpu != 2);
         let had = |cpu| order.iter().filter(|holder| **holder == cpu).count();
         assert!(had(2) > 800 && had(0) > 2 && had(1) > 2, "{} {} {}", had(0), had(1), had(2));
+    }
+
+    #[test]
+    fn cpus_that_were_not_started_get_no_turn() {
+        let baton = Baton::new(4, 3);
+        for _ in 0..100 {
+            assert_eq!((baton.pass(0, false), baton.pass(0, true)), (Ok(()), Ok(())));
+        }
+        assert_eq!(baton.passed(), 0);
     }
 
     #[test]

@@ -1,14 +1,14 @@
 //! What a simulated CPU tells the host: gate calls through its call page, records through its
 //! ring, and how a fault ends the run. The words are those of the guest image.
 
+use super::baton::Over;
 use super::cpu;
 use super::machine::SimMachine;
 use super::mmu::Fault;
+use super::schedule::{FloorPlan, ended};
 use crate::gate::{GateFailure, Served, Vcpus};
 use crate::machine::backtrace::place;
 use crate::machine::decode::SealedAccess;
-use crate::machine::kvm::KvmError;
-use crate::machine::state::Registers;
 use crate::run::{End, GuestEnd, Place};
 use lacuna_abi::addr::{FrameRange, Gva, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
@@ -18,44 +18,17 @@ use lacuna_abi::gate::{
     STATUS_WORD, Status, vector_name,
 };
 use lacuna_abi::layout::{SEQUENCE_OFFSET, call_page_offset, report_page_offset, ring_offset};
-use lacuna_guest::platform::GateError;
+use lacuna_guest::platform::{CpuSet, GateError};
 use lacuna_guest::programs::Services;
 use lacuna_guest::ring::Ring;
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const PAGE_FAULT: u64 = 14;
 const GENERAL_PROTECTION: u64 = 13;
 const RECORDS: usize = (PAGE_SIZE / 8) as usize;
-
-/// The CPUs while one of them makes a gate call: the others wait for their turn, none of them in the
-/// middle of a record, and their registers never change. All run from the start, and the guest code
-/// of a simulated machine sends its own interrupts.
-struct Waiting(Registers);
-
-impl Vcpus for Waiting {
-    fn stop(&mut self) {}
-
-    fn let_on(&mut self, _: u8, _: &mut dyn FnMut() -> bool, _: Instant) {}
-
-    fn resume(&mut self) {}
-
-    fn runnable(&self) -> u8 {
-        0
-    }
-
-    fn registers(&self, _: u8) -> Result<Registers, KvmError> {
-        Ok(self.0)
-    }
-
-    fn start(&mut self) {}
-
-    fn interrupt(&mut self, _: u8) -> Result<(), KvmError> {
-        Ok(())
-    }
-}
 
 /// The event ring of this CPU.
 pub(super) struct OwnRing<'m> {
@@ -122,7 +95,7 @@ impl SimMachine {
         match Status::from_number(status) {
             Some(Status::Ok) => Ok(()),
             Some(status) => {
-                self.cpus[number].refused.fetch_add(1, Relaxed);
+                self.cpus[number].calls.refused.fetch_add(1, Relaxed);
                 Err(GateError { status, index })
             }
             None => panic!("the host answered a gate call with {word:#x}"),
@@ -131,30 +104,59 @@ impl SimMachine {
 
     /// Has the gate serve a call; does not come back from one that ends the run.
     fn serve(&self, number: usize, call: Call) {
-        let cpu = &self.cpus[number];
-        cpu.calls.fetch_add(1, Relaxed);
+        let calls = &self.cpus[number].calls;
+        calls.made.fetch_add(1, Relaxed);
         let started = Instant::now();
-        let mut waiting = Waiting(self.registers());
+        let floor = self.floor();
         // Below MAX_CPUS, 8.
-        let served = self.lock_gate().serve(call, number as u8, &mut waiting);
+        let serve = |cpus: &mut dyn Vcpus| self.lock_gate().serve(call, number as u8, cpus);
+        let served = self.turns.with_gate(number, &floor, serve);
         let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
-        cpu.in_gate.fetch_add(nanos, Relaxed);
+        calls.nanos.fetch_add(nanos, Relaxed);
         match served {
+            Err(Over) => self.halt(),
             // A call that was broken off has an answer that no guest should see.
-            Ok(Served::Resume) => self.halt_if_told(number),
-            Ok(Served::Exit(status, counters)) => self.end(number, End::Exit(status, counters)),
-            Ok(Served::Panic(message)) => {
-                self.end(number, self.guest_end(number, "panic", message))
+            Ok(Ok(Served::Resume)) => self.halt_if_told(number),
+            Ok(Ok(Served::Exit(status, counters))) => self.end(number, End::Exit(status, counters)),
+            Ok(Ok(Served::Panic(message))) => {
+                self.end(number, guest_end(number, "panic", message));
             }
-            Ok(Served::Exception(report)) => {
+            Ok(Ok(Served::Exception(report))) => {
                 let message = vector_name(report.vector).to_owned();
-                self.end(number, self.guest_end(number, "exception", message));
+                self.end(number, guest_end(number, "exception", message));
             }
-            Ok(Served::Unanswered { .. }) => {
-                let message = "a simulated shootdown does not ask the host".to_owned();
-                self.end(number, End::Host(message));
+            Ok(Ok(Served::Unanswered { missing, waited })) => {
+                self.end(number, unanswered(number, missing, waited));
             }
-            Err(failure) => self.end(number, failure.into()),
+            Ok(Err(failure)) => self.end(number, failure.into()),
+        }
+    }
+
+    fn floor(&self) -> FloorPlan<'_> {
+        FloorPlan { cpus: &self.cpus, registers: self.registers() }
+    }
+
+    /// Has the host send the shootdown interrupt.
+    pub(super) fn interrupt_through_gate(&self, cpus: CpuSet) {
+        let number = cpu::number();
+        self.call_page(number)[ARGS_WORD].store(cpus.0.into(), Relaxed);
+        if let Err(error) = self.call(number, Call::Interrupt) {
+            panic!("the host refused to interrupt CPUs {:#b}: {error:?}", cpus.0);
+        }
+    }
+
+    /// Tells the host that these CPUs have not answered a shootdown of this one.
+    pub(super) fn report_unanswered(&self, shootdown: u64, cpus: CpuSet) {
+        let number = cpu::number();
+        put(self.call_page(number), ARGS_WORD, &[cpus.0.into(), shootdown]);
+        // A host that refuses this only keeps no time.
+        let _ = self.call(number, Call::Unanswered);
+    }
+
+    /// Has the host start the other CPUs.
+    pub(super) fn start_cpus(&self) {
+        if let Err(error) = self.call(cpu::number(), Call::StartCpus) {
+            panic!("the host refused to start the other CPUs: {error:?}");
         }
     }
 
@@ -178,13 +180,6 @@ impl SimMachine {
         Ok(())
     }
 
-    /// Tells the host that all CPUs run.
-    pub(super) fn start_cpus(&self, number: usize) {
-        if let Err(error) = self.call(number, Call::StartCpus) {
-            panic!("the host refused to start the other CPUs: {error:?}");
-        }
-    }
-
     /// Tells the host that the allocator is ready. A simulated CPU has no descriptor tables.
     pub(super) fn ready(&self, number: usize) {
         put(self.call_page(number), ARGS_WORD, &CpuRegistration::default().to_words());
@@ -193,11 +188,8 @@ impl SimMachine {
 
     /// Ends the program.
     pub(super) fn exit(&self, number: usize, status: u64, mut counters: Counters) -> ! {
-        let sum = |of: fn(&cpu::Cpu) -> &AtomicU64| {
-            self.cpus.iter().map(|cpu| of(cpu).load(Relaxed)).sum::<u64>()
-        };
-        counters.gate_calls = sum(|cpu| &cpu.calls);
-        counters.gate_refused = sum(|cpu| &cpu.refused);
+        counters.gate_calls = self.sum_of_calls(|calls| &calls.made);
+        counters.gate_refused = self.sum_of_calls(|calls| &calls.refused);
         let page = self.call_page(number);
         page[ARGS_WORD].store(status, Relaxed);
         put(page, ARGS_WORD + 1, &counters.to_words());
@@ -228,15 +220,15 @@ impl SimMachine {
                 if let Some(what) = place(self.ram.layout(), va) {
                     message += &format!(" ({what})");
                 }
-                self.guest_end(number, "exception", message)
+                guest_end(number, "exception", message)
             }
             Fault::NotCanonical => {
                 let message = format!("{}: {kind} of {va}", vector_name(GENERAL_PROTECTION));
-                self.guest_end(number, "exception", message)
+                guest_end(number, "exception", message)
             }
             Fault::NoMemory(gpa) => {
                 let message = format!("{kind} of guest-physical {gpa}, where there is no memory");
-                self.guest_end(number, "no-memory", message)
+                guest_end(number, "no-memory", message)
             }
         };
         self.end(number, end)
@@ -247,12 +239,29 @@ impl SimMachine {
     /// # Errors
     /// As [`crate::gate::Gate::finish`].
     pub(super) fn finish(&self, number: usize, done: bool) -> Result<(), GateFailure> {
-        self.lock_gate().finish(number as u8, &mut Waiting(self.registers()), done)
+        let floor = self.floor();
+        self.lock_gate().finish(number as u8, &mut ended(&floor), done)
     }
 
-    fn guest_end(&self, number: usize, kind: &'static str, message: String) -> End {
-        End::Guest(Box::new(GuestEnd { kind, message, place: here(number) }))
+    /// One of the counts of calls, of all CPUs.
+    pub(super) fn sum_of_calls(&self, of: fn(&cpu::Calls) -> &AtomicU64) -> u64 {
+        self.cpus.iter().map(|cpu| of(&cpu.calls).load(Relaxed)).sum()
     }
+}
+
+fn guest_end(number: usize, kind: &'static str, message: String) -> End {
+    End::Guest(Box::new(GuestEnd { kind, message, place: here(number) }))
+}
+
+/// CPUs have not answered a shootdown of CPU `number`.
+fn unanswered(number: usize, missing: u8, waited: Duration) -> End {
+    let missing: Vec<usize> = (0..8).filter(|cpu| missing & 1 << cpu != 0).collect();
+    let message = format!(
+        "CPUs {missing:?} have not answered a shootdown of CPU {number} for {} s. A CPU must answer \
+         within [limits] shootdown_s: it may not loop or wait with interrupts off",
+        waited.as_secs()
+    );
+    guest_end(missing.first().copied().unwrap_or(number), "shootdown", message)
 }
 
 /// The CPU is all that is known of a place: the guest's code has no addresses of its own here.

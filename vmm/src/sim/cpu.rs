@@ -1,11 +1,15 @@
-//! One simulated CPU: its MMU, its interrupt flag, and what other CPUs ask of it.
+//! One simulated CPU: its MMU, its interrupt flag, and what comes from outside.
 
 use super::mmu::Mmu;
-use lacuna_abi::event::Flush;
 use std::cell::Cell;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// An interrupt has been sent and not been taken.
+const INTERRUPT: u8 = 1 << 0;
+/// The CPU has to stand by.
+const KICK: u8 = 1 << 1;
 
 thread_local! {
     /// Number of the CPU whose code this thread runs: what GS is on a real one.
@@ -23,47 +27,37 @@ pub(super) fn become_cpu(number: usize) {
     NUMBER.set(number);
 }
 
-/// A flush that another CPU asks for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Request {
-    /// What to flush.
-    pub(super) flush: Flush,
-    /// Number of the shootdown.
-    pub(super) number: u64,
-    /// The CPU that waits.
-    pub(super) from: usize,
+/// What a CPU's calls to the host count.
+#[derive(Debug, Default)]
+pub(super) struct Calls {
+    /// Calls made.
+    pub(super) made: AtomicU64,
+    /// Those that were refused.
+    pub(super) refused: AtomicU64,
+    /// Nanoseconds that they took.
+    pub(super) nanos: AtomicU64,
 }
 
 /// A CPU. Its own cache lines: every CPU writes to its own all the time.
 #[repr(align(128))]
 pub(super) struct Cpu {
     mmu: Mutex<Mmu>,
-    /// Calls until the next look at what is left to chance.
+    /// Calls of the platform until the next look at what is left to chance.
     until: AtomicU64,
     interrupts_off: AtomicBool,
-    /// An interrupt has been sent and not been taken.
-    interrupt: AtomicBool,
-    requests: Mutex<Vec<Request>>,
-    /// CPUs that have not acknowledged this CPU's shootdown yet.
-    unanswered: AtomicUsize,
-    /// Gate calls made, those that were refused, and the nanoseconds that they took.
-    pub(super) calls: AtomicU64,
-    pub(super) refused: AtomicU64,
-    pub(super) in_gate: AtomicU64,
+    pending: AtomicU8,
+    pub(super) calls: Calls,
 }
 
 impl Cpu {
+    /// A CPU that has not started; its interrupts are off.
     pub(super) fn new(number: usize, seed: u64) -> Self {
         Self {
             mmu: Mutex::new(Mmu::new(number, seed)),
             until: AtomicU64::new(0),
-            interrupts_off: AtomicBool::new(false),
-            interrupt: AtomicBool::new(false),
-            requests: Mutex::new(Vec::new()),
-            unanswered: AtomicUsize::new(0),
-            calls: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            in_gate: AtomicU64::new(0),
+            interrupts_off: AtomicBool::new(true),
+            pending: AtomicU8::new(0),
+            calls: Calls::default(),
         }
     }
 
@@ -103,37 +97,64 @@ impl Cpu {
         !self.interrupts_off.load(Relaxed)
     }
 
-    /// Whether an interrupt has been sent and can be taken.
+    /// Whether anything came from outside that was not attended to.
     #[inline]
+    pub(super) fn is_wanted(&self) -> bool {
+        self.pending.load(Acquire) != 0
+    }
+
+    /// Takes the interrupt, if one was sent and interrupts are on.
     pub(super) fn takes_interrupt(&self) -> bool {
-        self.interrupt.load(Acquire) && self.interrupts_are_on()
+        self.interrupts_are_on() && self.take(INTERRUPT)
     }
 
-    /// Asks the CPU for a flush, and interrupts it.
-    pub(super) fn ask(&self, request: Request) {
-        self.requests().push(request);
-        self.interrupt.store(true, Release);
+    /// Takes the kick, if there was one.
+    pub(super) fn takes_kick(&self) -> bool {
+        self.take(KICK)
     }
 
-    /// What is asked of the CPU since the last call.
-    pub(super) fn take_requests(&self) -> Vec<Request> {
-        self.interrupt.store(false, Release);
-        std::mem::take(&mut *self.requests())
+    /// Sends the interrupt.
+    pub(super) fn interrupt(&self) {
+        self.pending.fetch_or(INTERRUPT, AcqRel);
     }
 
-    pub(super) fn await_acknowledgements(&self, count: usize) {
-        self.unanswered.store(count, Release);
+    /// Has the CPU stand by at its next call of the platform.
+    pub(super) fn kick(&self) {
+        self.pending.fetch_or(KICK, AcqRel);
     }
 
-    pub(super) fn acknowledged(&self) {
-        self.unanswered.fetch_sub(1, AcqRel);
+    fn take(&self, what: u8) -> bool {
+        self.pending.fetch_and(!what, AcqRel) & what != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupt_waits_until_interrupts_are_on_and_is_taken_once() {
+        let cpu = Cpu::new(0, 0);
+        cpu.interrupt();
+        cpu.interrupt();
+        assert!(cpu.is_wanted() && !cpu.takes_interrupt());
+        cpu.interrupts_restore(true);
+        assert!(cpu.takes_interrupt() && !cpu.takes_interrupt() && !cpu.is_wanted());
+        assert!(cpu.interrupts_off() && !cpu.interrupts_off());
     }
 
-    pub(super) fn is_unanswered(&self) -> bool {
-        self.unanswered.load(Acquire) != 0
+    #[test]
+    fn a_kick_does_not_wait() {
+        let cpu = Cpu::new(0, 0);
+        cpu.kick();
+        assert!(cpu.takes_kick() && !cpu.takes_kick());
     }
 
-    fn requests(&self) -> MutexGuard<'_, Vec<Request>> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    #[test]
+    fn looks_are_as_far_apart_as_was_drawn() {
+        let cpu = Cpu::new(0, 0);
+        assert!(cpu.is_due());
+        cpu.look_again_after(3);
+        assert_eq!([0; 4].map(|_| cpu.is_due()), [false, false, false, true]);
     }
 }

@@ -1,7 +1,8 @@
 //! The guest of a simulated machine: what the guest image's main function does, on simulated CPUs.
 
+use super::crash::wait;
 use super::machine::SimMachine;
-use super::{cpu, touch};
+use super::{cpu, crash, touch};
 use crate::machine::memory::{Memory, MemoryError};
 use crate::machine::sys;
 use lacuna_abi::boot::BootInfo;
@@ -17,9 +18,26 @@ const DONE: u64 = 0;
 /// The program found something wrong.
 const FAILED: u64 = 1;
 
+/// What simulated CPUs run in place of the program that the plan names: for tests and measurements
+/// of the allocator's own interface.
+pub trait Workload: Send + Sync {
+    /// One CPU's part: every CPU calls this, with interrupts on, and the run ends when CPU 0
+    /// returns.
+    ///
+    /// # Errors
+    /// What is wrong; the run ends then too, as failed.
+    fn run<'a>(
+        &self,
+        machine: &'a SimMachine,
+        allocator: &PageAllocator<'a, SimMachine>,
+        team: &Team,
+    ) -> Result<(), ProgramError>;
+}
+
 /// What all CPUs of the guest share.
 pub(super) struct Guest<'a> {
     info: BootInfo,
+    workload: Option<&'a dyn Workload>,
     allocator: PageAllocator<'a, SimMachine>,
     team: Team,
 }
@@ -40,6 +58,15 @@ impl Metadata {
     }
 }
 
+/// The boot information, as the guest finds it.
+///
+/// # Errors
+/// [`MemoryError::Access`] if it cannot be read: a fault of the layout.
+pub(super) fn boot_info(memory: &Memory) -> Result<BootInfo, MemoryError> {
+    let at = memory.layout().shared.gpa.wrapping_add(BOOT_INFO_OFFSET);
+    Ok(BootInfo::from_words(&memory.load_words(at)?))
+}
+
 impl<'a> Guest<'a> {
     /// The guest that the boot information in memory describes.
     ///
@@ -49,37 +76,40 @@ impl<'a> Guest<'a> {
         machine: &'a SimMachine,
         memory: &Memory,
         metadata: &'a Metadata,
+        workload: Option<&'a dyn Workload>,
     ) -> Result<Self, MemoryError> {
-        let page = memory.shared_page(BOOT_INFO_OFFSET)?;
-        let mut words = [0; BootInfo::WORDS];
-        words.copy_from_slice(&page[..BootInfo::WORDS]);
-        let info = BootInfo::from_words(&words);
+        let info = boot_info(memory)?;
         let layout = info.layout();
         let map = MemMap::new(&metadata.pages, &metadata.blocks, &layout);
         let allocator = PageAllocator::new(machine, &layout, map, AllocConfig::from_boot(&info));
-        Ok(Self { info, allocator, team: Team::new() })
+        Ok(Self { info, workload, allocator, team: Team::new() })
     }
 
     /// What every CPU runs; the run ends here at last.
-    pub(super) fn main(&self, machine: &SimMachine) -> ! {
+    pub(super) fn main(&self, machine: &'a SimMachine) -> ! {
         let number = cpu::number();
-        if let Err(error) = self.allocator.prepare() {
-            panic!("the mermap cannot be prepared: {error:?}");
+        if number == 0 {
+            self.prepare(machine);
         }
-        if number == 0 && self.info.cpus > 1 {
-            machine.start_cpus(number);
+        machine.enable_interrupts(number);
+        if number != 0 {
+            machine.ready(number);
         }
+        // Every CPU is there before CPU 0 says so, and before the first shootdown.
         let mut ended = self.team.barrier(machine);
         if ended.is_ok() {
-            machine.ready(number);
+            if number == 0 {
+                machine.ready(number);
+            }
             ended = self.run(machine);
         }
         let status = match ended {
-            // The run ends with CPU 0, or with the one that found out what is wrong.
             Ok(()) if number != 0 => wait(machine),
-            Err(ProgramError::Abandoned) => wait(machine),
             Ok(()) => DONE,
+            // The other CPU ends the run.
+            Err(ProgramError::Abandoned) => wait(machine),
             Err(error) => {
+                self.team.give_up();
                 machine.log(format_args!("{error}"));
                 FAILED
             }
@@ -87,65 +117,43 @@ impl<'a> Guest<'a> {
         machine.exit(number, status, self.allocator.counters())
     }
 
-    fn run(&self, machine: &SimMachine) -> Result<(), ProgramError> {
+    /// Sets up what all CPUs share and starts the others.
+    fn prepare(&self, machine: &SimMachine) {
+        if let Err(bad) = self.info.check() {
+            panic!("the boot information does not fit this guest: {bad:?}");
+        }
+        if let Err(error) = self.allocator.prepare() {
+            panic!("the mermap cannot be prepared: {error:?}");
+        }
+        if machine.cpus() > 1 {
+            machine.bring_online();
+            machine.start_cpus();
+        }
+    }
+
+    /// This CPU's part of the program.
+    fn run(&self, machine: &'a SimMachine) -> Result<(), ProgramError> {
+        if let Some(workload) = self.workload {
+            return workload.run(machine, &self.allocator, &self.team);
+        }
         let BootInfo { arg0, arg1, arg2, program, .. } = self.info;
-        let lead = cpu::number() == 0;
+        let args = [arg0, arg1, arg2];
         match Program::from_number(program) {
-            Some(Program::Touch) if lead => match Touch::from_number(arg0) {
+            Some(Program::Touch) if cpu::number() != 0 => {}
+            Some(Program::Touch) => match Touch::from_number(arg0) {
                 Some(kind) => touch::run(&self.allocator, machine, kind),
                 None => panic!("there is no touch with the number {arg0}"),
             },
-            Some(Program::Crash) if lead => crash(machine, arg0),
-            Some(Program::Touch | Program::Crash) => wait(machine),
+            Some(Program::Crash) => match Crash::from_number(arg0) {
+                Some(kind) => crash::run(machine, kind),
+                None => panic!("there is no way to fail with the number {arg0}"),
+            },
             Some(program) => {
-                let args = [arg0, arg1, arg2];
-                return programs::run(program, args, &self.allocator, machine, machine, &self.team);
+                let (allocator, team) = (&self.allocator, &self.team);
+                return programs::run(program, args, allocator, machine, machine, team);
             }
             None => panic!("no program has the number {program}"),
         }
         Ok(())
     }
-}
-
-/// Serves interrupts until another CPU ends the run.
-fn wait(machine: &SimMachine) -> ! {
-    loop {
-        machine.relax();
-    }
-}
-
-/// Fails on purpose, in those ways that a simulated machine has ([`can_crash`]).
-fn crash(machine: &SimMachine, kind: u64) {
-    match Crash::from_number(kind) {
-        Some(Crash::Panic) => panic!("asked to"),
-        Some(Crash::PageFault) => {
-            let hole = lacuna_abi::layout::window(7).wrapping_add(0x128);
-            machine.load(hole);
-        }
-        Some(Crash::GeneralProtection) => {
-            machine.load(lacuna_abi::addr::Gva(1 << 63));
-        }
-        Some(Crash::WriteText) => machine.store(lacuna_abi::layout::IMAGE, 0),
-        // Nobody gets a word in: what a real CPU would have to be kicked out of.
-        Some(Crash::Hang) => loop {
-            std::hint::spin_loop();
-        },
-        Some(Crash::Halt) => wait(machine),
-        Some(other) => panic!("a simulated CPU cannot fail by {}", other.name()),
-        None => panic!("there is no way to fail with the number {kind}"),
-    }
-}
-
-/// Whether a simulated machine can fail this way: it has no instructions, stacks or descriptor
-/// tables of its own.
-pub(super) const fn can_crash(kind: Crash) -> bool {
-    matches!(
-        kind,
-        Crash::Panic
-            | Crash::PageFault
-            | Crash::GeneralProtection
-            | Crash::WriteText
-            | Crash::Hang
-            | Crash::Halt
-    )
 }

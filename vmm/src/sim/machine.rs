@@ -2,12 +2,13 @@
 //! CPUs. Each CPU is a thread of the host that runs the guest's own code natively; what goes through
 //! [`Platform`] is simulated.
 
-use super::baton::{Baton, Over};
+use super::baton::Over;
 use super::calls::here;
-use super::cpu::{self, Cpu, Request};
+use super::cpu::{self, Cpu};
 use super::mmu::{Fault, MmuCounters};
 use super::ram::Ram;
 use super::random::Random;
+use super::schedule::{Schedule, Turns};
 use super::tlb::Invalidation;
 use crate::gate::Gate;
 use crate::machine::kvm::{CR0, CR4, EFER};
@@ -20,8 +21,9 @@ use lacuna_abi::gate::OpKind;
 use lacuna_abi::paging::Entry;
 use lacuna_guest::platform::{AddressSpace, CpuSet, GateError, Platform};
 use lacuna_guest::ring;
+use lacuna_guest::shootdown::{Interrupts, Shootdowns};
 use std::panic::resume_unwind;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -36,18 +38,22 @@ const SWITCH: u64 = 2;
 /// start sees it.
 pub(super) struct Halted;
 
-/// A machine that runs.
-pub(super) struct SimMachine {
+/// A simulated machine that runs, as its guest's code sees it.
+pub struct SimMachine {
     pub(super) ram: Ram,
     pub(super) gate: Arc<Mutex<Gate>>,
     pub(super) cpus: Box<[Cpu]>,
-    pub(super) baton: Baton,
+    pub(super) turns: Turns,
+    shootdowns: Shootdowns,
+    /// Shootdown interrupts go through the host.
+    through_gate: bool,
+    /// CPU 1 has turned its interrupts off for good (program `crash`).
+    pub(super) stuck: AtomicBool,
     space: AddressSpace,
     faults: u64,
     stop: Arc<Stop>,
     over: AtomicBool,
     end: Mutex<Option<(usize, End)>>,
-    shootdowns: AtomicU64,
     pub(super) started: Instant,
 }
 
@@ -57,25 +63,29 @@ pub(super) struct Parts {
     pub(super) gate: Arc<Mutex<Gate>>,
     pub(super) root: Gpa,
     pub(super) faults: u64,
+    pub(super) through_gate: bool,
     pub(super) seed: u64,
+    pub(super) schedule: Schedule,
     pub(super) stop: Arc<Stop>,
 }
 
 impl SimMachine {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { ram, gate, root, faults, seed, stop } = parts;
+        let Parts { ram, gate, root, faults, through_gate, seed, schedule, stop } = parts;
         let cpus = ram.layout().cpus;
         Self {
             ram,
             gate,
             cpus: (0..cpus).map(|cpu| Cpu::new(cpu, seed)).collect(),
-            baton: Baton::new(cpus, seed),
+            turns: Turns::new(schedule, cpus, seed),
+            shootdowns: Shootdowns::new(),
+            through_gate,
+            stuck: AtomicBool::new(false),
             space: AddressSpace { root, pcid: 0 },
             faults,
             stop,
             over: AtomicBool::new(false),
             end: Mutex::new(None),
-            shootdowns: AtomicU64::new(0),
             started: Instant::now(),
         }
     }
@@ -89,7 +99,7 @@ impl SimMachine {
     pub(super) fn ends(&self, cpu: usize, end: End) {
         self.end.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert((cpu, end));
         self.over.store(true, Release);
-        self.baton.end();
+        self.turns.end();
     }
 
     /// Ends the run, and this CPU's thread.
@@ -144,10 +154,37 @@ impl SimMachine {
         if cpu.is_due() {
             self.look(number, false);
         }
-        if cpu.takes_interrupt() {
-            self.interrupt(cpu);
+        if cpu.is_wanted() {
+            self.attend(number);
         }
         Some((number, cpu))
+    }
+
+    /// Does what is asked of this CPU from outside.
+    #[cold]
+    fn attend(&self, number: usize) {
+        let cpu = &self.cpus[number];
+        if cpu.takes_kick() && self.turns.stand_by(number) == Err(Over) {
+            self.halt();
+        }
+        if cpu.takes_interrupt() {
+            // The handler: interrupts are off meanwhile.
+            cpu.interrupts_off();
+            self.shootdowns.serve(&Wire(self));
+            cpu.interrupts_restore(true);
+            self.turns.stir();
+        }
+    }
+
+    /// CPU 0 makes the other CPUs take part in shootdowns, before it starts them.
+    pub(super) fn bring_online(&self) {
+        self.shootdowns.bring_online(CpuSet::first(self.cpus.len()));
+    }
+
+    /// Lets shootdowns reach this CPU, which takes part in them from here on.
+    pub(super) fn enable_interrupts(&self, number: usize) {
+        self.shootdowns.serve(&Wire(self));
+        self.cpus[number].interrupts_restore(true);
     }
 
     /// What is left to chance, and what comes from outside: the end of the run, another CPU's
@@ -166,21 +203,9 @@ impl SimMachine {
             (random.length(LOOK_BITS), random.one_in(SWITCH))
         };
         cpu.look_again_after(until);
-        if (idle || switch) && self.baton.pass(number, idle) == Err(Over) {
+        if (idle || switch) && self.turns.pass(number, idle) == Err(Over) {
             self.halt();
         }
-    }
-
-    /// The handler of the one interrupt that there is: carries out what shootdowns ask for.
-    fn interrupt(&self, cpu: &Cpu) {
-        let were_on = cpu.interrupts_off();
-        for Request { flush, number, from } in cpu.take_requests() {
-            self.flush(flush);
-            self.record(Event::ShootdownAck(number));
-            self.cpus[from].acknowledged();
-            self.baton.nudge(from);
-        }
-        cpu.interrupts_restore(were_on);
     }
 
     fn record(&self, event: Event) {
@@ -233,8 +258,8 @@ impl Platform for SimMachine {
     fn interrupts_restore(&self, were_on: bool) {
         let Some((_, cpu)) = self.enter() else { return };
         cpu.interrupts_restore(were_on);
-        if cpu.takes_interrupt() {
-            self.interrupt(cpu);
+        if cpu.is_wanted() {
+            self.attend(cpu::number());
         }
     }
 
@@ -246,9 +271,8 @@ impl Platform for SimMachine {
         }
         let number = cpu::number();
         self.look(number, true);
-        let cpu = &self.cpus[number];
-        if cpu.takes_interrupt() {
-            self.interrupt(cpu);
+        if self.cpus[number].is_wanted() {
+            self.attend(number);
         }
     }
 
@@ -293,20 +317,8 @@ impl Platform for SimMachine {
     }
 
     fn shootdown(&self, flush: Flush, cpus: CpuSet) {
-        let Some((number, cpu)) = self.enter() else { return };
-        assert!(cpu.interrupts_are_on(), "a shootdown with interrupts off, or a lock held");
-        let others = (0..self.cpus.len()).filter(|other| *other != number && cpus.contains(*other));
-        let shootdown = self.shootdowns.fetch_add(1, AcqRel) + 1;
-        cpu.await_acknowledgements(others.clone().count());
-        for other in others {
-            self.cpus[other].ask(Request { flush, number: shootdown, from: number });
-            self.baton.nudge(other);
-        }
-        if cpus.contains(number) {
-            self.flush(flush);
-        }
-        while cpu.is_unanswered() {
-            self.relax();
+        if self.enter().is_some() {
+            self.shootdowns.run(&Wire(self), flush, cpus);
         }
     }
 
@@ -364,6 +376,48 @@ impl Platform for SimMachine {
     #[inline]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool {
         self.faults & fault.bit() != 0
+    }
+}
+
+/// The CPU that runs, as shootdowns see it.
+struct Wire<'m>(&'m SimMachine);
+
+impl Interrupts for Wire<'_> {
+    fn cpu(&self) -> usize {
+        cpu::number()
+    }
+
+    fn interrupts_are_on(&self) -> bool {
+        self.0.cpus[cpu::number()].interrupts_are_on()
+    }
+
+    fn send(&self, cpus: CpuSet) {
+        if self.0.through_gate {
+            self.0.interrupt_through_gate(cpus);
+        } else {
+            for (number, cpu) in self.0.cpus.iter().enumerate() {
+                if cpus.contains(number) {
+                    cpu.interrupt();
+                }
+            }
+        }
+        self.0.turns.stir();
+    }
+
+    fn flush(&self, flush: Flush) {
+        Platform::flush(self.0, flush);
+    }
+
+    fn acknowledge(&self, number: u64) {
+        self.0.record(Event::ShootdownAck(number));
+    }
+
+    fn relax(&self) {
+        Platform::relax(self.0);
+    }
+
+    fn unanswered(&self, number: u64, cpus: CpuSet) {
+        self.0.report_unanswered(number, cpus);
     }
 }
 

@@ -12,9 +12,9 @@
 //! | `frames` | the second stage as MMUs see it |
 //! | `ram` | guest memory by physical address |
 //! | `mmu` | translation, speculation |
-//! | `baton` | which CPU runs |
+//! | `baton`, `schedule` | which CPUs run |
 //! | `cpu`, `machine`, `calls` | a CPU, the platform, what the guest tells the host |
-//! | `guest`, `touch` | the guest image's main function, and its program that touches a sealed frame |
+//! | `guest`, `touch`, `crash` | the guest image's main function, and its programs that misbehave |
 //! | `run` | threads, from start to end |
 //!
 //! A guest that loops without ever calling the platform cannot be stopped, because its code runs
@@ -24,6 +24,7 @@
 mod baton;
 mod calls;
 mod cpu;
+mod crash;
 mod frames;
 mod guest;
 mod machine;
@@ -32,17 +33,23 @@ mod paths;
 mod ram;
 mod random;
 mod run;
+mod schedule;
+#[cfg(test)]
+mod tests;
 mod tlb;
 mod touch;
 mod versions;
 
 pub use frames::Frames;
 pub(crate) use frames::Secrecy;
+pub use guest::Workload;
+pub use machine::SimMachine;
 pub use mmu::{Fault, Mmu, MmuCounters};
 pub use paths::{Path, Paths};
 pub use ram::Ram;
 pub use random::Random;
 pub use run::{Prepared, Simulated, Statistics};
+pub use schedule::Schedule;
 pub use tlb::{Invalidation, Tlb, Translation};
 pub use versions::Versions;
 
@@ -59,5 +66,5 @@ pub const fn can_touch(kind: Touch) -> bool {
 /// tables of its own.
 #[must_use]
 pub const fn can_crash(kind: Crash) -> bool {
-    guest::can_crash(kind)
+    crash::can_crash(kind)
 }

@@ -2,17 +2,19 @@
 
 use super::cpu;
 use super::frames::Frames;
-use super::guest::{Guest, Metadata};
+use super::guest::{Guest, Metadata, Workload, boot_info};
 use super::machine::{Halted, Parts, SimMachine};
+use super::mmu::MmuCounters;
 use super::ram::Ram;
+use super::schedule::Schedule;
 use crate::gate::Gate;
 use crate::machine::memory::{Memory, MemoryError};
 use crate::run::End;
 use crate::stop::Stop;
 use lacuna_abi::addr::Gpa;
+use lacuna_abi::boot::FEATURE_GATE_SHOOTDOWN;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,16 +25,18 @@ pub struct Prepared {
     pub memory: Arc<Memory>,
     /// What its MMUs obey.
     pub frames: Arc<Frames>,
-    /// Its gate.
-    pub gate: Arc<Mutex<Gate>>,
     /// Root that all CPUs start with.
     pub root: Gpa,
     /// Bits of the faults to plant.
     pub faults: u64,
     /// Everything that is left to chance follows from it.
     pub seed: u64,
+    /// How its CPUs take turns.
+    pub schedule: Schedule,
     /// Tells when the run is to stop.
     pub stop: Arc<Stop>,
+    /// What the CPUs run, if not the program that the boot information names.
+    pub workload: Option<Arc<dyn Workload>>,
 }
 
 /// What a run leaves.
@@ -49,10 +53,12 @@ pub struct Simulated {
 }
 
 /// What a simulated machine knows of a run that no real one can tell.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Statistics {
     /// The seed.
     pub seed: u64,
+    /// How the CPUs took turns.
+    pub schedule: Schedule,
     /// How often another CPU took over.
     pub switches: u64,
     /// Walks of the tables.
@@ -68,22 +74,40 @@ pub struct Statistics {
 impl Prepared {
     /// Runs to the end, on this thread and one for each CPU.
     #[must_use]
-    pub fn run(self) -> Simulated {
-        let seed = self.seed;
-        self.try_run().unwrap_or_else(|error| Simulated {
+    pub fn run(self, gate: &Arc<Mutex<Gate>>) -> Simulated {
+        let (seed, schedule) = (self.seed, self.schedule);
+        let statistics = |mmu: MmuCounters, switches| {
+            let MmuCounters { walks, speculations, stale_uses, stale_secret_uses } = mmu;
+            Statistics {
+                seed,
+                schedule,
+                switches,
+                walks,
+                speculations,
+                stale_uses,
+                stale_secret_uses,
+            }
+        };
+        self.try_run(Arc::clone(gate), &statistics).unwrap_or_else(|error| Simulated {
             end: End::Host(error.to_string()),
             in_guest: Duration::ZERO,
             calls: 0,
-            statistics: Statistics { seed, ..Statistics::default() },
+            statistics: statistics(MmuCounters::default(), 0),
         })
     }
 
-    fn try_run(self) -> Result<Simulated, MemoryError> {
-        let Self { memory, frames, gate, root, faults, seed, stop } = self;
+    fn try_run(
+        self,
+        gate: Arc<Mutex<Gate>>,
+        statistics: &dyn Fn(MmuCounters, u64) -> Statistics,
+    ) -> Result<Simulated, MemoryError> {
+        let Self { memory, frames, root, faults, seed, schedule, stop, workload } = self;
         let ram = Ram::new(Arc::clone(&memory), frames)?;
-        let machine = SimMachine::new(Parts { ram, gate, root, faults, seed, stop });
+        let through_gate = boot_info(&memory)?.features & FEATURE_GATE_SHOOTDOWN != 0;
+        let parts = Parts { ram, gate, root, faults, through_gate, seed, schedule, stop };
+        let machine = SimMachine::new(parts);
         let metadata = Metadata::new(&memory);
-        let guest = Guest::new(&machine, &memory, &metadata)?;
+        let guest = Guest::new(&machine, &memory, &metadata, workload.as_deref())?;
         let started = Instant::now();
         thread::scope(|scope| {
             for number in 0..machine.cpus.len() {
@@ -109,29 +133,21 @@ impl Prepared {
                 machine.finish(number, done).map_or_else(End::from, |()| end)
             }
         };
-        let sum = |of: fn(&cpu::Cpu) -> u64| machine.cpus.iter().map(of).sum::<u64>();
-        let in_gate = Duration::from_nanos(sum(|cpu| cpu.in_gate.load(Relaxed)));
-        let mmu = machine.mmu_counters();
+        let in_gate = Duration::from_nanos(machine.sum_of_calls(|calls| &calls.nanos));
         Ok(Simulated {
             end,
             in_guest: running.saturating_sub(in_gate),
-            calls: sum(|cpu| cpu.calls.load(Relaxed)),
-            statistics: Statistics {
-                seed,
-                switches: machine.baton.passed(),
-                walks: mmu.walks,
-                speculations: mmu.speculations,
-                stale_uses: mmu.stale_uses,
-                stale_secret_uses: mmu.stale_secret_uses,
-            },
+            calls: machine.sum_of_calls(|calls| &calls.made),
+            statistics: statistics(machine.mmu_counters(), machine.turns.switches()),
         })
     }
 }
 
 /// The thread of one CPU. The guest's code is left by unwinding, always.
-fn run_cpu(machine: &SimMachine, guest: &Guest<'_>, number: usize) {
+fn run_cpu<'a>(machine: &'a SimMachine, guest: &Guest<'a>, number: usize) {
     cpu::become_cpu(number);
-    if machine.baton.wait(number).is_err() {
+    let _presence = machine.turns.join(number);
+    if machine.turns.wait(number).is_err() {
         return;
     }
     let Err(payload) = catch_unwind(AssertUnwindSafe(|| -> () { guest.main(machine) })) else {

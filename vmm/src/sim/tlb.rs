@@ -312,8 +312,8 @@ mod tests {
     #[test]
     fn what_has_the_place_of_another_sometimes_keeps_it() {
         let mut random = Random::new(3, 0);
-        let mut other = (1..).map(|n| Gva(VA.0 + n * PAGE_SIZE * SMALL as u64));
-        let other = other.find(|va| small_place(*va) == small_place(VA)).unwrap();
+        let mut others = (1..).map(|n| Gva(VA.0 + n * PAGE_SIZE * SMALL as u64));
+        let other = others.find(|va| small_place(*va) == small_place(VA)).unwrap();
         let mut kept = 0;
         for _ in 0..100 {
             let mut tlb = Tlb::default();

@@ -8,7 +8,6 @@ use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
 use crate::second_stage::{Guard, Mechanism, Off};
-use crate::stop::Stopped;
 use lacuna_abi::addr::FrameRange;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::event::{
@@ -257,17 +256,12 @@ fn a_flip_without_its_flush_is_found_when_the_seal_arrives() {
 }
 
 #[test]
-fn a_run_that_was_stopped_blames_nobody_for_events_that_were_not_judged() {
-    for told in [false, true] {
-        let mut guest = Guest::new(true);
-        guest.unmap_first_block(true);
-        if told {
-            guest.stop.tell(Stopped::Cancelled);
-        }
-        guest.gate.finish(0, &mut guest.still, false).unwrap();
-        let result = guest.gate.result();
-        assert_eq!(result.findings, [], "{:?}", result.inconclusive);
-    }
+fn a_run_that_was_stopped_blames_nobody_for_what_it_did_last() {
+    let mut guest = Guest::new(true);
+    guest.unmap_first_block(true);
+    guest.stop.tell(crate::stop::Stopped::Cancelled);
+    guest.gate.finish(0, &mut guest.still, false).unwrap();
+    assert_eq!(guest.gate.result().findings, []);
 }
 
 #[test]

@@ -105,7 +105,7 @@ fn a_number_that_nobody_says_it_holds_is_lost_at_once() {
 fn a_run_that_is_told_to_stop_waits_for_nobody() {
     let mut guest = Guest::two();
     guest.owe();
-    guest.gate.stop.tell(Stopped::Cancelled);
+    guest.gate.stop.tell(crate::stop::Stopped::Cancelled);
     let started = Instant::now();
     guest.call(Call::Drain);
     assert!(started.elapsed() < Duration::from_secs(1));

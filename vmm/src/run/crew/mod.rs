@@ -20,10 +20,10 @@ const KICK_AGAIN: Duration = Duration::from_micros(500);
 const LOOK_AGAIN: Duration = Duration::from_micros(50);
 
 /// A set of members, one bit each.
-pub(in crate::run) type Set = u8;
+pub(crate) type Set = u8;
 
 /// The set of one member; empty for a number that no member has.
-pub(in crate::run) fn only(member: u8) -> Set {
+pub(crate) fn only(member: u8) -> Set {
     1_u8.checked_shl(member.into()).unwrap_or(0)
 }
 
@@ -77,14 +77,14 @@ impl<R> State<R> {
 }
 
 /// The threads of one machine's vCPUs; `R` is what one reports when it stands still.
-pub(in crate::run) struct Crew<R> {
+pub(crate) struct Crew<R> {
     state: Mutex<State<R>>,
     changed: Condvar,
 }
 
 impl<R: Clone> Crew<R> {
     /// A crew whose member 0 runs and whose others are asleep.
-    pub(in crate::run) fn new(members: usize) -> Self {
+    pub(crate) fn new(members: usize) -> Self {
         let phase = |index| if index == 0 { Phase::Outside } else { Phase::Asleep };
         let members = (0..members)
             .map(|index| Member { phase: phase(index), calling: false, report: None })
@@ -94,13 +94,13 @@ impl<R: Clone> Crew<R> {
     }
 
     /// This thread is `member` until the guard is dropped. If it panics, the run ends.
-    pub(in crate::run) fn join(&self, member: u8) -> Presence<'_, R> {
+    pub(crate) fn join(&self, member: u8) -> Presence<'_, R> {
         Presence { crew: self, member }
     }
 
     /// `member` is about to enter the guest: waits while it is asleep or has to stand still. False
     /// once the run has ended.
-    pub(in crate::run) fn enter(&self, member: u8, report: impl FnMut() -> R) -> bool {
+    pub(crate) fn enter(&self, member: u8, report: impl FnMut() -> R) -> bool {
         self.wait(member, report, |state, member| {
             let awake = state.members[usize::from(member)].phase != Phase::Asleep;
             if awake {
@@ -111,7 +111,7 @@ impl<R: Clone> Crew<R> {
     }
 
     /// `member` has come out of the guest, to make a call or for another reason.
-    pub(in crate::run) fn leave(&self, member: u8, calling: bool) {
+    pub(crate) fn leave(&self, member: u8, calling: bool) {
         let mut state = self.lock();
         let member = &mut state.members[usize::from(member)];
         member.phase = Phase::Outside;
@@ -119,11 +119,7 @@ impl<R: Clone> Crew<R> {
     }
 
     /// Waits until `member` has the gate. `None` once the run has ended.
-    pub(in crate::run) fn take(
-        &self,
-        member: u8,
-        report: impl FnMut() -> R,
-    ) -> Option<Turn<'_, R>> {
+    pub(crate) fn take(&self, member: u8, report: impl FnMut() -> R) -> Option<Turn<'_, R>> {
         let taken = self.wait(member, report, |state, member| {
             let free = state.holder.is_none();
             if free {
@@ -136,13 +132,13 @@ impl<R: Clone> Crew<R> {
     }
 
     /// Ends the run from outside, before anybody has entered the guest.
-    pub(in crate::run) fn abandon(&self) {
+    pub(crate) fn abandon(&self) {
         self.lock().ended = true;
         self.changed.notify_all();
     }
 
     /// Whether the run has ended.
-    pub(in crate::run) fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         self.lock().ended
     }
 
@@ -199,7 +195,7 @@ impl<R: Clone> Crew<R> {
 
 /// A thread of the crew.
 #[must_use = "the thread counts as gone when this is dropped"]
-pub(in crate::run) struct Presence<'c, R: Clone> {
+pub(crate) struct Presence<'c, R: Clone> {
     crew: &'c Crew<R>,
     member: u8,
 }
@@ -216,7 +212,7 @@ impl<R: Clone> Drop for Presence<'_, R> {
 
 /// One member has the gate; whoever it had stopped goes on when this is dropped.
 #[must_use = "the gate is free again when this is dropped"]
-pub(in crate::run) struct Turn<'c, R: Clone> {
+pub(crate) struct Turn<'c, R: Clone> {
     crew: &'c Crew<R>,
     member: u8,
 }
@@ -224,13 +220,13 @@ pub(in crate::run) struct Turn<'c, R: Clone> {
 impl<R: Clone> Turn<'_, R> {
     /// Has all others stand still, and returns when they do: those that are asleep or gone count as
     /// such. `kick` makes a member come out of the guest.
-    pub(in crate::run) fn stop(&self, kick: &dyn Fn(u8)) {
+    pub(crate) fn stop(&self, kick: &dyn Fn(u8)) {
         self.settle(0, kick);
     }
 
     /// Lets these members, which stand still, go on until `done` says so or `deadline` comes; then
     /// all stand still again.
-    pub(in crate::run) fn let_on(
+    pub(crate) fn let_on(
         &self,
         members: Set,
         done: &mut dyn FnMut() -> bool,
@@ -248,13 +244,13 @@ impl<R: Clone> Turn<'_, R> {
     }
 
     /// All may go on.
-    pub(in crate::run) fn resume(&self) {
+    pub(crate) fn resume(&self) {
         self.crew.lock().stopped = None;
         self.crew.changed.notify_all();
     }
 
     /// Wakes those that are asleep.
-    pub(in crate::run) fn start(&self) {
+    pub(crate) fn start(&self) {
         for member in &mut self.crew.lock().members {
             if member.phase == Phase::Asleep {
                 member.phase = Phase::Outside;
@@ -264,13 +260,13 @@ impl<R: Clone> Turn<'_, R> {
     }
 
     /// Ends the run: nobody enters the guest or gets the gate any more.
-    pub(in crate::run) fn end(&self) {
+    pub(crate) fn end(&self) {
         self.crew.lock().ended = true;
         self.crew.changed.notify_all();
     }
 
     /// Others that are not waiting for the gate, so that they go on when they may.
-    pub(in crate::run) fn runnable(&self) -> Set {
+    pub(crate) fn runnable(&self) -> Set {
         let state = self.crew.lock();
         let awake = [Phase::Inside, Phase::Outside, Phase::Still];
         let free = state.others_in(&awake).filter(|m| !state.members[usize::from(*m)].calling);
@@ -278,7 +274,7 @@ impl<R: Clone> Turn<'_, R> {
     }
 
     /// What a member that stands still reported.
-    pub(in crate::run) fn report(&self, member: u8) -> Option<R> {
+    pub(crate) fn report(&self, member: u8) -> Option<R> {
         let state = self.crew.lock();
         let member = state.members.get(usize::from(member))?;
         member.report.clone().filter(|_| member.phase == Phase::Still)

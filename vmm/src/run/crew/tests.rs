@@ -52,7 +52,8 @@ impl Machine {
         for _ in 0..length {
             self.counts[usize::from(member)].fetch_add(1, SeqCst);
             std::thread::yield_now();
-            if kicked.load(SeqCst) {
+            // Once the run has ended, whoever waits for it kicks all, again and again.
+            if kicked.load(SeqCst) || self.crew.has_ended() {
                 break;
             }
         }

@@ -1,0 +1,184 @@
+//! Whole machines, with workloads of their own on the allocator's interface.
+
+use super::*;
+use crate::config::{Config, MachineKind, Overrides, Seal};
+use crate::run::{End, Host, Machine, Outcome, Plan};
+use lacuna_abi::addr::PAGE_SIZE;
+use lacuna_guest::alloc::{PageAllocator, Request};
+use lacuna_guest::freetype::Migratetype;
+use lacuna_guest::mapped::MappedPages;
+use lacuna_guest::platform::Platform;
+use lacuna_guest::programs::{ProgramError, Team};
+use lacuna_guest::secret::{Access, SecretPages};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+/// Runs a workload on a machine of its own.
+fn run(
+    workload: impl Workload + 'static,
+    cpus: u8,
+    memory_mib: u64,
+    seal: Seal,
+    (schedule, seed): (Schedule, u64),
+) -> Outcome {
+    let text = format!(
+        "[guest]\nmemory_mib = {memory_mib}\nvcpus = {cpus}\nseed = {seed}\n\
+         [workload]\nprogram = \"idle\"\n[audit]\nquiesce_every = 20000\n"
+    );
+    let (machine, seal) = (Some(MachineKind::Sim), Some(seal));
+    let overrides = Overrides { machine, seal, ..Overrides::default() };
+    let config = Config::from_text(Path::new("test.toml"), &text, &overrides).unwrap();
+    let (plan, _) = Plan::new(&config).unwrap();
+    let machine = Machine::open(Host::Sim(schedule), plan, Vec::new()).unwrap();
+    let running = machine.with_workload(Arc::new(workload)).start().unwrap();
+    running.wait(|_| ControlFlow::Continue(()))
+}
+
+fn clean(outcome: &Outcome) {
+    assert!(matches!(outcome.end, End::Exit(0, _)), "{:?}", outcome.end);
+    let result = outcome.with_gate(|gate| gate.result());
+    assert_eq!(result.findings, []);
+    assert_eq!(result.inconclusive, Vec::<String>::new());
+    assert_eq!(outcome.simulation.unwrap().stale_secret_uses, 0);
+}
+
+const REQUEST: Request =
+    Request { order: 0, migratetype: Migratetype::Unmovable, zero: false, noblock: false };
+
+/// Random allocations of all kinds, tagged; some are freed by another CPU.
+struct Mixed {
+    turns: usize,
+    /// Handles that wait for any CPU to free them, each with its tag.
+    given_away: Mutex<Vec<(u64, u64)>>,
+}
+
+impl Mixed {
+    fn new(turns: usize) -> Self {
+        Self { turns, given_away: Mutex::default() }
+    }
+
+    fn tag(handle: u64) -> u64 {
+        handle.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
+    }
+
+    fn allocate<'a>(
+        machine: &SimMachine,
+        allocator: &PageAllocator<'a, SimMachine>,
+        random: &mut Random,
+    ) -> Option<u64> {
+        let order = random.below(5) as u8;
+        let zero = random.one_in(2);
+        let migratetype = Migratetype::ALL[random.below(3) as usize];
+        let request = Request { order, migratetype, zero, noblock: random.one_in(4) };
+        if random.one_in(2) {
+            let pages = allocator.alloc_mapped(request).ok()?;
+            let last = pages.pin().va().wrapping_add((PAGE_SIZE << order) - 8);
+            assert!(!zero || machine.load(last) == 0);
+            machine.store(last, Self::tag(pages.handle()));
+            return Some(pages.into_raw());
+        }
+        let pages = allocator.alloc_secret(request).ok()?;
+        let window = pages.open(0, 1 << order, Access::Write).unwrap();
+        let last = (PAGE_SIZE << order) - 8;
+        assert!(!zero || window.load(last) == Ok(0));
+        window.store(last, Self::tag(pages.handle())).unwrap();
+        window.close().unwrap();
+        Some(pages.into_raw())
+    }
+
+    fn free(machine: &SimMachine, allocator: &PageAllocator<'_, SimMachine>, handle: u64) {
+        let tag = Self::tag(handle);
+        if let Ok(pages) = MappedPages::from_raw(allocator, handle) {
+            let bytes = pages.frames().count() * PAGE_SIZE;
+            assert_eq!(machine.load(pages.pin().va().wrapping_add(bytes - 8)), tag);
+            return;
+        }
+        let pages = SecretPages::from_raw(allocator, handle).unwrap();
+        let count = pages.frames().count();
+        let window = pages.open(0, count, Access::Read).unwrap();
+        assert_eq!(window.load(count * PAGE_SIZE - 8), Ok(tag));
+        window.close().unwrap();
+    }
+}
+
+impl Workload for Mixed {
+    fn run<'a>(
+        &self,
+        machine: &'a SimMachine,
+        allocator: &PageAllocator<'a, SimMachine>,
+        _: &Team,
+    ) -> Result<(), ProgramError> {
+        let mut random = Random::new(99, machine.cpu() as u64);
+        let mut own = Vec::new();
+        for _ in 0..self.turns {
+            match random.below(5) {
+                0 | 1 => own.extend(Self::allocate(machine, allocator, &mut random)),
+                2 if !own.is_empty() => {
+                    let handle = own.swap_remove(random.below(own.len() as u64) as usize);
+                    Self::free(machine, allocator, handle);
+                }
+                3 => self.given_away.lock().unwrap().extend(own.pop().map(|handle| (handle, 0))),
+                _ => {
+                    let taken = self.given_away.lock().unwrap().pop();
+                    if let Some((handle, _)) = taken {
+                        Self::free(machine, allocator, handle);
+                    }
+                }
+            }
+        }
+        own.into_iter().for_each(|handle| Self::free(machine, allocator, handle));
+        Ok(())
+    }
+}
+
+#[test]
+fn mixed_allocations_on_many_cpus_are_clean() {
+    for (seed, (cpus, seal)) in
+        [(1, Seal::Guard), (4, Seal::Guard), (4, Seal::Off), (8, Seal::Memslot)]
+            .into_iter()
+            .enumerate()
+    {
+        clean(&run(Mixed::new(300), cpus, 32, seal, (Schedule::Seeded, seed as u64)));
+    }
+}
+
+#[test]
+fn mixed_allocations_on_threads_are_clean() {
+    for (seed, (cpus, seal)) in
+        [(2, Seal::Guard), (4, Seal::Off), (8, Seal::Memslot)].into_iter().enumerate()
+    {
+        let schedule = (Schedule::Threads, seed as u64);
+        clean(&run(Mixed::new(400), cpus, 32, seal, schedule));
+    }
+}
+
+/// Pool hits: secret pages that are handed out and freed, and never used.
+struct Hits(u64);
+
+impl Workload for Hits {
+    fn run<'a>(
+        &self,
+        _: &'a SimMachine,
+        allocator: &PageAllocator<'a, SimMachine>,
+        _: &Team,
+    ) -> Result<(), ProgramError> {
+        for _ in 0..self.0 {
+            drop(allocator.alloc_secret(REQUEST).unwrap());
+        }
+        Ok(())
+    }
+}
+
+#[test]
+#[ignore = "measures"]
+fn speed() {
+    for _ in 0..3 {
+        let count = 1_000_000;
+        let outcome = run(Hits(count), 1, 64, Seal::Guard, (Schedule::Seeded, 0));
+        clean(&outcome);
+        let each = outcome.running.as_nanos() / u128::from(2 * count);
+        let audit = outcome.with_gate(|gate| gate.audit_time()).as_nanos() / u128::from(2 * count);
+        println!("{each} ns an operation, {audit} of them in the audit");
+    }
+}
