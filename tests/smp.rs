@@ -2,9 +2,15 @@
 
 mod support;
 
+use lacuna::machine::kvm::Vm;
+use lacuna::machine::memory::Memory;
+use lacuna_abi::addr::{Gpa, Gva};
+use lacuna_abi::gate::SHOOTDOWN_VECTOR;
+use lacuna_abi::layout::{Layout, Needs};
 use libtest_mimic::Trial;
 use std::fmt::Write;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::{Check, EVENTS, Run, dirty, ensure, fault_is_found, lacuna, replay, trial};
 
@@ -16,6 +22,7 @@ fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("eight_vcpus_boot_and_are_judged", eight),
         trial("shootdowns_by_gate_call_are_delivered", by_gate_call),
+        trial("an_interrupt_that_no_local_apic_takes_is_lost", lost_interrupt),
         trial("halted_cpus_answer_shootdowns", halted),
         trial("secrets_leave_no_trace_with_idle_cpus_around", secrets),
         trial("a_cpu_that_answers_no_shootdown_is_named_with_its_place", stuck),
@@ -99,6 +106,17 @@ fn by_gate_call() -> Check {
     };
     let (x2apic, gate) = (calls("x2apic")?, calls("gate")?);
     ensure(gate > x2apic, &format!("{gate} calls beside the operations, {x2apic} without the gate"))
+}
+
+/// A guest may have switched a local APIC off, by software or altogether: whatever KVM says of an
+/// interrupt for it, that is no failure of the host.
+fn lost_interrupt() -> Check {
+    let needs = Needs { image: 4096, memory_mib: 16, cpus: 2, input: 0, scratch: 0 };
+    let layout = Layout::new(&needs).map_err(|error| format!("{error:?}"))?;
+    let vm = Vm::new(lacuna::doctor::open_kvm()?, Arc::new(Memory::new(layout)?))?;
+    let _vcpus = [vm.vcpu(0, Gva(0), Gpa(0))?, vm.vcpu(1, Gva(0), Gpa(0))?];
+    vm.interrupts().send(1, SHOOTDOWN_VECTOR)?;
+    Ok(vm.interrupts().send(7, SHOOTDOWN_VECTOR)?)
 }
 
 /// CPUs without a part in the program halt, and the flip of its page waits for them.
