@@ -10,6 +10,7 @@ mod moving;
 mod page_alloc;
 mod programs;
 mod refusals;
+mod ring;
 mod secret;
 mod selftests;
 mod shootdown;
