@@ -4,21 +4,22 @@
 //! Where `/dev/kvm` cannot be used, every test here is listed as ignored and counted; with
 //! `LACUNA_REQUIRE_KVM=1` it runs and fails instead.
 
+mod on_kvm;
 mod support;
 
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
+use on_kvm::fault_is_found;
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::{
-    Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
-    selftest, trial,
+    Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest, trial,
 };
 
 fn main() {
-    support::run(trials());
+    on_kvm::run(trials());
 }
 
 fn trials() -> Vec<Trial> {

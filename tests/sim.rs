@@ -16,7 +16,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::{Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest};
+use support::{
+    Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest, trial,
+};
 
 fn main() {
     let args = Arguments::from_args();
@@ -78,10 +80,6 @@ fn trials() -> Vec<Trial> {
     trials
 }
 
-fn trial(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Trial {
-    Trial::test(name, run)
-}
-
 /// Ways to fail, and what kind and message must say.
 const CRASHES: &[(&str, &[&str])] = &[
     ("panic", &["panic", "asked to"]),
@@ -100,7 +98,9 @@ fn simulation(run: &Run, name: &str) -> u64 {
 }
 
 fn on_cpus(cpus: u8, config: &str) -> String {
-    config.replace("[guest]\n", &format!("[guest]\nvcpus = {cpus}\n"))
+    let own = config.lines().filter(|line| !line.starts_with("vcpus"));
+    let rest: String = own.flat_map(|line| [line, "\n"]).collect();
+    rest.replace("[guest]\n", &format!("[guest]\nvcpus = {cpus}\n"))
 }
 
 fn quickstart(cpus: u8, seal: &str) -> Check {

@@ -1,5 +1,6 @@
 //! Several vCPUs on `/dev/kvm`, end to end. Ignored or required as the tests in `kvm.rs`.
 
+mod on_kvm;
 mod support;
 
 use lacuna::machine::kvm::Vm;
@@ -9,14 +10,15 @@ use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use lacuna_abi::layout::{Layout, Needs};
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
+use on_kvm::fault_is_found;
 use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use support::{Check, EVENTS, Run, dirty, ensure, fault_is_found, lacuna, replay, selftest, trial};
+use support::{Check, EVENTS, Run, dirty, ensure, lacuna, replay, selftest, trial};
 
 fn main() {
-    support::run(trials());
+    on_kvm::run(trials());
 }
 
 fn trials() -> Vec<Trial> {
