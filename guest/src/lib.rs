@@ -5,7 +5,7 @@
 //! image, in ordinary unit tests and on simulated machines.
 #![no_std]
 
-#[cfg(test)]
+#[cfg(any(test, loom))]
 extern crate std;
 
 pub mod alloc;
@@ -27,10 +27,13 @@ pub mod programs;
 pub mod ring;
 pub mod secret;
 mod space;
+mod sync;
 mod zeroing;
 mod zone;
 
-#[cfg(test)]
+#[cfg(all(test, loom))]
+mod models;
+#[cfg(all(test, not(loom)))]
 mod testing;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests;
