@@ -5,7 +5,7 @@
 //! image, in ordinary unit tests and on simulated machines.
 #![no_std]
 
-#[cfg(any(test, loom))]
+#[cfg(any(test, loom, feature = "testing"))]
 extern crate std;
 
 pub mod alloc;
@@ -33,7 +33,7 @@ mod zone;
 
 #[cfg(all(test, loom))]
 mod models;
-#[cfg(all(test, not(loom)))]
-mod testing;
+#[cfg(all(any(test, feature = "testing"), not(loom)))]
+pub mod testing;
 #[cfg(all(test, not(loom)))]
 mod tests;

@@ -397,7 +397,7 @@ impl Zone {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(any(test, feature = "testing"), not(loom)))]
 impl Zone {
     /// Checks every list against the metadata, for tests: links both ways, states, freetypes,
     /// counts, no overlap, and no two buddies that should be one.

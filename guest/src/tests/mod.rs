@@ -1,5 +1,6 @@
 //! Tests of the allocator, the mermap and the programs on the test machine.
 
+mod corpus;
 #[cfg(feature = "faults")]
 mod faults;
 mod flip;
