@@ -11,6 +11,7 @@ mod cpu;
 mod crash;
 mod descriptors;
 mod entry;
+mod flush;
 mod gate;
 mod machine;
 mod memory;
@@ -80,6 +81,10 @@ fn run(
         }
         Some(Program::Crash) => {
             crash::run(info.arg0);
+            Ok(())
+        }
+        Some(Program::Flush) => {
+            flush::run(allocator, machine, args);
             Ok(())
         }
         None => panic!("no program has the number {}", info.program),

@@ -158,7 +158,7 @@ pub fn run<P: Platform>(
         Program::Replay => replay::run(allocator, platform, services, team, (arg0, arg1)),
         Program::Secrets if lead => secrets::run(allocator, platform, services, arg0),
         Program::Secrets | Program::Idle => Ok(()),
-        Program::Touch | Program::Crash => Err(ProgramError::ImageOnly(program)),
+        Program::Touch | Program::Crash | Program::Flush => Err(ProgramError::ImageOnly(program)),
     };
     team.leave(platform, ended)
 }
