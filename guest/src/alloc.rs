@@ -2,6 +2,7 @@
 
 use crate::balance::Watermarks;
 use crate::counters::Counts;
+use crate::error::UseError;
 use crate::freetype::{Freetype, Migratetype};
 use crate::handle::{Pin, Slot};
 use crate::lock::{IrqGuard, IrqLock};
@@ -10,7 +11,8 @@ use crate::mermap::{Mermap, MermapError};
 use crate::meta::{Chunk, MAX_ORDER, MemMap, State};
 use crate::pcp::{CpuLists, Held, Marks, pindex};
 use crate::platform::{GateError, InterruptsOff, Platform};
-use crate::secret::{SecretPages, UseError};
+#[cfg(feature = "unmapped")]
+use crate::secret::SecretPages;
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, Taken, Zone};
 use core::sync::atomic::AtomicBool;
@@ -194,6 +196,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     ///
     /// # Errors
     /// [`AllocError`]; nothing was taken.
+    #[cfg(feature = "unmapped")]
     pub fn alloc_secret(&self, request: Request) -> Result<SecretPages<'_, 'a, P>, AllocError> {
         check_order(request)?;
         let Request { order, migratetype, zero, .. } = request;
@@ -215,6 +218,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     }
 
     /// The windows.
+    #[cfg(feature = "unmapped")]
     pub fn mermap(&self) -> &Mermap<'a, P> {
         &self.mermap
     }

@@ -1,5 +1,7 @@
 //! Tests of the allocator, the mermap and the programs on the test machine.
 
+#[macro_use]
+mod assert_owned;
 mod corpus;
 #[cfg(feature = "faults")]
 mod faults;
