@@ -3,6 +3,7 @@
 use crate::balance::Watermarks;
 use crate::contents::OnFree;
 use crate::counters::Counts;
+use crate::error::UseError;
 use crate::freetype::{Freetype, Migratetype};
 use crate::handle::{Pin, Slot};
 use crate::lock::{IrqGuard, IrqLock};
@@ -11,7 +12,8 @@ use crate::mermap::{Mermap, MermapError};
 use crate::meta::{Chunk, MAX_ORDER, MemMap, State};
 use crate::pcp::{CpuLists, Held, Marks, pindex};
 use crate::platform::{GateError, InterruptsOff, Platform};
-use crate::secret::{SecretPages, UseError};
+#[cfg(feature = "unmapped")]
+use crate::secret::SecretPages;
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, Taken, Zone};
 use core::sync::atomic::AtomicBool;
@@ -204,6 +206,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     ///
     /// # Errors
     /// [`AllocError`]; nothing was taken.
+    #[cfg(feature = "unmapped")]
     pub fn alloc_secret(&self, request: Request) -> Result<SecretPages<'_, 'a, P>, AllocError> {
         check_order(request)?;
         let Request { order, migratetype, zero, .. } = request;
@@ -225,6 +228,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     }
 
     /// The windows.
+    #[cfg(feature = "unmapped")]
     pub fn mermap(&self) -> &Mermap<'a, P> {
         &self.mermap
     }

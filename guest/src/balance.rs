@@ -2,9 +2,9 @@
 //! CPUs keep to themselves.
 
 use crate::alloc::{AllocError, PageAllocator};
+use crate::error::UseError;
 use crate::meta::{Chunk, State};
 use crate::platform::Platform;
-use crate::secret::UseError;
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK_PAGES, Zone};
 use core::sync::atomic::Ordering::Relaxed;

@@ -67,7 +67,7 @@ impl<P: Platform> PageAllocator<'_, P> {
     }
 
     /// Moves one allocation; whether it could be moved.
-    fn relocate(&self, from: u32) -> bool {
+    pub(crate) fn relocate(&self, from: u32) -> bool {
         let page = self.map.page(from);
         if !page.begin_move() {
             return false;

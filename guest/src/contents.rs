@@ -3,9 +3,9 @@
 //! said to be zero can be looked at.
 
 use crate::alloc::{AllocError, PageAllocator};
+use crate::error::UseError;
 use crate::meta::Chunk;
 use crate::platform::Platform;
-use crate::secret::UseError;
 use lacuna_abi::addr::{Gfn, PAGE_SIZE};
 use lacuna_abi::layout::direct_map;
 

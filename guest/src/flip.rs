@@ -3,10 +3,10 @@
 
 use crate::alloc::{AllocError, PageAllocator};
 use crate::contents::OnFree;
+use crate::error::UseError;
 use crate::freetype::{Freetype, Migratetype};
 use crate::meta::{Chunk, MAX_ORDER};
 use crate::platform::{CpuSet, GateError, Platform, planted};
-use crate::secret::UseError;
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, BLOCK_PAGES};

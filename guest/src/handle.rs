@@ -64,14 +64,11 @@ impl Slot {
     /// Keeps the allocation where it is while the pin lives; waits while it is being moved.
     pub(crate) fn pin<'m, P: Platform>(&self, map: &MemMap<'m>, platform: &P) -> Pin<'m> {
         loop {
-            let chunk = self.chunk(map);
-            let page = map.page(chunk.index);
-            if page.pin() {
-                let pin = Pin { page, chunk };
-                // Moved meanwhile: what was pinned is somebody else's, or nobody's.
-                if map.place_of(self.number) == chunk.index {
-                    return pin;
-                }
+            // Moved meanwhile: what was pinned is somebody else's, or nobody's.
+            if let Some(pin) = Pin::of(map, self.chunk(map))
+                && map.place_of(self.number) == pin.chunk.index
+            {
+                return pin;
             }
             platform.relax();
         }
@@ -90,7 +87,13 @@ pub(crate) struct Pin<'m> {
     chunk: Chunk,
 }
 
-impl Pin<'_> {
+impl<'m> Pin<'m> {
+    /// Pins what lies at `chunk`, whatever that is; `None` while it is being moved.
+    pub(crate) fn of(map: &MemMap<'m>, chunk: Chunk) -> Option<Self> {
+        let page = map.page(chunk.index);
+        page.pin().then_some(Self { page, chunk })
+    }
+
     /// Where the allocation lies.
     pub(crate) fn chunk(&self) -> Chunk {
         self.chunk

@@ -4,7 +4,7 @@
 //! list changes it.
 
 use crate::meta::{Chunk, MemMap, State};
-use core::sync::atomic::AtomicU32;
+use crate::sync::AtomicU32;
 use core::sync::atomic::Ordering::Relaxed;
 
 /// A list, newest first.
@@ -67,7 +67,7 @@ impl List {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use crate::testing::Mock;

@@ -1,17 +1,16 @@
 //! Spinlocks that are held with interrupts off.
 
 use crate::platform::{InterruptsOff, Platform};
+use crate::sync::{AtomicBool, Mutex, MutexGuard};
 use core::ops::{Deref, DerefMut};
-use core::sync::atomic::AtomicBool;
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use spin::{Mutex, MutexGuard};
 
 /// A value that interrupt handlers and other CPUs may want too.
 pub(crate) struct IrqLock<T>(Mutex<T>);
 
 impl<T> IrqLock<T> {
     /// Wraps `value`.
-    pub(crate) const fn new(value: T) -> Self {
+    pub(crate) fn new(value: T) -> Self {
         Self(Mutex::new(value))
     }
 

@@ -3,8 +3,9 @@
 //!
 //! Mappings are non-global, not executable, and lie in the window of the CPU that asked. Taking a
 //! mapping down flushes nothing: an address is flushed before it is used again. In the 4 KiB part
-//! addresses are handed out upwards; when they are used up, one local flush serves them all. The
-//! 2 MiB part and the reserve, a few addresses each, are flushed one by one instead.
+//! addresses are handed out upwards; when they are used up, one local flush serves them all: of
+//! their own where few were used since the last one, otherwise of the whole window. The 2 MiB part
+//! and the reserve, a few addresses each, are flushed one by one instead.
 //!
 //! Tasks of this guest do not migrate, so that a mapping is taken down on the CPU that made it.
 
@@ -24,6 +25,13 @@ use lacuna_abi::layout::{self, Layout, Region, WINDOW_LARGE_OFFSET};
 use lacuna_abi::paging::{Entry, Level};
 pub use window::{PAGES, SLOTS};
 use window::{Part, Window};
+
+/// Pages of the 4 KiB part up to which an INVLPG for each replaces a CR3 load, which also drops what
+/// else this CPU has cached. By `lacuna bench flush` on a KVM that interprets ring 0 and walks the
+/// tables at every access (two-core AMD EPYC virtual machine), so that nothing is won by what stays
+/// cached: with eight loads after it, 1 INVLPG costs 1.02 to 1.04 times what a CR3 load does, 2 cost
+/// 1.04 to 1.06, 8 cost 1.15 and 64 cost 2.1. Where ring 0 runs natively more may pay.
+pub const INVLPG_MAX: u64 = 1;
 
 /// What a mapping may be used for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -173,10 +181,8 @@ impl<'a, P: Platform> Mermap<'a, P> {
             let (slot, stale) = window.take_block()?;
             (Part::Large(slot), self.clean(window.large_run(cpu, slot), stale))
         } else {
-            let (slot, first, wrapped) = window.take_pages(frames.count())?;
-            if wrapped {
-                self.flush_window(cpu, &mut window);
-            }
+            let (slot, first, stale) = window.take_pages(frames.count())?;
+            self.start_over(cpu, &mut window, first, stale);
             // At most 511 pages.
             (Part::Small(slot), window.small_run(cpu, first, frames.count() as u32))
         };
@@ -282,12 +288,24 @@ impl<'a, P: Platform> Mermap<'a, P> {
         run
     }
 
-    /// Removes everything that this CPU may still cache of its window.
-    fn flush_window(&self, cpu: usize, window: &mut Window) {
+    /// Removes what this CPU may still cache of `stale` pages from page `first` of the 4 KiB part,
+    /// which are about to be handed out again: them alone, or its whole window with them.
+    fn start_over(&self, cpu: usize, window: &mut Window, first: u64, stale: u64) {
+        if stale == 0 {
+            return;
+        }
+        let few = stale <= INVLPG_MAX;
+        // At most 511 pages.
+        let Run { va, level, count, .. } = window.small_run(cpu, first, stale as u32);
+        let flush = if few { Flush::Pages { va, count, level } } else { Flush::NonGlobal };
         if !planted!(self.platform, SkipWindowFlush) {
-            self.platform.flush(Flush::NonGlobal);
+            self.platform.flush(flush);
         }
         self.flushes.fetch_add(1, Relaxed);
+        if few {
+            // Other addresses may still be cached: what blocks remember of this window stays true.
+            return;
+        }
         window.flushed();
         // After the flush, so that who still reads the old number sends one flush too many. 0 is
         // left out: in a pageblock's record it says "never".

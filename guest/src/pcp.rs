@@ -12,8 +12,8 @@ use crate::list::List;
 use crate::lock::{RawGuard, RawLock};
 use crate::meta::{Chunk, MemMap, State};
 use crate::platform::{InterruptsOff, Platform};
+use crate::sync::AtomicU32;
 use crate::zone::{BLOCK, Zone};
-use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering::Relaxed;
 
 /// Orders that have lists: small ones, and whole pageblocks.

@@ -4,7 +4,7 @@
 //! Room is made before a number is taken: a CPU that waits for the host never owes it a number.
 //! While it may owe one, its ring says so: the host lets it run on before it judges.
 
-use core::sync::atomic::AtomicU64;
+use crate::sync::AtomicU64;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use lacuna_abi::event::{
     EntryWrite, Event, INTENT_WORDS, Intent, RING_BUSY_WORD, RING_HEAD_WORD, RING_INTENT_WORD,
@@ -17,6 +17,9 @@ const INTENT_SEQ_WORD: usize = RING_INTENT_WORD + 1;
 
 /// The words of one CPU's ring, which the host reads at any time.
 pub trait Ring {
+    /// Records that it holds; a power of two.
+    const RECORDS: u64 = RING_RECORDS;
+
     /// Number of the CPU that writes it.
     fn cpu(&self) -> u8;
 
@@ -82,17 +85,17 @@ fn set_intent(ring: &impl Ring, intent: &Intent) {
 }
 
 /// Waits until the ring has room for a record.
-fn reserve(ring: &impl Ring) {
+fn reserve<R: Ring>(ring: &R) {
     let head = ring.control(RING_HEAD_WORD).load(Relaxed);
-    while head.wrapping_sub(ring.control(RING_TAIL_WORD).load(Acquire)) >= RING_RECORDS {
+    while head.wrapping_sub(ring.control(RING_TAIL_WORD).load(Acquire)) >= R::RECORDS {
         ring.drain();
     }
 }
 
 /// Appends a record, for which there is room.
-fn push(ring: &impl Ring, record: &Record) {
+fn push<R: Ring>(ring: &R, record: &Record) {
     let head = ring.control(RING_HEAD_WORD).load(Relaxed);
-    let slot = (head % RING_RECORDS) as usize;
+    let slot = (head % R::RECORDS) as usize;
     for (index, word) in record.to_words().into_iter().enumerate() {
         ring.record(slot, index).store(word, Relaxed);
     }

@@ -1,27 +1,13 @@
 //! Secret pages: an allocation that nothing shows but the windows opened on it.
 
 use crate::alloc::PageAllocator;
+pub use crate::error::UseError;
 use crate::handle::{BadHandle, Pin, Slot};
 use crate::mermap::{Mapping, MermapError, Protection};
-use crate::platform::{GateError, InterruptsOff, Platform};
+use crate::platform::{InterruptsOff, Platform};
 use core::mem::ManuallyDrop;
 use lacuna_abi::addr::{FrameRange, Gfn, Gva, PAGE_SIZE};
 use lacuna_abi::gate::OpKind;
-
-/// Why secret pages could not be used.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum UseError {
-    /// The pages or bytes are not all in the allocation or window, or not a multiple of 8.
-    OutOfRange,
-    /// The window was opened for reading.
-    ReadOnly,
-    /// The host refused to open or to release.
-    Gate(GateError),
-    /// The host refused to close what was open. The pages are never handed out again.
-    Unsealed(GateError),
-    /// No window could be had.
-    Window(MermapError),
-}
 
 /// What a window is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -2,9 +2,9 @@
 //! pages.
 
 use crate::alloc::PageAllocator;
+use crate::error::UseError;
 use crate::mermap::{MermapError, Protection};
 use crate::platform::{GateError, InterruptsOff, Platform, planted};
-use crate::secret::UseError;
 use lacuna_abi::addr::{FrameRange, Gfn, PAGE_SIZE};
 use lacuna_abi::gate::OpKind;
 

@@ -25,6 +25,9 @@ named_enum! {
         Touch = "touch",
         /// Fails on purpose: `arg0` is the [`Crash`].
         Crash = "crash",
+        /// Times invalidations, for `lacuna bench flush`: `arg0` INVLPGs or, for 0, a CR3 load, then
+        /// `arg1` loads, `arg2` times; says the least ticks as its progress.
+        Flush = "flush",
     }
 }
 

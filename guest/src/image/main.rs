@@ -12,6 +12,7 @@ mod cpu;
 mod crash;
 mod descriptors;
 mod entry;
+mod flush;
 mod gate;
 mod interrupts;
 mod machine;
@@ -126,6 +127,8 @@ fn run(
         Some(Program::Touch) if cpu::number() == 0 => touch::run(allocator, machine, info.arg0),
         Some(Program::Touch) => {}
         Some(Program::Crash) => crash::run(machine, info.arg0),
+        Some(Program::Flush) if cpu::number() == 0 => flush::run(allocator, machine, args),
+        Some(Program::Flush) => {}
         None => panic!("no program has the number {}", info.program),
     }
     Ok(())

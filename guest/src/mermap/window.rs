@@ -49,7 +49,8 @@ pub(super) struct Window {
     pub(super) table: Gpa,
     /// Place of the first entry of the 2 MiB part.
     pub(super) directory: Gpa,
-    /// First page that was not handed out since the last flush.
+    /// First page that was not handed out since it was last flushed: nothing is cached of it, nor of
+    /// those behind it.
     next: u64,
     slots: [Slot; SLOTS],
     reserve: Place,
@@ -57,23 +58,27 @@ pub(super) struct Window {
 }
 
 impl Window {
-    /// Takes a slot and pages of the 4 KiB part: the slot, the first page, and whether addresses
-    /// start over, so that the window must be flushed. The slot is looked for first and addresses
-    /// start over only where that helps, so that no flush is wasted.
-    pub(super) fn take_pages(&mut self, pages: u64) -> Result<(usize, u64, bool), MermapError> {
+    /// Takes a slot and pages of the 4 KiB part: the slot, the first page, and, where addresses
+    /// start over, how many pages from the first on may be cached and must be flushed; otherwise 0.
+    /// The slot is looked for first and addresses start over only where that helps, so that no flush
+    /// is wasted.
+    pub(super) fn take_pages(&mut self, pages: u64) -> Result<(usize, u64, u64), MermapError> {
         let slot = self.slots.iter().position(|s| s.pages == 0).ok_or(MermapError::NoSlot)?;
-        let wraps = pages > PAGES - self.next;
-        if wraps {
+        let mut stale = 0;
+        if pages > PAGES - self.next {
             let above = self.slots.iter().map(|s| s.first + s.pages).max().unwrap_or(0);
             if pages > PAGES - above {
                 return Err(MermapError::NoSpace);
             }
+            // What lies below stays as it is: it is not handed out again before addresses start
+            // over once more, and then it is among those that are flushed.
+            stale = self.next - above;
             self.next = above;
         }
         let first = self.next;
         self.next += pages;
         self.slots[slot] = Slot { first, pages };
-        Ok((slot, first, wraps))
+        Ok((slot, first, stale))
     }
 
     /// Takes a slot of the 2 MiB part, a clean one if there is one: the slot, and whether its

@@ -182,7 +182,7 @@ pub fn run<P: Platform>(
         },
         Program::Secrets if lead => secrets::run(allocator, platform, services, arg0),
         Program::Secrets | Program::Idle => Ok(()),
-        Program::Touch | Program::Crash => Err(ProgramError::ImageOnly(program)),
+        Program::Touch | Program::Crash | Program::Flush => Err(ProgramError::ImageOnly(program)),
     };
     team.leave(platform, ended)
 }

@@ -4,10 +4,16 @@
 //! An access that real hardware would refuse panics. What a host would report as a violation is
 //! collected; a machine that is dropped with violations that no test asked for panics.
 
+#![cfg_attr(not(test), allow(dead_code, reason = "histories need a part of what the tests do"))]
+
+pub(crate) mod history;
 mod judge;
 mod memory;
+pub(crate) mod step;
 
+pub use history::run_bytes;
 pub(crate) use judge::Seen;
+#[cfg(test)]
 pub(crate) use memory::Contents;
 
 use crate::alloc::{AllocConfig, PageAllocator, Request};

@@ -9,18 +9,18 @@ use lacuna_abi::layout::{WINDOW_LARGE_OFFSET, WINDOW_STRIDE, window};
 use lacuna_abi::paging::{Entry, Level};
 use std::vec::Vec;
 
-fn prepared(mock: &Mock) -> Mermap<'_, Mock> {
+pub(super) fn prepared(mock: &Mock) -> Mermap<'_, Mock> {
     let mermap = Mermap::new(mock, &mock.layout, mock.map());
     mermap.prepare().unwrap();
     mermap
 }
 
 /// `count` frames from the `first` of the zone.
-fn frames(mock: &Mock, first: u64, count: u64) -> FrameRange {
+pub(super) fn frames(mock: &Mock, first: u64, count: u64) -> FrameRange {
     FrameRange::new(Gfn(mock.layout.zone_frames().start().0 + first), count).unwrap()
 }
 
-fn reserved<'m, 'a>(
+pub(super) fn reserved<'m, 'a>(
     mermap: &'m Mermap<'a, Mock>,
     mock: &'a Mock,
     first: u64,
@@ -29,7 +29,7 @@ fn reserved<'m, 'a>(
     mermap.get_reserved(frame, Protection::READ_WRITE, InterruptsOff::new(mock))
 }
 
-fn flushes(mock: &Mock) -> Vec<Flush> {
+pub(super) fn flushes(mock: &Mock) -> Vec<Flush> {
     let flush = |seen| if let Seen::Flush(flush) = seen { Some(flush) } else { None };
     mock.seen().into_iter().filter_map(flush).collect()
 }

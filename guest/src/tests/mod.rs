@@ -1,10 +1,14 @@
 //! Tests of the allocator, the mermap and the programs on the test machine.
 
+#[macro_use]
+mod assert_owned;
+mod corpus;
 #[cfg(feature = "faults")]
 mod faults;
 mod flip;
 mod lists;
 mod mermap;
+mod mermap_errors;
 mod model;
 mod moving;
 mod page_alloc;
@@ -14,4 +18,5 @@ mod ring;
 mod secret;
 mod selftests;
 mod shootdown;
+mod window_flush;
 mod zeroing;

@@ -1,105 +1,48 @@
 //! The allocator against a plain model, and on two threads at once.
 
 use crate::alloc::Request;
-use crate::counters::Pages;
 use crate::freetype::Migratetype;
-use crate::mapped::MappedPages;
 use crate::secret::{Access, SecretPages};
-use crate::testing::{Mock, Random};
-use lacuna_abi::addr::FrameRange;
+use crate::testing::step::{ORDERS, Setup, Step, Turn, Use};
+use crate::testing::{Mock, Random, history};
 use proptest::prelude::*;
 use std::vec::Vec;
 
-/// One step of a random history.
-#[derive(Clone, Copy, Debug)]
-enum Step {
-    Alloc(Request, bool),
-    /// Free the allocation with this number, counted around.
-    Free(usize),
-    Shrink,
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let order = prop_oneof![8 => 0u8..4, 2 => 4u8..9, 2 => 9u8..=10];
-    let alloc = (order, 0usize..3, any::<[bool; 2]>(), any::<bool>()).prop_map(
-        |(order, migratetype, [zero, noblock], secret)| {
+fn turn() -> impl Strategy<Value = Turn> {
+    let order = prop_oneof![8 => 0u8..4, 2 => 4u8..9, 2 => 9u8..ORDERS];
+    let alloc = (order, 0usize..3, any::<[bool; 2]>(), 0u8..4).prop_map(
+        |(order, migratetype, [zero, secret], noblock)| {
             let migratetype = Migratetype::ALL[migratetype];
-            Step::Alloc(Request { order, migratetype, zero, noblock }, secret)
+            Step::Alloc(Request { order, migratetype, zero, noblock: noblock == 0 }, secret)
         },
     );
-    prop_oneof![6 => alloc, 4 => any::<usize>().prop_map(Step::Free), 1 => Just(Step::Shrink)]
+    let what = (any::<u8>(), 0u16..1024, 0u16..1024, any::<[bool; 2]>(), 0u8..8).prop_map(
+        |(which, first, count, [write, special], during)| {
+            Step::Use(Use { which, first, count, write, special, during })
+        },
+    );
+    let step = prop_oneof![
+        12 => alloc,
+        7 => any::<u8>().prop_map(Step::Free),
+        6 => what,
+        1 => any::<u8>().prop_map(Step::Renew),
+        1 => any::<u64>().prop_map(Step::Forge),
+        1 => Just(Step::Balance),
+        1 => Just(Step::Shrink),
+        1 => (0u8..8).prop_map(Step::InterruptsOff),
+        1 => (0u8..16).prop_map(Step::Refuse),
+    ];
+    (0u8..4, step).prop_map(|(cpu, step)| Turn { cpu, step })
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(96))]
 
     #[test]
-    fn what_is_handed_out_is_what_a_model_says(
-        steps in prop::collection::vec(step(), 1..120), prezero: bool,
+    fn every_public_operation_does_what_a_model_says(
+        turns in prop::collection::vec(turn(), 1..160), cpus in 1usize..=4, flags: [bool; 5],
     ) {
-        let mock = Mock::new(16, 1);
-        let allocator = mock.allocator_with(prezero);
-        let zone = mock.layout.zone_frames();
-        // The model: which runs are handed out, and their handles.
-        let mut held: Vec<(FrameRange, u64, bool)> = Vec::new();
-        for step in steps {
-            match step {
-                Step::Alloc(request, secret) => {
-                    let got = if secret {
-                        allocator.alloc_secret(request).map(|p| (p.frames(), p.into_raw(), true))
-                    } else {
-                        allocator.alloc_mapped(request).map(|p| (p.frames(), p.into_raw(), false))
-                    };
-                    let Ok((frames, ..)) = got else { continue };
-                    prop_assert_eq!(frames.count(), 1 << request.order);
-                    prop_assert!(frames.start().0.is_multiple_of(frames.count()));
-                    prop_assert!(zone.contains_range(frames));
-                    prop_assert_eq!(mock.in_direct_map(frames), !secret);
-                    if request.zero {
-                        let zero = |frame| mock.state().frame(frame).contents.is_zero();
-                        prop_assert!(frames.iter().all(zero));
-                    }
-                    held.extend(got);
-                }
-                Step::Free(number) if !held.is_empty() => {
-                    let (_, handle, secret) = held.swap_remove(number % held.len());
-                    if secret {
-                        drop(SecretPages::from_raw(&allocator, handle).unwrap());
-                    } else {
-                        drop(MappedPages::from_raw(&allocator, handle).unwrap());
-                    }
-                }
-                Step::Free(_) => {}
-                Step::Shrink => allocator.shrink().unwrap(),
-            }
-            // Movable pages may lie elsewhere by now.
-            for (frames, handle, secret) in &mut held {
-                if *secret {
-                    let pages = SecretPages::from_raw(&allocator, *handle).unwrap();
-                    (*frames, *handle) = (pages.frames(), pages.into_raw());
-                } else {
-                    let pages = MappedPages::from_raw(&allocator, *handle).unwrap();
-                    (*frames, *handle) = (pages.frames(), pages.into_raw());
-                }
-            }
-            for (index, (frames, ..)) in held.iter().enumerate() {
-                let apart = |other: &(FrameRange, u64, bool)| other.0.intersection(*frames).is_none();
-                prop_assert!(held[..index].iter().all(apart), "{frames} is handed out twice");
-            }
-            let (pages, _) = allocator.pages();
-            prop_assert!(pages.iter().all(Pages::adds_up), "{pages:?}");
-            let counters = allocator.counters();
-            let allocated: u64 = held.iter().map(|(frames, ..)| frames.count()).sum();
-            prop_assert_eq!(counters.nr_allocated, allocated);
-            let free = counters.nr_free_mapped + counters.nr_free_unmapped;
-            prop_assert_eq!(free + allocated + counters.nr_fresh, zone.count());
-            allocator.zone().check(&mock.map());
-        }
-        let secret: u64 = held.iter().filter(|h| h.2).map(|h| h.0.count()).sum();
-        let state = mock.state();
-        let unmapped = zone.iter().filter(|frame| !state.frame(*frame).direct).count() as u64;
-        drop(state);
-        prop_assert_eq!(unmapped, secret + allocator.counters().nr_free_unmapped);
+        history::run(Setup::new(cpus, flags), turns.into_iter());
     }
 }
 
@@ -146,4 +89,21 @@ fn two_cpus_at_once_never_share_a_page() {
     allocator.zone().check(&mock.map());
     allocator.shrink().unwrap();
     assert!(mock.in_direct_map(mock.layout.zone_frames()));
+}
+
+/// What the model says of random histories with a fault planted: the histories differ from the
+/// model, or the machine's host finds a violation, within a few hundred steps.
+#[cfg(feature = "faults")]
+#[test]
+fn twin_no_planted_fault_passes_random_histories() {
+    use lacuna_abi::fault::Fault;
+    for fault in Fault::ALL.iter().copied() {
+        let found = (0..40).any(|seed| {
+            let mut random = Random(seed);
+            let bytes: Vec<u8> = (0..600).map(|_| random.below(256) as u8).collect();
+            let history = || history::run_bytes_with(&bytes, |mock| mock.plant(fault));
+            std::panic::catch_unwind(history).is_err()
+        });
+        assert!(found, "{} is not found", fault.name());
+    }
 }

@@ -1,6 +1,7 @@
 //! `bench boot`: time until the guest's allocator is ready, and memory, for guests of several
 //! sizes.
 
+use super::ratio;
 use crate::config::{Config, ConfigError, Overrides};
 use crate::doctor::HostError;
 use crate::run::{Host, Machine, OpenError, Plan, PlanError};
@@ -33,6 +34,9 @@ pub enum BenchError {
     /// A guest did not come up.
     #[error("a guest of {0} MiB did not say that its allocator is ready: {1}")]
     NotReady(u64, String),
+    /// A guest did not say what it timed.
+    #[error("a guest did not say how long invalidations took: {0}")]
+    NoTimes(String),
     /// Memory could not be looked up.
     #[error("cannot look up memory: {0}")]
     Memory(#[from] std::io::Error),
@@ -92,11 +96,6 @@ pub fn boot(mut kvm: impl FnMut() -> Result<Kvm, BenchError>) -> Result<Boot, Be
         });
     }
     Ok(Boot { rounds: ROUNDS, sizes })
-}
-
-fn ratio(value: u64, base: u64) -> f64 {
-    let float = |n: u64| f64::from(u32::try_from(n).unwrap_or(u32::MAX));
-    (float(value) / float(base.max(1)) * 100.0).round() / 100.0
 }
 
 fn one(kvm: Kvm, memory_mib: u64) -> Result<Size, BenchError> {

@@ -116,7 +116,7 @@ pub struct DoctorArgs {
 #[derive(Clone, PartialEq, Eq, Debug, Args)]
 pub struct BenchArgs {
     /// What to measure. boot: time until the allocator is ready, and resident memory, for guests
-    /// of several sizes.
+    /// of several sizes. flush: runs of INVLPG against a CR3 load, in a guest.
     #[arg(default_value = "boot", value_parser = Bench::parser())]
     pub name: Bench,
     /// Prints JSON.
@@ -129,17 +129,20 @@ pub struct BenchArgs {
 pub enum Bench {
     /// Boot.
     Boot,
+    /// Invalidations.
+    Flush,
 }
 
 impl Bench {
     /// Everything that can be measured.
-    pub const ALL: &'static [Self] = &[Self::Boot];
+    pub const ALL: &'static [Self] = &[Self::Boot, Self::Flush];
 
     /// The name on the command line.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Boot => "boot",
+            Self::Flush => "flush",
         }
     }
 }

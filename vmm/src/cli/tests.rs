@@ -59,6 +59,8 @@ fn doctor_and_bench_take_their_flags() {
         let bench = parsed(line).unwrap().command;
         assert_eq!(bench, Command::Bench(BenchArgs { name: Bench::Boot, json: false }));
     }
+    let bench = parsed("lacuna bench flush --json").unwrap().command;
+    assert_eq!(bench, Command::Bench(BenchArgs { name: Bench::Flush, json: true }));
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! `lacuna doctor` and `lacuna bench`.
 
 use super::{Bench, BenchArgs, DoctorArgs, ExitStatus, print};
-use crate::bench::{self, BenchError};
+use crate::bench::{self, BenchError, Boot, Flush};
 use crate::doctor::{Doctor, ThisHost, open_kvm};
+use serde::Serialize;
 use std::fmt::Display;
 
 /// Says what this host can do.
@@ -17,23 +18,34 @@ pub fn doctor(args: &DoctorArgs) -> ExitStatus {
 /// Measures.
 #[must_use]
 pub fn bench(args: &BenchArgs) -> ExitStatus {
-    let Bench::Boot = args.name;
     let kvm = || open_kvm().map_err(BenchError::from);
-    match bench::boot(kvm) {
-        Ok(boot) if args.json => {
-            let json = serde_json::to_string_pretty(&boot).map(|text| text + "\n");
-            show(json, ExitStatus::Pass)
-        }
-        Ok(boot) => show(Ok::<_, serde_json::Error>(boot.to_text()), ExitStatus::Pass),
+    let measured = match args.name {
+        Bench::Boot => bench::boot(kvm).map(|boot| written(args, &boot, Boot::to_text)),
+        Bench::Flush => bench::flush(kvm).map(|flush| written(args, &flush, Flush::to_text)),
+    };
+    match measured {
+        Ok(text) => show(text, ExitStatus::Pass),
         Err(error) => {
             let status = match error {
                 BenchError::Host(_) | BenchError::Open(_) => ExitStatus::Host,
-                BenchError::NotReady(..) => ExitStatus::GuestError,
+                BenchError::NotReady(..) | BenchError::NoTimes(_) => ExitStatus::GuestError,
                 _ => ExitStatus::Inconclusive,
             };
             fail(&error, status)
         }
     }
+}
+
+/// Results as they were asked for.
+fn written<T: Serialize>(
+    args: &BenchArgs,
+    results: &T,
+    to_text: fn(&T) -> String,
+) -> serde_json::Result<String> {
+    if args.json {
+        return serde_json::to_string_pretty(results).map(|text| text + "\n");
+    }
+    Ok(to_text(results))
 }
 
 fn show<E: Display>(text: Result<String, E>, status: ExitStatus) -> ExitStatus {

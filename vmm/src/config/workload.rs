@@ -22,7 +22,9 @@ impl Resolver<'_> {
         let Some(program) = &raw.program else {
             return Err(self.refuse(("workload", "program"), None, "it is missing"));
         };
-        let program = self.named(("workload", "program"), program, Program::from_name)?;
+        // The bench's own has no fields: nothing but the bench gives its arguments.
+        let for_users = |name: &str| Program::from_name(name).filter(|p| *p != Program::Flush);
+        let program = self.named(("workload", "program"), program, for_users)?;
         self.refuse_foreign_fields(program, raw)?;
         if flag.is_some() && !matches!(program, Program::Replay | Program::Secrets) {
             let what = format!("the program \"{}\" has no input", program.name());
@@ -36,7 +38,7 @@ impl Resolver<'_> {
             }
         };
         Ok(match program {
-            Program::Idle => Workload::Idle,
+            Program::Idle | Program::Flush => Workload::Idle,
             Program::Replay => Workload::Replay {
                 input: self.input(program, &raw.input, flag)?,
                 events: self.number(("workload", "events"), &raw.events, 1..=u64::MAX)?,

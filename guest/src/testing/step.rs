@@ -1,0 +1,156 @@
+//! Random histories of the allocator's public operations: what a step is, and how bytes spell it.
+//!
+//! Steps come from proptest or from a fuzzer's bytes; [`super::history`] carries them out. Every
+//! sequence of bytes spells a history, and numbers mean what is there: the allocation with number
+//! `n` is the one of those that are held, counted around.
+
+use crate::alloc::{AllocConfig, Request};
+use crate::contents::OnFree;
+use crate::freetype::Migratetype;
+
+/// The machine that a history runs on, and how its allocator behaves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Setup {
+    pub(crate) cpus: usize,
+    pub(crate) config: AllocConfig,
+}
+
+impl Setup {
+    /// The setup with these properties: zeroing ahead, poison, looks at zero pages, a pool that is
+    /// filled ahead, watermarks.
+    pub(crate) fn new(cpus: usize, [prezero, poison, check_zero, pool, marks]: [bool; 5]) -> Self {
+        let pool_pages = if pool { 512 } else { 0 };
+        let min_free = if marks { None } else { Some(0) };
+        let config = AllocConfig {
+            prezero,
+            flip: true,
+            on_free: if poison { OnFree::Poison } else { OnFree::Leave },
+            scrub: true,
+            check_zero,
+            min_free,
+            pool_low: pool_pages,
+            pool_high: 2 * pool_pages,
+        };
+        Self { cpus, config }
+    }
+}
+
+/// What is done with the pages of an allocation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Use {
+    /// Which allocation.
+    pub(crate) which: u8,
+    /// First page and number of pages, counted around the allocation; 0 pages for the whole.
+    pub(crate) first: u16,
+    pub(crate) count: u16,
+    /// A word is stored; otherwise the pages are only looked at.
+    pub(crate) write: bool,
+    /// Secret pages: all of the window is zeroed. Mapped ones: they are reached through a window,
+    /// not through the direct map.
+    pub(crate) special: bool,
+    /// Steps that are carried out meanwhile.
+    pub(crate) during: u8,
+}
+
+/// One step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Step {
+    /// Asks for pages.
+    Alloc(Request, bool),
+    /// Gives an allocation back.
+    Free(u8),
+    /// Opens or pins an allocation.
+    Use(Use),
+    /// Gives up an owner and makes it again from its handle.
+    Renew(u8),
+    /// Tries a word as a handle.
+    Forge(u64),
+    /// Does what allocations left for later.
+    Balance,
+    /// Brings free secret pageblocks back.
+    Shrink,
+    /// Interrupts are off on this CPU during the next steps.
+    InterruptsOff(u8),
+    /// The host refuses an operation, this many from now.
+    Refuse(u8),
+}
+
+/// A step and the CPU that it runs on, counted around.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Turn {
+    pub(crate) cpu: u8,
+    pub(crate) step: Step,
+}
+
+/// Largest order that is asked for: one more than there is.
+pub(crate) const ORDERS: u8 = 12;
+
+/// The setup and the steps that `bytes` spell.
+pub(crate) fn decode(bytes: &[u8]) -> (Setup, impl Iterator<Item = Turn>) {
+    let mut bytes = bytes.iter().copied();
+    let first = bytes.next().unwrap_or(0);
+    let flag = |bit: u8| first >> bit & 1 != 0;
+    let setup = Setup::new(1 + usize::from(first >> 6), core::array::from_fn(|i| flag(i as u8)));
+    (setup, core::iter::from_fn(move || turn(&mut bytes)))
+}
+
+fn turn(bytes: &mut impl Iterator<Item = u8>) -> Option<Turn> {
+    let first = bytes.next()?;
+    let mut next = || bytes.next().unwrap_or(0);
+    let step = match first & 15 {
+        0..=4 => {
+            let word = next();
+            let request = Request {
+                // Small orders are more frequent than large ones.
+                order: if word & 16 == 0 { word & 3 } else { (word & 15) % ORDERS },
+                migratetype: Migratetype::ALL[usize::from(word >> 5) % 3],
+                zero: first & 1 != 0,
+                noblock: word & 16 == 0 && word & 12 == 12,
+            };
+            Step::Alloc(request, first & 15 < 3)
+        }
+        5..=7 => Step::Free(next()),
+        8..=10 => {
+            let (which, first_page, count, rest) = (next(), next(), next(), next());
+            Step::Use(Use {
+                which,
+                first: u16::from(first_page) * 3,
+                count: u16::from(count) * 3,
+                write: rest & 1 != 0,
+                special: rest & 2 != 0,
+                during: rest >> 5,
+            })
+        }
+        11 => Step::Renew(next()),
+        12 => Step::Forge(u64::from_le_bytes(core::array::from_fn(|_| next()))),
+        13 => [Step::Balance, Step::Shrink][usize::from(next() & 1)],
+        14 => Step::InterruptsOff(next() >> 5),
+        _ => Step::Refuse(next() >> 4),
+    };
+    Some(Turn { cpu: first >> 4 & 3, step })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+    use std::vec::Vec;
+
+    #[test]
+    fn bytes_spell_every_kind_of_step_and_every_order() {
+        let mut random = Random(1);
+        let bytes: Vec<u8> = (0..20_000).map(|_| random.below(256) as u8).collect();
+        let (_, turns) = decode(&bytes);
+        let mut kinds = std::collections::HashSet::new();
+        let mut orders = std::collections::HashSet::new();
+        for turn in turns {
+            kinds.insert(core::mem::discriminant(&turn.step));
+            if let Step::Alloc(request, secret) = turn.step {
+                orders.insert((request.order, request.migratetype as u8, request.zero, secret));
+            }
+        }
+        assert_eq!(kinds.len(), 9);
+        assert_eq!(orders.len(), usize::from(ORDERS) * 3 * 2 * 2);
+        assert_eq!(decode(&[]).1.count(), 0);
+    }
+}
