@@ -238,8 +238,9 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
         self.counts.work.add(1);
     }
 
-    /// Counts time that the program measured: allocating, using, freeing.
-    pub(crate) fn count_ticks(&self, ticks: [u64; 3]) {
+    /// Counts time that the program measured: allocating, using, freeing; then what of it went by in
+    /// gate calls, for pages and for their use.
+    pub(crate) fn count_ticks(&self, ticks: [u64; 5]) {
         self.counts.ticks.iter().zip(ticks).for_each(|(count, ticks)| count.add(ticks));
     }
 

@@ -52,7 +52,7 @@ pub(crate) struct Counts {
     pub(crate) pages_moved: Count,
     pub(crate) poison_checked: Count,
     pub(crate) zero_checked: Count,
-    pub(crate) ticks: [Count; 3],
+    pub(crate) ticks: [Count; 5],
     pub(crate) work: Count,
     pub(crate) tags_checked: Count,
 }
@@ -139,6 +139,7 @@ impl<P: Platform> PageAllocator<'_, P> {
             flip_to_mapped: counts.flip_to_mapped.get(),
             shootdowns: counts.shootdowns.get(),
             window_flushes: windows.flushes,
+            local_flushes: windows.local_flushes,
             windows: windows.mapped,
             windows_reserved: windows.mapped_reserved,
             scrubs: counts.scrubs.get(),
@@ -182,6 +183,8 @@ impl<P: Platform> PageAllocator<'_, P> {
             ticks_alloc: counts.ticks[0].get(),
             ticks_use: counts.ticks[1].get(),
             ticks_free: counts.ticks[2].get(),
+            ticks_gate_pages: counts.ticks[3].get(),
+            ticks_gate_use: counts.ticks[4].get(),
             work: counts.work.get(),
             tags_checked: counts.tags_checked.get(),
             ..Counters::default()

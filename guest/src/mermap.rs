@@ -99,6 +99,7 @@ pub struct Mermap<'a, P: Platform> {
     /// For each CPU, one more than the flushes of its whole window; changed by that CPU alone.
     generations: [AtomicU32; MAX_CPUS],
     flushes: AtomicU64,
+    local_flushes: AtomicU64,
     mapped: AtomicU64,
     mapped_reserved: AtomicU64,
 }
@@ -108,6 +109,9 @@ pub struct Mermap<'a, P: Platform> {
 pub struct MermapCounters {
     /// Flushes because a window's addresses were used up.
     pub flushes: u64,
+    /// All flushes of addresses that are used again: those, and the ones for a single address of
+    /// the 2 MiB part or the reserve.
+    pub local_flushes: u64,
     /// Mappings made by [`Mermap::get`].
     pub mapped: u64,
     /// Mappings made by [`Mermap::get_reserved`].
@@ -126,6 +130,7 @@ impl<'a, P: Platform> Mermap<'a, P> {
             windows: array::from_fn(|_| IrqLock::new(Window::default())),
             generations: array::from_fn(|_| AtomicU32::new(1)),
             flushes: AtomicU64::new(0),
+            local_flushes: AtomicU64::new(0),
             mapped: AtomicU64::new(0),
             mapped_reserved: AtomicU64::new(0),
         }
@@ -236,6 +241,7 @@ impl<'a, P: Platform> Mermap<'a, P> {
     pub fn counters(&self) -> MermapCounters {
         MermapCounters {
             flushes: self.flushes.load(Relaxed),
+            local_flushes: self.local_flushes.load(Relaxed),
             mapped: self.mapped.load(Relaxed),
             mapped_reserved: self.mapped_reserved.load(Relaxed),
         }
@@ -284,6 +290,7 @@ impl<'a, P: Platform> Mermap<'a, P> {
     fn clean(&self, run: Run, stale: bool) -> Run {
         if stale {
             self.platform.flush(Flush::Pages { va: run.va, count: 1, level: run.level });
+            self.local_flushes.fetch_add(1, Relaxed);
         }
         run
     }
@@ -302,6 +309,7 @@ impl<'a, P: Platform> Mermap<'a, P> {
             self.platform.flush(flush);
         }
         self.flushes.fetch_add(1, Relaxed);
+        self.local_flushes.fetch_add(1, Relaxed);
         if few {
             // Other addresses may still be cached: what blocks remember of this window stays true.
             return;

@@ -38,6 +38,9 @@ words_struct! {
         shootdowns,
         /// Flushes of a window because its addresses were used up.
         window_flushes,
+        /// Flushes of window addresses on their own CPU before they are used again, those of
+        /// `window_flushes` included.
+        local_flushes,
         /// Windows mapped with several pages or a 2 MiB entry.
         windows,
         /// Windows mapped through the reserve, one page at a time.
@@ -129,6 +132,11 @@ words_struct! {
         ticks_use,
         /// Ticks that it spent freeing.
         ticks_free,
+        /// Those of the ticks spent allocating and freeing that went by in gate calls; 0 where the
+        /// machine does not keep them apart.
+        ticks_gate_pages,
+        /// Those of the ticks spent with what was allocated that went by in gate calls.
+        ticks_gate_use,
         /// Units of work done by the program: trace events, or pages stored.
         work,
         /// Tags that a workload checked before it freed a page.

@@ -98,6 +98,9 @@ named_enum! {
         Secret = "secret",
         /// The same without writing.
         SecretUnused = "secret-unused",
+        /// Allocates secret pages as zero and keeps them, so that each round needs fresh ones: what
+        /// the refill of the pool costs.
+        SecretKept = "secret-kept",
         /// Allocates mapped pages, writes to each allocation, frees them.
         Mapped = "mapped",
         /// The same, as zero.

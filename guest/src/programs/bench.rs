@@ -37,12 +37,21 @@ pub(super) fn run<P: Platform>(
         Bench::Secret | Bench::SecretUnused => {
             rig.repeat(rounds, |rig| rig.secret(bench == Bench::Secret))?;
         }
+        Bench::SecretKept => rig.repeat(rounds, Rig::secret_kept)?,
         Bench::Mapped | Bench::MappedZero => rig.repeat(rounds, Rig::mapped)?,
         Bench::ZeroWindow => rig.zero_window(rounds)?,
         Bench::ZeroDirect => rig.zero_direct(rounds)?,
         Bench::Flip => rig.repeat(rounds, Rig::flip)?,
     }
     team.barrier(platform)
+}
+
+/// Time that a part of a round took.
+#[derive(Clone, Copy, Default)]
+struct Ticks {
+    all: u64,
+    /// In gate calls.
+    gate: u64,
 }
 
 /// What a round is made of.
@@ -57,10 +66,12 @@ impl<P: Platform, S: Services> Rig<'_, '_, P, S> {
     fn repeat(
         &self,
         rounds: u64,
-        round: impl Fn(&Self) -> Result<[u64; 3], ProgramError>,
+        round: impl Fn(&Self) -> Result<[Ticks; 3], ProgramError>,
     ) -> Result<(), ProgramError> {
         for number in 0..rounds {
-            let ticks = round(self)?;
+            let [alloc, in_use, free] = round(self)?;
+            let gate = [alloc.gate.wrapping_add(free.gate), in_use.gate];
+            let ticks = [alloc.all, in_use.all, free.all, gate[0], gate[1]];
             self.allocator.count_ticks(ticks);
             self.allocator.count_work();
             self.services.progress(number + 1);
@@ -74,13 +85,21 @@ impl<P: Platform, S: Services> Rig<'_, '_, P, S> {
     }
 
     /// Times each part of a round.
-    fn timed(&self, part: impl FnOnce() -> Result<(), ProgramError>) -> Result<u64, ProgramError> {
-        let before = self.services.clock();
+    fn timed(
+        &self,
+        part: impl FnOnce() -> Result<(), ProgramError>,
+    ) -> Result<Ticks, ProgramError> {
+        let now = || Ticks { all: self.services.clock(), gate: self.services.gate_clock() };
+        let before = now();
         part()?;
-        Ok(self.services.clock().wrapping_sub(before))
+        let after = now();
+        Ok(Ticks {
+            all: after.all.wrapping_sub(before.all),
+            gate: after.gate.wrapping_sub(before.gate),
+        })
     }
 
-    fn secret(&self, write: bool) -> Result<[u64; 3], ProgramError> {
+    fn secret(&self, write: bool) -> Result<[Ticks; 3], ProgramError> {
         let count = self.count();
         let alloc = self.timed(|| {
             for number in 0..count {
@@ -110,7 +129,19 @@ impl<P: Platform, S: Services> Rig<'_, '_, P, S> {
         Ok([alloc, first_write, free])
     }
 
-    fn mapped(&self) -> Result<[u64; 3], ProgramError> {
+    fn secret_kept(&self) -> Result<[Ticks; 3], ProgramError> {
+        let alloc = self.timed(|| {
+            for number in 0..self.count() {
+                let pages = self.allocator.alloc_secret(self.request);
+                // Never freed: the next round has to find others.
+                pages.map_err(|error| ProgramError::Alloc { number, error })?.into_raw();
+            }
+            self.balance()
+        })?;
+        Ok([alloc, Ticks::default(), Ticks::default()])
+    }
+
+    fn mapped(&self) -> Result<[Ticks; 3], ProgramError> {
         let count = self.count();
         let alloc = self.timed(|| {
             for number in 0..count {
@@ -138,14 +169,14 @@ impl<P: Platform, S: Services> Rig<'_, '_, P, S> {
     }
 
     /// Allocates secret pages and has everything that is free go back to the direct map.
-    fn flip(&self) -> Result<[u64; 3], ProgramError> {
+    fn flip(&self) -> Result<[Ticks; 3], ProgramError> {
         let alloc = self.timed(|| {
             let pages = self.allocator.alloc_secret(self.request);
             drop(pages.map_err(|error| ProgramError::Alloc { number: 0, error })?);
             Ok(())
         })?;
         let back = self.timed(|| Ok(self.allocator.shrink()?))?;
-        Ok([alloc, 0, back])
+        Ok([alloc, Ticks::default(), back])
     }
 
     /// Zeroes a secret pageblock through a window, again and again.
@@ -163,7 +194,7 @@ impl<P: Platform, S: Services> Rig<'_, '_, P, S> {
                 rig.platform.zero(mapping.va(), frames.count() * PAGE_SIZE);
                 Ok(())
             })?;
-            Ok([0, ticks, 0])
+            Ok([Ticks::default(), ticks, Ticks::default()])
         });
         self.platform.gate(&[(OpKind::Seal, frames)]).map_err(refused)?;
         zeroed
@@ -179,7 +210,7 @@ impl<P: Platform, S: Services> Rig<'_, '_, P, S> {
                 rig.platform.zero(pinned.va(), pinned.frames().count() * PAGE_SIZE);
                 Ok(())
             })?;
-            Ok([0, ticks, 0])
+            Ok([Ticks::default(), ticks, Ticks::default()])
         })
     }
 

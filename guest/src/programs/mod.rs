@@ -31,6 +31,12 @@ pub trait Services {
     /// The time in ticks of a clock that runs at one pace, the same for all CPUs.
     fn clock(&self) -> u64;
 
+    /// Those of the clock's ticks that went by in gate calls of this CPU; always 0 where nobody
+    /// keeps them apart.
+    fn gate_clock(&self) -> u64 {
+        0
+    }
+
     /// All input has been taken over: the host wipes the input region.
     fn input_done(&self);
 

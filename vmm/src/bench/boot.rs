@@ -37,8 +37,11 @@ pub enum BenchError {
     /// A guest did not say what it timed.
     #[error("a guest did not say how long invalidations took: {0}")]
     NoTimes(String),
-    /// Memory could not be looked up.
-    #[error("cannot look up memory: {0}")]
+    /// A guest that was to be measured did not do what it was there for.
+    #[error("{0} could not be measured: {1}")]
+    NotMeasured(String, String),
+    /// Memory or processor time could not be looked up.
+    #[error("cannot look up memory or processor time: {0}")]
     Memory(#[from] std::io::Error),
 }
 

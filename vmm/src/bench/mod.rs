@@ -2,11 +2,28 @@
 //! belong to the machine that they were taken on.
 #![forbid(unsafe_code)]
 
+mod alloc;
 mod boot;
+mod flip;
 mod flush;
+mod guest;
+mod line;
+mod sample;
+mod speed;
+mod table;
+mod zero;
 
+pub use alloc::{Alloc, Replay, alloc};
 pub use boot::{BenchError, Boot, Size, boot};
+pub use flip::{Batch, Flip, flip};
 pub use flush::{Flush, Run, flush};
+pub use guest::{Lab, Policy};
+pub use line::Line;
+pub use sample::Counts;
+pub use speed::Speed;
+pub use table::Goal;
+use table::{columns, times};
+pub use zero::{Zero, zero};
 
 /// `value` as a multiple of `base`, to two places.
 fn ratio(value: u64, base: u64) -> f64 {

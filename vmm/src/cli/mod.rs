@@ -115,10 +115,15 @@ pub struct DoctorArgs {
 /// Arguments of `lacuna bench`.
 #[derive(Clone, PartialEq, Eq, Debug, Args)]
 pub struct BenchArgs {
-    /// What to measure. boot: time until the allocator is ready, and resident memory, for guests
-    /// of several sizes. flush: runs of INVLPG against a CR3 load, in a guest.
+    /// What to measure. alloc: secret pages against mapped ones over their whole cycle, and several
+    /// policies. zero: zeroing through windows against the direct map. flip: pageblocks that leave
+    /// the direct map and come back. boot: time until the allocator is ready, and resident memory,
+    /// for guests of several sizes. flush: runs of INVLPG against a CR3 load, in a guest.
     #[arg(default_value = "boot", value_parser = Bench::parser())]
     pub name: Bench,
+    /// What runs the guests: the host's KVM, or a simulated machine (alloc, zero, flip).
+    #[arg(long, default_value = "kvm", value_parser = MachineKind::parser())]
+    pub machine: MachineKind,
     /// Prints JSON.
     #[arg(long)]
     pub json: bool,
@@ -127,6 +132,12 @@ pub struct BenchArgs {
 /// What can be measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Bench {
+    /// Allocation.
+    Alloc,
+    /// Zeroing.
+    Zero,
+    /// Flips.
+    Flip,
     /// Boot.
     Boot,
     /// Invalidations.
@@ -135,12 +146,22 @@ pub enum Bench {
 
 impl Bench {
     /// Everything that can be measured.
-    pub const ALL: &'static [Self] = &[Self::Boot, Self::Flush];
+    pub const ALL: &'static [Self] =
+        &[Self::Alloc, Self::Zero, Self::Flip, Self::Boot, Self::Flush];
+
+    /// Whether simulated machines can be measured; the others measure a processor.
+    #[must_use]
+    pub const fn takes_sim(self) -> bool {
+        matches!(self, Self::Alloc | Self::Zero | Self::Flip)
+    }
 
     /// The name on the command line.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Alloc => "alloc",
+            Self::Zero => "zero",
+            Self::Flip => "flip",
             Self::Boot => "boot",
             Self::Flush => "flush",
         }

@@ -57,10 +57,15 @@ fn doctor_and_bench_take_their_flags() {
     assert_eq!(doctor, Command::Doctor(DoctorArgs { json: true }));
     for line in ["lacuna bench", "lacuna bench boot"] {
         let bench = parsed(line).unwrap().command;
-        assert_eq!(bench, Command::Bench(BenchArgs { name: Bench::Boot, json: false }));
+        let args = BenchArgs { name: Bench::Boot, machine: MachineKind::Kvm, json: false };
+        assert_eq!(bench, Command::Bench(args));
     }
     let bench = parsed("lacuna bench flush --json").unwrap().command;
-    assert_eq!(bench, Command::Bench(BenchArgs { name: Bench::Flush, json: true }));
+    let args = BenchArgs { name: Bench::Flush, machine: MachineKind::Kvm, json: true };
+    assert_eq!(bench, Command::Bench(args));
+    let bench = parsed("lacuna bench alloc --machine sim").unwrap().command;
+    let args = BenchArgs { name: Bench::Alloc, machine: MachineKind::Sim, json: false };
+    assert_eq!(bench, Command::Bench(args));
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! `lacuna doctor` and `lacuna bench`.
 
 use super::{Bench, BenchArgs, DoctorArgs, ExitStatus, print};
-use crate::bench::{self, BenchError, Boot, Flush};
+use crate::bench::{self, Alloc, BenchError, Boot, Flip, Flush, Lab, Zero};
+use crate::config::MachineKind;
 use crate::doctor::{Doctor, ThisHost, open_kvm};
 use serde::Serialize;
 use std::fmt::Display;
@@ -18,8 +19,20 @@ pub fn doctor(args: &DoctorArgs) -> ExitStatus {
 /// Measures.
 #[must_use]
 pub fn bench(args: &BenchArgs) -> ExitStatus {
+    if args.machine == MachineKind::Sim && !args.name.takes_sim() {
+        let name = args.name.name();
+        let why = format!(
+            "--machine sim: `bench {name}` measures a processor, which a simulated machine has none \
+             of; use --machine kvm, or one of alloc, zero and flip"
+        );
+        return fail(&why, ExitStatus::Usage);
+    }
+    let lab = Lab::new(args.machine);
     let kvm = || open_kvm().map_err(BenchError::from);
     let measured = match args.name {
+        Bench::Alloc => bench::alloc(&lab).map(|alloc| written(args, &alloc, Alloc::to_text)),
+        Bench::Zero => bench::zero(&lab).map(|zero| written(args, &zero, Zero::to_text)),
+        Bench::Flip => bench::flip(&lab).map(|flip| written(args, &flip, Flip::to_text)),
         Bench::Boot => bench::boot(kvm).map(|boot| written(args, &boot, Boot::to_text)),
         Bench::Flush => bench::flush(kvm).map(|flush| written(args, &flush, Flush::to_text)),
     };
@@ -28,7 +41,9 @@ pub fn bench(args: &BenchArgs) -> ExitStatus {
         Err(error) => {
             let status = match error {
                 BenchError::Host(_) | BenchError::Open(_) => ExitStatus::Host,
-                BenchError::NotReady(..) | BenchError::NoTimes(_) => ExitStatus::GuestError,
+                BenchError::NotReady(..) | BenchError::NoTimes(_) | BenchError::NotMeasured(..) => {
+                    ExitStatus::GuestError
+                }
                 _ => ExitStatus::Inconclusive,
             };
             fail(&error, status)

@@ -164,7 +164,11 @@ impl Gate {
             Call::UnregisterRoot => {
                 self.audit.unregister_root(Gpa(page[ARGS_WORD])).err().unwrap_or(Status::Ok)
             }
-            Call::Drain | Call::Yield => Status::Ok,
+            Call::Drain => {
+                self.counters.ring_drains += 1;
+                Status::Ok
+            }
+            Call::Yield => Status::Ok,
             Call::InputDone => self.input_done()?,
             Call::Log => self.log(&page),
             Call::Checkpoint => {

@@ -99,6 +99,8 @@ pub enum Served {
 pub struct GateCounters {
     /// Calls, of any kind.
     pub calls: u64,
+    /// Calls that only made room in a ring.
+    pub ring_drains: u64,
     /// Calls or operations that were refused.
     pub refused: u64,
     /// Seal operations on one range each.

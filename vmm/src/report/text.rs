@@ -34,6 +34,7 @@ const GROUPS: &[(&str, &[&str])] = &[
             "windows",
             "windows_reserved",
             "window_flushes",
+            "local_flushes",
         ],
     ),
     (
@@ -49,7 +50,7 @@ const GROUPS: &[(&str, &[&str])] = &[
         ],
     ),
     ("checked pages", &["tags_checked", "poison_checked", "zero_checked"]),
-    ("gate", &["gate_calls", "gate_refused", "seals", "opens", "releases"]),
+    ("gate", &["gate_calls", "gate_refused", "ring_drains", "seals", "opens", "releases"]),
     ("events", &["events", "events_lost", "quiesces"]),
     (
         "pages at end",

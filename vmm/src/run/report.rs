@@ -54,6 +54,7 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
         for (name, value) in [
             ("gate_calls", counted.calls),
             ("gate_refused", counted.refused),
+            ("ring_drains", counted.ring_drains),
             ("seals", counted.seals),
             ("opens", counted.opens),
             ("releases", counted.releases),

@@ -286,6 +286,10 @@ impl Services for SimMachine {
         u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
+    fn gate_clock(&self) -> u64 {
+        self.cpus[cpu::number()].calls.nanos.load(Relaxed)
+    }
+
     fn input_done(&self) {
         if let Err(error) = self.call(cpu::number(), Call::InputDone) {
             panic!("the host refused to wipe the input: {error:?}");
