@@ -8,8 +8,10 @@ use crate::mermap::{Mermap, MermapError};
 use crate::meta::{Chunk, MAX_ORDER, MemMap, State};
 use crate::platform::{GateError, Platform};
 use crate::secret::{SecretPages, UseError};
+use crate::tables::TablePages;
 use crate::zeroing::Purpose;
 use crate::zone::{Taken, Zone};
+use core::sync::atomic::AtomicU32;
 use lacuna_abi::addr::{FrameRange, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
 use lacuna_abi::event::Life;
@@ -76,6 +78,10 @@ pub struct PageAllocator<'a, P: Platform> {
     pub(crate) config: AllocConfig,
     pub(crate) counts: Counts,
     zone: IrqLock<Zone>,
+    /// Pages of the table pool that hold no table.
+    pub(crate) table_pages: TablePages,
+    /// First of the parked allocations, as index plus one; 0 for none.
+    pub(crate) parked: AtomicU32,
 }
 
 impl<'a, P: Platform> PageAllocator<'a, P> {
@@ -90,6 +96,8 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             config,
             counts: Counts::default(),
             zone: IrqLock::new(Zone::default()),
+            table_pages: TablePages::new(),
+            parked: AtomicU32::new(0),
         }
     }
 
@@ -167,11 +175,13 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
         Ok(SecretPages::new(self, chunk))
     }
 
-    /// Brings every wholly free secret pageblock back to the direct map.
+    /// Brings every wholly free secret pageblock back to the direct map, and converted pages that
+    /// could not come back when they were freed.
     ///
     /// # Errors
     /// The host's first refusal; what it concerns stays in the pool.
     pub fn shrink(&self) -> Result<(), UseError> {
+        self.restore_parked()?;
         while self.reclaim_batch()? {}
         Ok(())
     }
@@ -212,6 +222,11 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             zeroed_scrub: counts.zeroed_scrub.get(),
             flip_to_unmapped: counts.flip_to_unmapped.get(),
             flip_to_mapped: counts.flip_to_mapped.get(),
+            splits: counts.splits.get(),
+            merges: counts.merges.get(),
+            converted: counts.converted.get(),
+            converted_pages: counts.converted_pages.get(),
+            restored: counts.restored.get(),
             shootdowns: counts.shootdowns.get(),
             window_flushes: windows.flushes,
             windows: windows.mapped,
@@ -220,6 +235,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             nr_free_unmapped: u64::from(usage.free_unmapped),
             nr_allocated: u64::from(usage.allocated),
             nr_fresh: u64::from(usage.fresh),
+            nr_table_pages: u64::from(self.table_pages.taken()),
             work: counts.work.get(),
             tags_checked: counts.tags_checked.get(),
             ..Counters::default()
@@ -238,12 +254,18 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     }
 
     /// Scrubs and frees secret pages. What cannot be scrubbed goes back as it is, sealed and not
-    /// known to be zero; what the host would not close is withheld.
+    /// known to be zero; what the host would not close is withheld. Converted pages go back to where
+    /// they came from.
     pub(crate) fn free_secret(&self, chunk: Chunk) {
         let frames = self.map.frames(chunk);
         self.counts.free.add(1);
-        self.counts.free_secret.add(1);
         self.platform.life(Life::Freed, frames);
+        if self.map.page(chunk.index).is_converted() {
+            // Whoever drops pages cannot be told; what is not free yet is tried again.
+            let _ = self.free_converted(chunk);
+            return;
+        }
+        self.counts.free_secret.add(1);
         let unsealed = self.map.page(chunk.index).is_unsealed();
         let scrubbed = self.zero_unknown(frames, Purpose::Scrub);
         if unsealed || matches!(scrubbed, Err(UseError::Unsealed(_))) {

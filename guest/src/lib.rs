@@ -9,6 +9,7 @@
 extern crate std;
 
 pub mod alloc;
+pub mod convert;
 mod counters;
 mod flip;
 pub mod freetype;
@@ -22,6 +23,7 @@ pub mod programs;
 pub mod ring;
 pub mod secret;
 mod space;
+mod tables;
 mod zeroing;
 mod zone;
 

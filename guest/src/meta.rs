@@ -6,7 +6,7 @@
 
 use crate::freetype::Freetype;
 use core::mem::size_of;
-use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_ORDER, FrameRange, Gfn};
@@ -41,7 +41,14 @@ pub(crate) enum State {
     Allocated = 2,
     /// First page of a chunk that is never handed out again: the host did not close it.
     Withheld = 3,
+    /// First page of a freed allocation that was converted in place and could not come back yet.
+    Parked = 4,
 }
+
+/// The host refused to close pages of this allocation.
+const UNSEALED: u8 = 1 << 0;
+/// The allocation became secret in place: its pageblock is one of the mapped side.
+const CONVERTED: u8 = 1 << 1;
 
 /// Metadata of one page. Only the record of a chunk's first page says anything.
 #[derive(Debug, Default)]
@@ -55,7 +62,7 @@ pub struct PageMeta {
     state: AtomicU8,
     order: AtomicU8,
     freetype: AtomicU8,
-    unsealed: AtomicU8,
+    flags: AtomicU8,
 }
 
 const _: () = assert!(size_of::<PageMeta>() as u64 == PAGE_META_BYTES);
@@ -79,6 +86,11 @@ impl PageMeta {
         self.state.load(Relaxed) == state as u8 && self.order.load(Relaxed) == order
     }
 
+    /// Order of the chunk that this is the head of, if it is in `state`.
+    pub(crate) fn head(&self, state: State) -> Option<u8> {
+        (self.state.load(Relaxed) == state as u8).then(|| self.order.load(Relaxed))
+    }
+
     pub(crate) fn set_head(&self, state: State, order: u8) {
         self.order.store(order, Relaxed);
         self.state.store(state as u8, Relaxed);
@@ -94,11 +106,8 @@ impl PageMeta {
 
     /// Order and freetype of the allocation that this is the head of.
     pub(crate) fn allocation(&self) -> Option<(u8, Freetype)> {
-        if self.state.load(Relaxed) != State::Allocated as u8 {
-            return None;
-        }
-        let freetype = Freetype::from_index(usize::from(self.freetype.load(Relaxed)))?;
-        Some((self.order.load(Relaxed), freetype))
+        let order = self.head(State::Allocated)?;
+        Some((order, Freetype::from_index(usize::from(self.freetype.load(Relaxed)))?))
     }
 
     pub(crate) fn generation(&self) -> u32 {
@@ -113,11 +122,24 @@ impl PageMeta {
 
     /// The host refused to close pages of this allocation.
     pub(crate) fn set_unsealed(&self) {
-        self.unsealed.store(1, Relaxed);
+        self.flags.fetch_or(UNSEALED, Relaxed);
     }
 
     pub(crate) fn is_unsealed(&self) -> bool {
-        self.unsealed.load(Relaxed) != 0
+        self.flags.load(Relaxed) & UNSEALED != 0
+    }
+
+    /// The allocation became secret in place, or is mapped again.
+    pub(crate) fn set_converted(&self, converted: bool) {
+        if converted {
+            self.flags.fetch_or(CONVERTED, Relaxed);
+        } else {
+            self.flags.fetch_and(!CONVERTED, Relaxed);
+        }
+    }
+
+    pub(crate) fn is_converted(&self) -> bool {
+        self.flags.load(Relaxed) & CONVERTED != 0
     }
 }
 
@@ -133,6 +155,11 @@ pub struct BlockMeta {
     /// For each CPU, the generation of its window when it last lay over this block; 0 for never.
     windows: [AtomicU32; MAX_CPUS],
     freetype: AtomicU32,
+    /// Pages that were converted in place. While there are any, the block is mapped by a table of
+    /// small entries; without, by one entry. Changed by whoever holds the lock.
+    converted: AtomicU32,
+    /// Not 0 while a CPU changes how the block is mapped.
+    lock: AtomicU32,
 }
 
 const _: () = assert!(size_of::<BlockMeta>() as u64 == BLOCK_META_BYTES);
@@ -184,6 +211,28 @@ impl BlockMeta {
             next = (next | 63) + 1;
         }
         None
+    }
+
+    /// Pages of the block that were converted in place.
+    pub(crate) fn converted(&self) -> u32 {
+        self.converted.load(Relaxed)
+    }
+
+    pub(crate) fn add_converted(&self, pages: u32) {
+        self.converted.store(self.converted() + pages, Relaxed);
+    }
+
+    pub(crate) fn remove_converted(&self, pages: u32) {
+        self.converted.store(self.converted() - pages, Relaxed);
+    }
+
+    /// Takes the lock on how the block is mapped, if it is free.
+    pub(crate) fn try_lock(&self) -> bool {
+        self.lock.compare_exchange(0, 1, Acquire, Relaxed).is_ok()
+    }
+
+    pub(crate) fn unlock(&self) {
+        self.lock.store(0, Release);
     }
 
     /// A window of `cpu`, in this generation, lies over the block.

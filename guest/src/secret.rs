@@ -1,11 +1,13 @@
 //! Secret pages: an allocation that nothing shows but the windows opened on it.
 
 use crate::alloc::PageAllocator;
+use crate::convert::ConvertError;
 use crate::handle::{self, BadHandle};
+use crate::mapped::MappedPages;
 use crate::mermap::{Mapping, MermapError, Protection};
 use crate::meta::Chunk;
 use crate::platform::{GateError, InterruptsOff, Platform};
-use core::mem::forget;
+use core::mem::{ManuallyDrop, forget};
 use lacuna_abi::addr::{FrameRange, Gfn, Gva, PAGE_SIZE};
 use lacuna_abi::gate::OpKind;
 
@@ -63,6 +65,21 @@ impl<'r, 'a, P: Platform> SecretPages<'r, 'a, P> {
     /// The handle that [`Self::into_raw`] will give; never 0.
     pub fn handle(&self) -> u64 {
         handle::handle(&self.allocator.map, self.chunk.index)
+    }
+
+    /// Maps converted pages again, zero: the way back of [`MappedPages::into_secret`]. Pages from the
+    /// pool go back there when they are dropped.
+    ///
+    /// # Errors
+    /// Why not, with the pages, which are secret, and perhaps scrubbed.
+    pub fn into_mapped(self) -> Result<MappedPages<'r, 'a, P>, (Self, ConvertError)> {
+        match self.allocator.restore(self.chunk) {
+            Ok(()) => {
+                let Self { allocator, chunk } = *ManuallyDrop::new(self);
+                Ok(MappedPages::new(allocator, chunk))
+            }
+            Err(error) => Err((self, error)),
+        }
     }
 
     /// Gives up the owner and keeps the pages: [`Self::from_raw`] makes an owner again.

@@ -48,6 +48,7 @@ fn main(cpu: usize) -> ! {
         flip: info.features & FEATURE_FLIP != 0,
     };
     let allocator = PageAllocator::new(&machine, &layout, map, config);
+    allocator.add_tables(info.pool_used);
     if let Err(error) = allocator.prepare() {
         panic!("the mermap cannot be prepared: {error:?}");
     }

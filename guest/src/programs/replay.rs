@@ -5,11 +5,13 @@
 
 use super::{PROGRESS, ProgramError, Services, finish};
 use crate::alloc::{AllocError, PageAllocator, Request};
+use crate::convert::ConvertError;
 use crate::freetype::Migratetype;
 use crate::mapped::MappedPages;
 use crate::meta::MAX_ORDER;
 use crate::platform::Platform;
 use crate::secret::{Access, SecretPages, SecretWindow};
+use crate::zone::BLOCK;
 use lacuna_abi::addr::{Gfn, Gva, PAGE_SIZE};
 use lacuna_abi::layout::{INPUT, SCRATCH};
 use lacuna_abi::workload::{REPLAY_BYTES, ReplayAction, ReplayOp, SLOT_BYTES};
@@ -58,15 +60,27 @@ impl<'r, 'a, P: Platform> Replay<'r, 'a, P> {
         if slot >= self.slots {
             return Err(bad);
         }
-        let ReplayAction::Alloc { order, migratetype, zero, noblock, secret } = op.action else {
+        let ReplayAction::Alloc { order, migratetype, zero, noblock, secret, in_place } = op.action
+        else {
             return self.free(slot);
         };
         let migratetype = Migratetype::from_number(migratetype).ok_or(bad)?;
         if order > MAX_ORDER || self.platform.load(slot_address(slot)) != 0 {
             return Err(bad);
         }
+        if in_place && (!secret || noblock || order >= BLOCK) {
+            return Err(bad);
+        }
         let request = Request { order, migratetype, zero, noblock };
-        let handle = if secret {
+        let handle = if in_place {
+            match self.allocator.alloc_mapped(request) {
+                Ok(pages) => match self.convert(number, slot, pages, zero)? {
+                    Some(handle) => handle,
+                    None => return Ok(()),
+                },
+                Err(error) => return failed(number, error),
+            }
+        } else if secret {
             match self.allocator.alloc_secret(request) {
                 Ok(pages) => self.tag_secret(slot, pages, zero)?,
                 Err(error) => return failed(number, error),
@@ -103,7 +117,16 @@ impl<'r, 'a, P: Platform> Replay<'r, 'a, P> {
         pages: MappedPages<'r, 'a, P>,
         zero: bool,
     ) -> Result<u64, ProgramError> {
-        let tags = Tags::new(slot, pages.handle());
+        self.write_tags(&pages, Tags::new(slot, pages.handle()), zero)?;
+        Ok(pages.into_raw())
+    }
+
+    fn write_tags(
+        &self,
+        pages: &MappedPages<'r, 'a, P>,
+        tags: Tags,
+        zero: bool,
+    ) -> Result<(), ProgramError> {
         let mut va = pages.va();
         for (page, frame) in (0..).zip(pages.frames().iter()) {
             if zero {
@@ -112,7 +135,35 @@ impl<'r, 'a, P: Platform> Replay<'r, 'a, P> {
             self.platform.store(va, tags.of(page));
             va = va.wrapping_add(PAGE_SIZE);
         }
-        Ok(pages.into_raw())
+        Ok(())
+    }
+
+    /// Tags mapped pages, makes them secret in place, and checks that they kept their tags, which
+    /// are then those of their new handle. `None` if no table was left to split a pageblock with.
+    fn convert(
+        &self,
+        number: u64,
+        slot: u64,
+        pages: MappedPages<'r, 'a, P>,
+        zero: bool,
+    ) -> Result<Option<u64>, ProgramError> {
+        let before = Tags::new(slot, pages.handle());
+        self.write_tags(&pages, before, zero)?;
+        let pages = match pages.into_secret() {
+            Ok(pages) => pages,
+            Err((_, ConvertError::NoTable)) => return Ok(None),
+            Err((_, error)) => return Err(ProgramError::Convert { number, error }),
+        };
+        let tags = Tags::new(slot, pages.handle());
+        each_window(&pages, Access::Write, |window, first| {
+            for (index, frame) in (0..).zip(window.frames().iter()) {
+                before.check(first + index, frame, window.load(index * PAGE_SIZE)?)?;
+                window.store(index * PAGE_SIZE, tags.of(first + index))?;
+            }
+            Ok(())
+        })?;
+        self.allocator.count_tags(pages.frames().count());
+        Ok(Some(pages.into_raw()))
     }
 
     fn check_mapped(&self, pages: &MappedPages<'r, 'a, P>, tags: Tags) -> Result<(), ProgramError> {

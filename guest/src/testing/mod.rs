@@ -6,6 +6,7 @@
 
 mod judge;
 mod memory;
+mod tables;
 
 pub(crate) use judge::Seen;
 pub(crate) use memory::Contents;
@@ -16,11 +17,11 @@ use crate::meta::{BlockMeta, MemMap, PageMeta};
 use crate::platform::{AddressSpace, CpuSet, GateError, Platform};
 use crate::programs::Services;
 use judge::State;
-use lacuna_abi::addr::{FrameRange, Gpa, Gva};
-use lacuna_abi::event::{EntryWrite, Flush, Life};
+use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::event::{EntryWrite, Flush, Life, TableFill};
 use lacuna_abi::gate::{OpKind, Status};
 use lacuna_abi::layout::{Layout, Needs};
-use lacuna_abi::paging::Entry;
+use lacuna_abi::paging::{Entry, Level};
 use std::cell::Cell;
 use std::string::String;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -62,6 +63,8 @@ impl Mock {
     pub(crate) fn allocator_with(&self, prezero: bool) -> PageAllocator<'_, Self> {
         let config = AllocConfig { prezero, flip: true };
         let allocator = PageAllocator::new(self, &self.layout, self.map(), config);
+        let free = self.state().free_tables;
+        allocator.add_tables((free.0 - self.layout.pool.gpa.0) / PAGE_SIZE);
         allocator.prepare().unwrap();
         allocator
     }
@@ -152,6 +155,10 @@ impl Platform for Mock {
 
     fn write_entries(&self, at: Gpa, write: &EntryWrite) {
         self.state().write_entries(CPU.get(), at, write);
+    }
+
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
+        self.state().fill_table(&TableFill { table, level, first });
     }
 
     fn flush(&self, flush: Flush) {

@@ -1,5 +1,8 @@
 //! Tests of the allocator, the mermap and the programs on the test machine.
 
+mod convert;
+mod convert_failures;
+mod convert_model;
 #[cfg(feature = "faults")]
 mod faults;
 mod flip;

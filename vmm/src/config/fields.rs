@@ -29,6 +29,7 @@ const fn of(programs: &'static [Program], name: &'static str, takes: &'static st
 pub(super) const MEMORY_MIB: RangeInclusive<u64> = MIN_MEMORY_MIB..=MAX_MEMORY_MIB;
 /// Largest memory that is filled: each byte of it is then really there.
 pub(super) const MAX_FILL_MIB: u64 = 1024;
+pub(super) const IN_PLACE: RangeInclusive<u64> = 0..=100;
 pub(super) const TIMEOUT_S: RangeInclusive<u64> = 1..=86_400;
 pub(super) const GUEST_LOG_KIB: RangeInclusive<u64> = 1..=1 << 20;
 pub(super) const EVENTS_MIB: RangeInclusive<u64> = 1..=16 << 10;
@@ -53,6 +54,7 @@ pub const FIELDS: &[Field] = &[
         "secret",
         "\"user\", \"all\", \"none\" or a list of flag names such as [\"GFP_HIGHUSER\"]",
     ),
+    of(&[Program::Replay], "in_place", "a percentage from 0 to 100"),
     of(
         &[Program::Touch],
         "touch",

@@ -35,6 +35,7 @@ pub(super) struct Workload {
     pub input: Text,
     pub events: Number,
     pub secret: Option<Spanned<Secret>>,
+    pub in_place: Number,
     pub touch: Text,
     pub crash: Text,
 }

@@ -1,7 +1,8 @@
 //! Section `[workload]`: the program and the fields that belong to it.
 
 use super::error::ConfigError;
-use super::raw::{self, Text};
+use super::fields::IN_PLACE;
+use super::raw::{self, Number, Text};
 use super::resolve::Resolver;
 use super::{Workload, fields, input};
 use crate::leak::MAX_SECRET;
@@ -38,6 +39,7 @@ impl Resolver<'_> {
                 input: self.input(program, &raw.input, flag)?,
                 events: self.number(("workload", "events"), &raw.events, 1..=u64::MAX)?,
                 secret: self.secret(raw.secret.as_ref())?,
+                in_place: self.in_place(&raw.in_place)?,
             },
             Program::Secrets => Workload::Secrets { input: self.input(program, &raw.input, flag)? },
             Program::Touch => {
@@ -64,6 +66,7 @@ impl Resolver<'_> {
             ("input", raw.input.is_some()),
             ("events", raw.events.is_some()),
             ("secret", raw.secret.is_some()),
+            ("in_place", raw.in_place.is_some()),
             ("touch", raw.touch.is_some()),
             ("crash", raw.crash.is_some()),
         ];
@@ -103,6 +106,11 @@ impl Resolver<'_> {
         checked(self.relative(path.get_ref()), &|(what, remedy)| {
             self.source.error("workload", "input", Some(path.span()), what, remedy)
         })
+    }
+
+    fn in_place(&self, raw: &Number) -> Result<u8, ConfigError> {
+        let percent = self.number(("workload", "in_place"), raw, IN_PLACE)?;
+        Ok(percent.and_then(|percent| u8::try_from(percent).ok()).unwrap_or(0))
     }
 
     fn secret(&self, raw: Option<&Spanned<raw::Secret>>) -> Result<Secret, ConfigError> {
