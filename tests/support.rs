@@ -70,6 +70,11 @@ pub fn replay(events: u64, secret: &str) -> String {
     format!("program = \"replay\"\ninput = {input:?}\nevents = {events}\nsecret = {secret:?}\n")
 }
 
+/// As [`replay`], all of it secret, with this percentage of what can be converted in place.
+pub fn replay_in_place(events: u64, percent: u8) -> String {
+    replay(events, "all") + &format!("in_place = {percent}\n")
+}
+
 /// Runs the configuration made of these sections with these arguments.
 pub fn lacuna(config: &str, args: &[&str]) -> Result<Run, Failed> {
     let folder = tempfile::tempdir()?;
