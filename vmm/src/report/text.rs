@@ -36,6 +36,10 @@ const GROUPS: &[(&str, &[&str])] = &[
             "window_flushes",
         ],
     ),
+    (
+        "in place",
+        &["converted", "converted_pages", "restored", "splits", "merges", "nr_table_pages"],
+    ),
     ("gate", &["gate_calls", "gate_refused", "seals", "opens", "releases"]),
     ("events", &["events", "events_lost", "quiesces"]),
     ("pages at end", &["nr_free_mapped", "nr_free_unmapped", "nr_allocated", "nr_fresh"]),
