@@ -216,6 +216,9 @@ pub enum ReplayAction {
         noblock: bool,
         /// From unmapped memory.
         secret: bool,
+        /// Secret pages that are mapped first and then converted in place; their order is below a
+        /// pageblock's, and their caller may block.
+        in_place: bool,
     },
 }
 
@@ -223,6 +226,7 @@ const OP_ALLOC: u64 = 1 << 0;
 const OP_ZERO: u64 = 1 << 1;
 const OP_NOBLOCK: u64 = 1 << 2;
 const OP_SECRET: u64 = 1 << 3;
+const OP_IN_PLACE: u64 = 1 << 4;
 
 impl ReplayOp {
     /// Flags, order, migratetype and CPU in the first word, slot and turn in the second.
@@ -231,12 +235,13 @@ impl ReplayOp {
         let cpu = u64::from(self.cpu) << 24;
         let first = match self.action {
             ReplayAction::Free => cpu,
-            ReplayAction::Alloc { order, migratetype, zero, noblock, secret } => {
+            ReplayAction::Alloc { order, migratetype, zero, noblock, secret, in_place } => {
                 let flag = |set, bit| if set { bit } else { 0 };
                 OP_ALLOC
                     | flag(zero, OP_ZERO)
                     | flag(noblock, OP_NOBLOCK)
                     | flag(secret, OP_SECRET)
+                    | flag(in_place, OP_IN_PLACE)
                     | u64::from(order) << 8
                     | u64::from(migratetype) << 16
                     | cpu
@@ -257,6 +262,7 @@ impl ReplayOp {
                 zero: has(OP_ZERO),
                 noblock: has(OP_NOBLOCK),
                 secret: has(OP_SECRET),
+                in_place: has(OP_IN_PLACE),
             }
         } else {
             ReplayAction::Free
@@ -306,10 +312,10 @@ mod tests {
         #[test]
         fn an_operation_survives_its_encoding(
             cpu: u8, slot: u32, turn: u32, alloc: bool, order in 0u8..=10, migratetype in 0u8..3,
-            zero: bool, noblock: bool, secret: bool,
+            zero: bool, noblock: bool, secret: bool, in_place: bool,
         ) {
             let action = if alloc {
-                ReplayAction::Alloc { order, migratetype, zero, noblock, secret }
+                ReplayAction::Alloc { order, migratetype, zero, noblock, secret, in_place }
             } else {
                 ReplayAction::Free
             };

@@ -84,8 +84,9 @@ fn one(kvm: Kvm, pages: u64) -> Result<u64, BenchError> {
     let (mut plan, _) = Plan::new(&config)?;
     plan.program = Program::Flush;
     plan.args = [pages, TOUCHED, ROUNDS];
-    let outcome =
-        Machine::open(Host::Kvm(kvm), plan, Vec::new())?.start()?.wait(|_| ControlFlow::Continue(()));
+    let outcome = Machine::open(Host::Kvm(kvm), plan, Vec::new())?
+        .start()?
+        .wait(|_| ControlFlow::Continue(()));
     outcome.with_gate(|gate| match gate.memory().progress(0) {
         Ok(ticks) if ticks > 0 => Ok(ticks),
         _ => Err(BenchError::NoTimes(format!("{:?}", outcome.end))),
