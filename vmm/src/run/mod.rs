@@ -294,7 +294,7 @@ pub struct Outcome {
     pub opening: Duration,
     /// Time from the first instruction to the end.
     pub running: Duration,
-    /// Part of it that vCPU 0 was inside `KVM_RUN`.
+    /// Part of it that the busiest vCPU was inside `KVM_RUN`.
     pub in_guest: Duration,
     /// Times that vCPUs left for the VMM.
     pub exits: u64,
