@@ -6,29 +6,17 @@
 
 mod support;
 
-use lacuna_abi::addr::{FrameRange, Gpa};
-use lacuna_abi::event::{Event, HostAct, Life};
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::Trial;
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use support::{Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository};
+use support::{
+    Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository, trial,
+};
 
 fn main() {
-    let args = Arguments::from_args();
-    let usable = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
-    let required = std::env::var_os("LACUNA_REQUIRE_KVM").is_some_and(|value| value == "1");
-    let skip = !usable && !required;
-    let trials: Vec<_> = trials().into_iter().map(|t| t.with_ignored_flag(skip)).collect();
-    if skip {
-        eprintln!(
-            "SKIPPED: /dev/kvm cannot be used here, so {} end-to-end tests do not run; \
-             `lacuna doctor` says why, LACUNA_REQUIRE_KVM=1 makes them fail",
-            trials.len()
-        );
-    }
-    libtest_mimic::run(&args, trials).exit();
+    support::run(trials(), true);
 }
 
 fn trials() -> Vec<Trial> {
@@ -55,7 +43,7 @@ fn trials() -> Vec<Trial> {
     for (fault, rule, seals) in FAULTS {
         for seal in *seals {
             let name = format!("{fault}_is_found_under_{seal}");
-            trials.push(trial(&name, move || fault_is_found(fault, rule, seal)));
+            trials.push(trial(&name, move || planted(fault, rule, seal)));
         }
     }
     for (touch, kind) in TOUCHES {
@@ -107,10 +95,6 @@ const CRASHES: &[(&str, &[&str])] = &[
     ("triple-fault", &["triple fault"]),
     ("write-text", &["#PF", "error code 0x3"]),
 ];
-
-fn trial(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Trial {
-    Trial::test(name, run)
-}
 
 fn quickstart() -> Check {
     let file = repository().join("configs/quickstart.toml");
@@ -285,7 +269,7 @@ fn expected_access() -> Check {
     lacuna(config, &[])?.expect(5, "inconclusive")
 }
 
-fn fault_is_found(fault: &str, rule: &str, seal: &str) -> Check {
+fn planted(fault: &str, rule: &str, seal: &str) -> Check {
     // The clean twins of these runs are `replay_is_clean_under_…` and, for skip-zero,
     // `without_prezero_pages_are_zeroed_when_handed_out`: the same configurations.
     let config = dirty(&replay(EVENTS, "all"));
@@ -295,32 +279,7 @@ fn fault_is_found(fault: &str, rule: &str, seal: &str) -> Check {
     } else {
         config
     };
-    let folder = tempfile::tempdir()?;
-    let out = folder.path().display().to_string();
-    let run = lacuna(&config, &["--seal", seal, "--inject", fault, "--out", &out])?;
-    run.expect(1, "violation")?;
-    let violations = run.report["violations"].as_array().ok_or("no violations")?;
-    let found: Vec<_> = violations.iter().filter(|v| v["rule"] == rule).collect();
-    ensure(!found.is_empty(), &format!("{rule} is not among {violations:#?}"))?;
-    // The right frames: those that the host sealed or opened in this run, and for a block that was
-    // never sealed, those that the guest says it put into the pool.
-    let mut secret: Vec<FrameRange> = Vec::new();
-    let events = std::fs::File::open(folder.path().join("events.bin"))?;
-    lacuna::events::read_events(
-        std::io::BufReader::new(events),
-        &mut |record| match record.event {
-            Event::Host(HostAct::Sealed | HostAct::HeldOpen | HostAct::Opened, frames)
-            | Event::Life(Life::Pooled | Life::PooledZero, frames) => secret.push(frames),
-            _ => {}
-        },
-    )?;
-    for violation in &found {
-        let frame = violation["frame"].as_str().unwrap_or_default();
-        let frame = u64::from_str_radix(frame.trim_start_matches("0x"), 16).unwrap_or(0);
-        let known = secret.iter().any(|range| range.contains(Gpa(frame).frame()));
-        ensure(known, &format!("the frame never was secret: {violation:#}"))?;
-    }
-    Ok(())
+    fault_is_found(&config, fault, rule, &["--seal", seal])
 }
 
 fn sealed_touch(touch: &str, kind: &str, seal: &str) -> Check {

@@ -55,7 +55,7 @@ impl Team {
     /// Waits until every CPU has come here.
     ///
     /// # Errors
-    /// As [`Self::wait_until`].
+    /// [`ProgramError::Abandoned`] once some CPU has given up.
     pub fn barrier<P: Platform>(&self, platform: &P) -> Result<(), ProgramError> {
         let cpus = platform.cpus() as u64;
         let before = self.arrived.fetch_add(1, AcqRel);

@@ -8,6 +8,7 @@ mod model;
 mod page_alloc;
 mod programs;
 mod refusals;
+mod ring;
 mod secret;
 mod shootdown;
 mod zeroing;

@@ -2,6 +2,7 @@
 
 use super::error::HostError;
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use lacuna_abi::MAX_CPUS;
 use std::ffi::{CString, OsStr};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -60,7 +61,14 @@ pub const CAPABILITIES: &[Capability] = &[
     required("KVM_CAP_IRQCHIP", Cap::Irqchip, 1, "interrupts", X86),
     required("KVM_CAP_EXT_CPUID", Cap::ExtCpuid, 1, "the guest's CPUID", X86),
     required("KVM_CAP_SET_TSS_ADDR", Cap::SetTssAddr, 1, "guests on Intel processors", X86),
+    required("KVM_CAP_MP_STATE", Cap::MpState, 1, "starting vCPUs", X86),
+    required("KVM_CAP_MAX_VCPUS", Cap::MaxVcpus, MAX_CPUS as i32, "several vCPUs", KERNEL),
     required("KVM_CAP_NR_MEMSLOTS", Cap::NrMemslots, 16, "the guest's regions", KERNEL),
+    optional(
+        "KVM_CAP_SIGNAL_MSI",
+        Cap::SignalMsi,
+        "shootdowns by gate call ([guest] shootdown = \"gate\")",
+    ),
     optional(
         "KVM_CAP_MEMORY_FAULT_INFO",
         Cap::MemoryFaultInfo,

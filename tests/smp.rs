@@ -1,0 +1,231 @@
+//! Several vCPUs on `/dev/kvm`, end to end. Ignored or required as the tests in `kvm.rs`.
+
+mod support;
+
+use lacuna::machine::kvm::Vm;
+use lacuna::machine::memory::Memory;
+use lacuna_abi::addr::{Gpa, Gva};
+use lacuna_abi::gate::SHOOTDOWN_VECTOR;
+use lacuna_abi::layout::{Layout, Needs};
+use libtest_mimic::Trial;
+use std::fmt::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use support::{Check, EVENTS, Run, dirty, ensure, fault_is_found, lacuna, replay, trial};
+
+fn main() {
+    support::run(trials(), true);
+}
+
+fn trials() -> Vec<Trial> {
+    let mut trials = vec![
+        trial("eight_vcpus_boot_and_are_judged", eight),
+        trial("shootdowns_by_gate_call_are_delivered", by_gate_call),
+        trial("an_interrupt_that_no_local_apic_takes_is_lost", lost_interrupt),
+        trial("halted_cpus_answer_shootdowns", halted),
+        trial("secrets_leave_no_trace_with_idle_cpus_around", secrets),
+        trial("a_cpu_that_answers_no_shootdown_is_named_with_its_place", stuck),
+        trial("a_panic_on_another_cpu_names_it", panic_elsewhere),
+        trial("a_hang_ends_while_another_cpu_is_halted", hang),
+        trial("bad_gate_calls_are_answered_beside_another_cpu", bad_calls),
+    ];
+    for (cpus, seal) in [(2, "guard"), (2, "memslot"), (2, "off"), (4, "guard"), (4, "off")] {
+        let name = format!("replay_on_{cpus}_vcpus_is_clean_under_{seal}");
+        trials.push(trial(&name, move || clean_replay(cpus, seal)));
+    }
+    for seal in ["guard", "memslot", "off"] {
+        let name = format!("flips_and_foreign_frees_under_quiesce_are_clean_under_{seal}");
+        trials.push(trial(&name, move || stress(seal)));
+    }
+    for (fault, rule, seals) in FAULTS {
+        for seal in *seals {
+            let name = format!("{fault}_is_found_under_{seal}");
+            let config = on(2, &dirty(&replay(EVENTS, "all")));
+            // The clean twins are `replay_on_2_vcpus_is_clean_under_…`: the same configurations.
+            trials.push(trial(&name, move || {
+                fault_is_found(&config, fault, rule, &["--seal", seal])
+            }));
+        }
+    }
+    trials
+}
+
+/// Faults that need two vCPUs, the rule that finds each, and the seals under which it is tried.
+const FAULTS: &[(&str, &str, &[&str])] = &[
+    ("local-only-flip-flush", "stale-direct-map", &["guard", "memslot", "off"]),
+    ("wrong-cpu-window", "foreign-alias", &["guard", "off"]),
+];
+
+/// The configuration with so many vCPUs.
+fn on(cpus: u32, config: &str) -> String {
+    config.replace("[guest]\n", &format!("[guest]\nvcpus = {cpus}\n"))
+}
+
+fn crash(cpus: u32, crash: &str, limits: &str) -> String {
+    format!(
+        "[guest]\nmemory_mib = 16\nvcpus = {cpus}\n[workload]\nprogram = \"crash\"\n\
+         crash = \"{crash}\"\n[limits]\n{limits}"
+    )
+}
+
+fn judged_on_all(run: &Run, cpus: u64) -> Check {
+    ensure(run.report["guest"]["vcpus"] == cpus, "the report names another number of vCPUs")?;
+    // Six judgements of each CPU at each complete check.
+    let (judged, quiesces) = (run.check("control-state", "checked"), run.counter("quiesces"));
+    ensure(
+        judged == 6 * cpus * quiesces && quiesces > 0,
+        &format!("control-state was judged {judged} times at {quiesces} complete checks"),
+    )
+}
+
+fn clean_replay(cpus: u32, seal: &str) -> Check {
+    let run = lacuna(&on(cpus, &dirty(&replay(EVENTS, "all"))), &["--seal", seal])?;
+    run.clean()?;
+    judged_on_all(&run, cpus.into())?;
+    let (all, secret) = (run.counter("alloc"), run.counter("alloc_secret"));
+    ensure(all == secret && all > 0, &format!("{secret} of {all} are secret"))?;
+    ensure(run.counter("work") == EVENTS, "not all events were carried out")?;
+    ensure(run.counter("alloc") == run.counter("free"), "not all pages were freed")?;
+    ensure(run.counter("shootdowns") > 0, "no shootdown was sent")
+}
+
+fn eight() -> Check {
+    let run = lacuna("[guest]\nvcpus = 8\n[workload]\nprogram = \"idle\"\n", &[])?;
+    run.clean()?;
+    judged_on_all(&run, 8)
+}
+
+fn by_gate_call() -> Check {
+    let config = on(2, &dirty(&replay(150, "user")));
+    let calls = |how: &str| -> Result<u64, libtest_mimic::Failed> {
+        let config = config.replace("[guest]\n", &format!("[guest]\nshootdown = \"{how}\"\n"));
+        let run = lacuna(&config, &[])?;
+        run.clean()?;
+        ensure(run.counter("shootdowns") > 0, "no shootdown was sent")?;
+        let other = run.counter("seals") + run.counter("opens") + run.counter("releases");
+        Ok(run.counter("gate_calls").saturating_sub(other))
+    };
+    let (x2apic, gate) = (calls("x2apic")?, calls("gate")?);
+    ensure(gate > x2apic, &format!("{gate} calls beside the operations, {x2apic} without the gate"))
+}
+
+/// A guest may have switched a local APIC off, by software or altogether: whatever KVM says of an
+/// interrupt for it, that is no failure of the host.
+fn lost_interrupt() -> Check {
+    let needs = Needs { image: 4096, memory_mib: 16, cpus: 2, input: 0, scratch: 0 };
+    let layout = Layout::new(&needs).map_err(|error| format!("{error:?}"))?;
+    let vm = Vm::new(lacuna::doctor::open_kvm()?, Arc::new(Memory::new(layout)?))?;
+    let _vcpus = [vm.vcpu(0, Gva(0), Gpa(0))?, vm.vcpu(1, Gva(0), Gpa(0))?];
+    vm.interrupts().send(1, SHOOTDOWN_VECTOR)?;
+    Ok(vm.interrupts().send(7, SHOOTDOWN_VECTOR)?)
+}
+
+/// CPUs without a part in the program halt, and the flip of its page waits for them.
+fn halted() -> Check {
+    let config = "[guest]\nmemory_mib = 16\nvcpus = 4\n[workload]\nprogram = \"touch\"\n\
+                  touch = \"read\"\n[audit]\nexpect = [\"foreign-alias\"]\n";
+    let run = lacuna(config, &["--seal", "off"])?;
+    run.expect(0, "pass")?;
+    ensure(run.counter("shootdowns") > 0, "no shootdown was sent")?;
+    let run = lacuna(config, &["--seal", "guard"])?;
+    run.expect(4, "guest-error")?;
+    ensure(run.report["sealed_accesses"][0]["vcpu"] == 0, "the access names another vCPU")
+}
+
+fn secrets() -> Check {
+    let folder = tempfile::tempdir()?;
+    let input = folder.path().join("secret.bin");
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    let bytes: Vec<u8> = (0..9000)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            b'!' + (state % 90) as u8
+        })
+        .collect();
+    std::fs::write(&input, bytes)?;
+    let run = lacuna(&on(2, &dirty(&format!("program = \"secrets\"\ninput = {input:?}\n"))), &[])?;
+    run.clean()?;
+    ensure(run.check("input-leak", "checked") > 0, "nothing was searched")
+}
+
+fn stuck() -> Check {
+    let run = lacuna(&crash(2, "stuck-cpu", "shootdown_s = 1\n"), &[])?;
+    run.expect(4, "guest-error")?;
+    let error = &run.report["guest_error"];
+    let message = error["message"].as_str().unwrap_or_default();
+    ensure(error["kind"] == "shootdown" && error["vcpu"] == 1, &format!("{error:#}"))?;
+    for needle in ["CPU 1 has not answered", "CPU 0", "interrupts off", "shootdown_s"] {
+        ensure(message.contains(needle), &format!("{needle:?} is missing in {message}"))?;
+    }
+    let symbol = error["symbol"].as_str().unwrap_or_default();
+    ensure(symbol.contains("stuck"), &format!("{symbol} is not where it loops"))?;
+    let frames = error["backtrace"].as_array().map_or(0, Vec::len);
+    ensure(frames > 1, &format!("no backtrace: {error:#}"))
+}
+
+fn panic_elsewhere() -> Check {
+    let run = lacuna(&crash(3, "panic-elsewhere", ""), &[])?;
+    run.expect(4, "guest-error")?;
+    let error = &run.report["guest_error"];
+    ensure(error["kind"] == "panic" && error["vcpu"] == 2, &format!("{error:#}"))?;
+    let message = error["message"].as_str().unwrap_or_default();
+    ensure(message.contains("on CPU 2"), &format!("the message: {message}"))
+}
+
+fn hang() -> Check {
+    let started = Instant::now();
+    let run = lacuna(&crash(2, "hang", "timeout_s = 1\n"), &[])?;
+    run.expect(4, "guest-error")?;
+    ensure(run.report["guest_error"]["kind"] == "timeout", "the kind is not timeout")?;
+    ensure(started.elapsed() < Duration::from_secs(20), "it took too long")
+}
+
+fn bad_calls() -> Check {
+    let run = lacuna(&crash(2, "bad-calls", ""), &[])?;
+    run.expect(0, "pass")?;
+    ensure(run.counter("gate_refused") > 100, "few calls were refused")
+}
+
+/// A recording of whole pageblocks and single pages, secret and mapped in turn, each freed on
+/// another CPU than the one that asked for it.
+fn recording(path: &Path) -> Check {
+    let mut csv = String::from("t_us,cpu,op,id,order,migratetype,gfp\n");
+    let mut time = 0;
+    let mut id = 0;
+    for round in 0..4 {
+        let gfp = if round % 2 == 0 { "GFP_HIGHUSER|__GFP_ZERO" } else { "GFP_KERNEL" };
+        let first = id;
+        for step in 0..16 {
+            // Six of eight pageblocks, and pages between them.
+            let order = if step < 6 { 9 } else { step % 3 };
+            let cpu = step % 2;
+            writeln!(csv, "{time},{cpu},A,{id},{order},0,{gfp}")?;
+            (time, id) = (time + 1, id + 1);
+        }
+        for (step, freed) in (first..id).enumerate() {
+            writeln!(csv, "{time},{},F,{freed},,,", (step + 1) % 2)?;
+            time += 1;
+        }
+    }
+    Ok(std::fs::write(path, csv)?)
+}
+
+fn stress(seal: &str) -> Check {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("stress.csv");
+    recording(&path)?;
+    let config = format!(
+        "[guest]\nmemory_mib = 16\nvcpus = 2\nprezero = false\n[workload]\nprogram = \"replay\"\n\
+         input = {path:?}\n[audit]\nquiesce_every = 10\n"
+    );
+    let run = lacuna(&config, &["--seal", seal])?;
+    run.clean()?;
+    judged_on_all(&run, 2)?;
+    let (away, back) = (run.counter("flip_to_unmapped"), run.counter("flip_to_mapped"));
+    ensure(away >= 12 && back >= 12, &format!("{away} blocks left, {back} came back"))?;
+    ensure(run.counter("alloc") == run.counter("free"), "not all pages were freed")?;
+    ensure(run.counter("quiesces") > 20, "few complete checks were made")
+}
