@@ -4,22 +4,21 @@
 //! Where `/dev/kvm` cannot be used, every test here is listed as ignored and counted; with
 //! `LACUNA_REQUIRE_KVM=1` it runs and fails instead.
 
-mod on_kvm;
 mod support;
 
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
-use on_kvm::fault_is_found;
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::{
-    Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest, trial,
+    Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
+    selftest, trial,
 };
 
 fn main() {
-    on_kvm::run(trials());
+    support::run(trials(), true);
 }
 
 fn trials() -> Vec<Trial> {
@@ -357,7 +356,7 @@ fn planted(fault: &str, rule: &str, seal: &str) -> Check {
     } else {
         config
     };
-    fault_is_found(&config, fault, rule, seal)
+    fault_is_found(&config, fault, rule, &["--seal", seal])
 }
 
 fn sealed_touch(touch: &str, kind: &str, seal: &str) -> Check {

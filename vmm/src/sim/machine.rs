@@ -1,4 +1,4 @@
-//! The simulated machine as the guest's code sees it: [`Platform`] and [`Services`] on simulated
+//! The simulated machine as the guest's code sees it: [`Platform`] and its services on simulated
 //! CPUs. Each CPU is a thread of the host that runs the guest's own code natively; what goes through
 //! [`Platform`] is simulated.
 
