@@ -203,7 +203,10 @@ fn shows_under(fault: Fault, seal: &str) -> bool {
 }
 
 fn fault(fault: Fault, seal: &str) -> Check {
-    let config = on_cpus(fault.vcpus(), &dirty(&replay(EVENTS, "all")));
+    let conversions = [Fault::PartialBlockUnmap, Fault::SplitWithoutFlush, Fault::TableFreeStale];
+    let in_place = if conversions.contains(&fault) { "in_place = 100\n" } else { "" };
+    let workload = replay(EVENTS, "all") + in_place;
+    let config = on_cpus(fault.vcpus(), &dirty(&workload));
     // Zeroing at hand-out can be skipped only where the pool is not zeroed ahead of demand.
     let config = if fault == Fault::SkipZero {
         config.replace("[guest]\n", "[guest]\nprezero = false\n")
