@@ -1,0 +1,209 @@
+//! [`Platform`] on a simulated CPU, and what shootdowns need of it.
+
+use super::cpu;
+use super::machine::SimMachine;
+use super::mmu::Fault;
+use super::tlb::Invalidation;
+use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::event::{EntryWrite, Event, Flush, Life};
+use lacuna_abi::fault::Fault as Slip;
+use lacuna_abi::gate::OpKind;
+use lacuna_abi::paging::Entry;
+use lacuna_guest::platform::{AddressSpace, CpuSet, GateError, Platform};
+use lacuna_guest::ring;
+use lacuna_guest::shootdown::Interrupts;
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+
+impl Platform for SimMachine {
+    fn cpu(&self) -> usize {
+        cpu::number()
+    }
+
+    fn cpus(&self) -> usize {
+        self.cpus.len()
+    }
+
+    fn space(&self) -> AddressSpace {
+        self.space
+    }
+
+    #[inline]
+    fn interrupts_off(&self) -> bool {
+        self.enter().is_some_and(|(_, cpu)| cpu.interrupts_off())
+    }
+
+    #[inline]
+    fn interrupts_restore(&self, were_on: bool) {
+        let Some((_, cpu)) = self.enter() else { return };
+        cpu.interrupts_restore(were_on);
+        if cpu.is_wanted() {
+            self.attend(cpu::number());
+        }
+    }
+
+    fn relax(&self) {
+        if std::thread::panicking() {
+            // What the lock's holder has to undo it undoes on its own thread.
+            std::thread::yield_now();
+            return;
+        }
+        let number = cpu::number();
+        self.look(number, true);
+        if self.cpus[number].is_wanted() {
+            self.attend(number);
+        }
+    }
+
+    fn read_entry(&self, at: Gpa) -> Entry {
+        // Also while unwinding: destructors rely on what they read.
+        let pool = &self.ram.layout().pool;
+        let word = pool.contains(at).then(|| self.ram.word(at)).flatten();
+        Entry(word.unwrap_or_else(|| panic!("no table entry can be at {at}")).load(Acquire))
+    }
+
+    fn write_entries(&self, at: Gpa, write: &EntryWrite) {
+        let Some((_, cpu)) = self.enter() else { return };
+        let pool = &self.ram.layout().pool;
+        let store = |index: u64, entry: Entry| {
+            let at = at.wrapping_add(8 * index);
+            let word = pool.contains(at).then(|| self.ram.word(at)).flatten();
+            word.unwrap_or_else(|| panic!("no table entry can be at {at}")).store(entry.0, Release);
+            if index + 1 == u64::from(write.count) {
+                self.ram.versions.count(write);
+            }
+        };
+        let were_on = cpu.interrupts_off();
+        ring::write_entries(&self.ring(), write, store);
+        cpu.interrupts_restore(were_on);
+    }
+
+    fn flush(&self, flush: Flush) {
+        let Some((_, cpu)) = self.enter() else { return };
+        self.record(Event::Flush(flush));
+        let mut mmu = cpu.mmu();
+        let pcid = self.space.pcid;
+        match flush {
+            Flush::Pages { va, count, level } => {
+                for page in 0..u64::from(count) {
+                    let va = va.wrapping_add(page * level.span());
+                    mmu.invalidate(&Invalidation::Page { va, pcid });
+                }
+            }
+            Flush::NonGlobal => mmu.invalidate(&Invalidation::Pcid(pcid)),
+            Flush::Everything => mmu.invalidate(&Invalidation::Everything),
+        }
+    }
+
+    fn shootdown(&self, flush: Flush, cpus: CpuSet) {
+        if self.enter().is_some() {
+            self.shootdowns.run(&Wire(self), flush, cpus);
+        }
+    }
+
+    fn gate(&self, ops: &[(OpKind, FrameRange)]) -> Result<(), GateError> {
+        self.enter().map_or(Ok(()), |(number, _)| self.operations(number, ops))
+    }
+
+    #[inline]
+    fn life(&self, life: Life, frames: FrameRange) {
+        if self.enter().is_some() {
+            self.record(Event::Life(life, frames));
+        }
+    }
+
+    fn zero(&self, va: Gva, bytes: u64) {
+        let Some((number, _)) = self.enter() else { return };
+        let mut done = 0;
+        // Pages that lie together are zeroed together.
+        let (mut start, mut len) = (Gpa(0), 0);
+        while done < bytes {
+            let here = va.wrapping_add(done);
+            let part = (PAGE_SIZE - here.0 % PAGE_SIZE).min(bytes - done);
+            let gpa = self.reach(number, here, true);
+            if start.wrapping_add(len) == gpa {
+                len += part;
+            } else {
+                self.zero_physical(number, va, (start, len));
+                (start, len) = (gpa, part);
+            }
+            done += part;
+        }
+        self.zero_physical(number, va, (start, len));
+    }
+
+    fn copy(&self, to: Gva, from: Gva, bytes: u64) {
+        let Some((number, _)) = self.enter() else { return };
+        for offset in (0..bytes).step_by(8) {
+            let word = self.word(number, from.wrapping_add(offset), false).load(Relaxed);
+            self.word(number, to.wrapping_add(offset), true).store(word, Relaxed);
+        }
+    }
+
+    #[inline]
+    fn load(&self, va: Gva) -> u64 {
+        self.enter().map_or(0, |(number, _)| self.word(number, va, false).load(Acquire))
+    }
+
+    #[inline]
+    fn store(&self, va: Gva, value: u64) {
+        if let Some((number, _)) = self.enter() {
+            self.word(number, va, true).store(value, Release);
+        }
+    }
+
+    #[inline]
+    fn planted(&self, fault: Slip) -> bool {
+        self.faults & fault.bit() != 0
+    }
+}
+
+impl SimMachine {
+    /// Zeroes memory that `va` led to, or ends the run where there is none.
+    fn zero_physical(&self, number: usize, va: Gva, (start, len): (Gpa, u64)) {
+        if len > 0 && !self.ram.zero(start, len) {
+            self.fault(number, va, true, Fault::NoMemory(start));
+        }
+    }
+}
+
+/// The CPU that runs, as shootdowns see it.
+pub(super) struct Wire<'m>(pub(super) &'m SimMachine);
+
+impl Interrupts for Wire<'_> {
+    fn cpu(&self) -> usize {
+        cpu::number()
+    }
+
+    fn interrupts_are_on(&self) -> bool {
+        self.0.cpus[cpu::number()].interrupts_are_on()
+    }
+
+    fn send(&self, cpus: CpuSet) {
+        if self.0.through_gate {
+            self.0.interrupt_through_gate(cpus);
+        } else {
+            for (number, cpu) in self.0.cpus.iter().enumerate() {
+                if cpus.contains(number) {
+                    cpu.interrupt();
+                }
+            }
+        }
+        self.0.turns.stir();
+    }
+
+    fn flush(&self, flush: Flush) {
+        Platform::flush(self.0, flush);
+    }
+
+    fn acknowledge(&self, number: u64) {
+        self.0.record(Event::ShootdownAck(number));
+    }
+
+    fn relax(&self) {
+        Platform::relax(self.0);
+    }
+
+    fn unanswered(&self, number: u64, cpus: CpuSet) {
+        self.0.report_unanswered(number, cpus);
+    }
+}
