@@ -1,33 +1,33 @@
-//! The simulated machine: what its CPUs share, and what becomes of a CPU at its calls of
-//! [`Platform`](lacuna_guest::platform::Platform).
-//!
-//! Each CPU is a thread of the host that runs the guest's own code natively; what goes through the
-//! platform is simulated.
+//! The simulated machine as the guest's code sees it: [`Platform`] and its services on simulated
+//! CPUs. Each CPU is a thread of the host that runs the guest's own code natively; what goes through
+//! [`Platform`] is simulated.
 
 use super::baton::Over;
 use super::calls::here;
 use super::cpu::{self, Cpu};
 use super::mmu::{Fault, MmuCounters};
-use super::platform::Wire;
 use super::ram::Ram;
 use super::random::Random;
 use super::schedule::{Schedule, Turns};
+use super::tlb::Invalidation;
 use crate::gate::Gate;
 use crate::machine::kvm::{CR0, CR4, EFER};
 use crate::machine::state::Registers;
 use crate::run::End;
 use crate::stop::Stop;
-use lacuna_abi::addr::{Gpa, Gva};
-use lacuna_abi::event::Event;
-use lacuna_guest::platform::{AddressSpace, CpuSet};
+use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::event::{EntryWrite, Event, Flush, Life};
+use lacuna_abi::gate::OpKind;
+use lacuna_abi::paging::Entry;
+use lacuna_guest::platform::{AddressSpace, CpuSet, GateError, Platform};
 use lacuna_guest::ring;
-use lacuna_guest::shootdown::Shootdowns;
+use lacuna_guest::shootdown::{Interrupts, Shootdowns};
 use std::panic::resume_unwind;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Calls of the platform between two looks at what is left to chance, as a power of two: 1 to this
+/// Calls of [`Platform`] between two looks at what is left to chance, as a power of two: 1 to this
 /// many.
 const LOOK_BITS: u64 = 6;
 /// Of so many looks one passes the baton on.
@@ -43,13 +43,13 @@ pub struct SimMachine {
     pub(super) gate: Arc<Mutex<Gate>>,
     pub(super) cpus: Box<[Cpu]>,
     pub(super) turns: Turns,
-    pub(super) shootdowns: Shootdowns,
+    shootdowns: Shootdowns,
     /// Shootdown interrupts go through the host.
-    pub(super) through_gate: bool,
+    through_gate: bool,
     /// CPU 1 has turned its interrupts off for good (program `crash`).
     pub(super) stuck: AtomicBool,
-    pub(super) space: AddressSpace,
-    pub(super) faults: u64,
+    space: AddressSpace,
+    faults: u64,
     stop: Arc<Stop>,
     over: AtomicBool,
     end: Mutex<Option<(usize, End)>>,
@@ -68,7 +68,6 @@ pub(super) struct Parts {
 }
 
 impl SimMachine {
-    /// A machine whose CPUs have not started.
     pub(super) fn new(parts: Parts) -> Self {
         let Parts { ram, gate, root, faults, through_gate, seed, schedule, stop } = parts;
         let cpus = ram.layout().cpus;
@@ -139,11 +138,11 @@ impl SimMachine {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Every call of the platform starts here: the CPU that makes it, after whatever happened
+    /// Every call of [`Platform`] starts here: the CPU that makes it, after whatever happened
     /// meanwhile. `None` while the guest's code is unwound: what its destructors ask for then is
     /// not done.
     #[inline]
-    pub(super) fn enter(&self) -> Option<(usize, &Cpu)> {
+    fn enter(&self) -> Option<(usize, &Cpu)> {
         if std::thread::panicking() {
             return None;
         }
@@ -160,7 +159,7 @@ impl SimMachine {
 
     /// Does what is asked of this CPU from outside.
     #[cold]
-    pub(super) fn attend(&self, number: usize) {
+    fn attend(&self, number: usize) {
         let cpu = &self.cpus[number];
         if cpu.takes_kick() && self.turns.stand_by(number) == Err(Over) {
             self.halt();
@@ -188,7 +187,7 @@ impl SimMachine {
     /// What is left to chance, and what comes from outside: the end of the run, another CPU's
     /// turn.
     #[cold]
-    pub(super) fn look(&self, number: usize, idle: bool) {
+    fn look(&self, number: usize, idle: bool) {
         if self.over.load(Acquire) {
             self.halt();
         }
@@ -206,13 +205,13 @@ impl SimMachine {
         }
     }
 
-    pub(super) fn record(&self, event: Event) {
+    fn record(&self, event: Event) {
         ring::record(&self.ring(), event);
     }
 
     /// Physical address of `va` for an access of this CPU, or the end of the run.
     #[inline]
-    pub(super) fn reach(&self, number: usize, va: Gva, write: bool) -> Gpa {
+    fn reach(&self, number: usize, va: Gva, write: bool) -> Gpa {
         let mut mmu = self.cpus[number].mmu();
         match mmu.access(&self.ram, self.space, va, write) {
             Ok(gpa) => gpa,
@@ -224,12 +223,205 @@ impl SimMachine {
     }
 
     #[inline]
-    pub(super) fn word(&self, number: usize, va: Gva, write: bool) -> &AtomicU64 {
+    fn word(&self, number: usize, va: Gva, write: bool) -> &AtomicU64 {
         assert!(va.is_aligned(8), "an access to {va}, which is not aligned");
         let gpa = self.reach(number, va, write);
         match self.ram.word(gpa) {
             Some(word) => word,
             None => self.fault(number, va, write, Fault::NoMemory(gpa)),
+        }
+    }
+}
+
+impl Platform for SimMachine {
+    fn cpu(&self) -> usize {
+        cpu::number()
+    }
+
+    fn cpus(&self) -> usize {
+        self.cpus.len()
+    }
+
+    fn space(&self) -> AddressSpace {
+        self.space
+    }
+
+    #[inline]
+    fn interrupts_off(&self) -> bool {
+        self.enter().is_some_and(|(_, cpu)| cpu.interrupts_off())
+    }
+
+    #[inline]
+    fn interrupts_restore(&self, were_on: bool) {
+        let Some((_, cpu)) = self.enter() else { return };
+        cpu.interrupts_restore(were_on);
+        if cpu.is_wanted() {
+            self.attend(cpu::number());
+        }
+    }
+
+    fn relax(&self) {
+        if std::thread::panicking() {
+            // What the lock's holder has to undo it undoes on its own thread.
+            std::thread::yield_now();
+            return;
+        }
+        let number = cpu::number();
+        self.look(number, true);
+        if self.cpus[number].is_wanted() {
+            self.attend(number);
+        }
+    }
+
+    fn read_entry(&self, at: Gpa) -> Entry {
+        // Also while unwinding: destructors rely on what they read.
+        let pool = &self.ram.layout().pool;
+        let word = pool.contains(at).then(|| self.ram.word(at)).flatten();
+        Entry(word.unwrap_or_else(|| panic!("no table entry can be at {at}")).load(Acquire))
+    }
+
+    fn write_entries(&self, at: Gpa, write: &EntryWrite) {
+        let Some((_, cpu)) = self.enter() else { return };
+        let pool = &self.ram.layout().pool;
+        let store = |index: u64, entry: Entry| {
+            let at = at.wrapping_add(8 * index);
+            let word = pool.contains(at).then(|| self.ram.word(at)).flatten();
+            word.unwrap_or_else(|| panic!("no table entry can be at {at}")).store(entry.0, Release);
+            if index + 1 == u64::from(write.count) {
+                self.ram.versions.count(write);
+            }
+        };
+        let were_on = cpu.interrupts_off();
+        ring::write_entries(&self.ring(), write, store);
+        cpu.interrupts_restore(were_on);
+    }
+
+    fn flush(&self, flush: Flush) {
+        let Some((_, cpu)) = self.enter() else { return };
+        self.record(Event::Flush(flush));
+        let mut mmu = cpu.mmu();
+        let pcid = self.space.pcid;
+        match flush {
+            Flush::Pages { va, count, level } => {
+                for page in 0..u64::from(count) {
+                    let va = va.wrapping_add(page * level.span());
+                    mmu.invalidate(&Invalidation::Page { va, pcid });
+                }
+            }
+            Flush::NonGlobal => mmu.invalidate(&Invalidation::Pcid(pcid)),
+            Flush::Everything => mmu.invalidate(&Invalidation::Everything),
+        }
+    }
+
+    fn shootdown(&self, flush: Flush, cpus: CpuSet) {
+        if self.enter().is_some() {
+            self.shootdowns.run(&Wire(self), flush, cpus);
+        }
+    }
+
+    fn gate(&self, ops: &[(OpKind, FrameRange)]) -> Result<(), GateError> {
+        self.enter().map_or(Ok(()), |(number, _)| self.operations(number, ops))
+    }
+
+    #[inline]
+    fn life(&self, life: Life, frames: FrameRange) {
+        if self.enter().is_some() {
+            self.record(Event::Life(life, frames));
+        }
+    }
+
+    fn zero(&self, va: Gva, bytes: u64) {
+        let Some((number, _)) = self.enter() else { return };
+        let mut done = 0;
+        // Pages that lie together are zeroed together.
+        let (mut start, mut len) = (Gpa(0), 0);
+        while done < bytes {
+            let here = va.wrapping_add(done);
+            let part = (PAGE_SIZE - here.0 % PAGE_SIZE).min(bytes - done);
+            let gpa = self.reach(number, here, true);
+            if start.wrapping_add(len) == gpa {
+                len += part;
+            } else {
+                self.zero_physical(number, va, (start, len));
+                (start, len) = (gpa, part);
+            }
+            done += part;
+        }
+        self.zero_physical(number, va, (start, len));
+    }
+
+    fn copy(&self, to: Gva, from: Gva, bytes: u64) {
+        let Some((number, _)) = self.enter() else { return };
+        for offset in (0..bytes).step_by(8) {
+            let word = self.word(number, from.wrapping_add(offset), false).load(Relaxed);
+            self.word(number, to.wrapping_add(offset), true).store(word, Relaxed);
+        }
+    }
+
+    #[inline]
+    fn load(&self, va: Gva) -> u64 {
+        self.enter().map_or(0, |(number, _)| self.word(number, va, false).load(Acquire))
+    }
+
+    #[inline]
+    fn store(&self, va: Gva, value: u64) {
+        if let Some((number, _)) = self.enter() {
+            self.word(number, va, true).store(value, Release);
+        }
+    }
+
+    #[inline]
+    fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool {
+        self.faults & fault.bit() != 0
+    }
+}
+
+/// The CPU that runs, as shootdowns see it.
+struct Wire<'m>(&'m SimMachine);
+
+impl Interrupts for Wire<'_> {
+    fn cpu(&self) -> usize {
+        cpu::number()
+    }
+
+    fn interrupts_are_on(&self) -> bool {
+        self.0.cpus[cpu::number()].interrupts_are_on()
+    }
+
+    fn send(&self, cpus: CpuSet) {
+        if self.0.through_gate {
+            self.0.interrupt_through_gate(cpus);
+        } else {
+            for (number, cpu) in self.0.cpus.iter().enumerate() {
+                if cpus.contains(number) {
+                    cpu.interrupt();
+                }
+            }
+        }
+        self.0.turns.stir();
+    }
+
+    fn flush(&self, flush: Flush) {
+        Platform::flush(self.0, flush);
+    }
+
+    fn acknowledge(&self, number: u64) {
+        self.0.record(Event::ShootdownAck(number));
+    }
+
+    fn relax(&self) {
+        Platform::relax(self.0);
+    }
+
+    fn unanswered(&self, number: u64, cpus: CpuSet) {
+        self.0.report_unanswered(number, cpus);
+    }
+}
+
+impl SimMachine {
+    fn zero_physical(&self, number: usize, va: Gva, (start, len): (Gpa, u64)) {
+        if len > 0 && !self.ram.zero(start, len) {
+            self.fault(number, va, true, Fault::NoMemory(start));
         }
     }
 }

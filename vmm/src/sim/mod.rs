@@ -13,8 +13,7 @@
 //! | `ram` | guest memory by physical address |
 //! | `mmu` | translation, speculation |
 //! | `baton`, `schedule` | which CPUs run |
-//! | `cpu`, `machine` | a CPU, and what all of them share |
-//! | `platform`, `calls` | what the guest asks of the machine, and what it tells the host |
+//! | `cpu`, `machine`, `calls` | a CPU, the platform, what the guest tells the host |
 //! | `guest`, `touch`, `crash` | the guest image's main function, and its programs that misbehave |
 //! | `run` | threads, from start to end |
 //!
@@ -31,7 +30,6 @@ mod guest;
 mod machine;
 mod mmu;
 mod paths;
-mod platform;
 mod ram;
 mod random;
 mod run;
