@@ -4,27 +4,27 @@
 //! Where `/dev/kvm` cannot be used, every test here is listed as ignored and counted; with
 //! `LACUNA_REQUIRE_KVM=1` it runs and fails instead.
 
-mod on_kvm;
 mod support;
 
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
-use on_kvm::fault_is_found;
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::{
-    Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest, trial,
+    Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
+    selftest, trial,
 };
 
 fn main() {
-    on_kvm::run(trials());
+    support::run(trials(), true);
 }
 
 fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("quickstart_is_clean_and_exercises_its_rules", quickstart),
+        trial("every_order_below_a_block_converts_in_place", orders_in_place),
         trial("nothing_secret_means_nothing_sealed", nothing_secret),
         trial("a_dirty_zone_is_clean_too", dirty_zone),
         trial("without_prezero_pages_are_zeroed_when_handed_out", no_prezero),
@@ -42,6 +42,8 @@ fn trials() -> Vec<Trial> {
     ];
     for seal in ["guard", "memslot", "off"] {
         trials.push(trial(&format!("replay_is_clean_under_{seal}"), move || clean_replay(seal)));
+        let name = format!("converting_in_place_is_clean_under_{seal}");
+        trials.push(trial(&name, move || clean_in_place(seal)));
     }
     for (fault, rule, seals) in FAULTS {
         for seal in *seals {
@@ -71,10 +73,13 @@ fn trials() -> Vec<Trial> {
 /// Faults, the rule that finds each, and the seals under which it shows.
 const FAULTS: &[(&str, &str, &[&str])] = &[
     ("leave-direct-map-alias", "direct-map-alias", &["guard", "memslot", "off"]),
+    ("partial-block-unmap", "direct-map-alias", &["guard", "memslot", "off"]),
     ("global-window", "global-window", &["guard", "memslot", "off"]),
     ("skip-flip-flush", "stale-direct-map", &["guard", "memslot", "off"]),
     ("cr3-flip-flush", "stale-direct-map", &["guard"]),
     ("flush-before-unmap", "stale-direct-map", &["guard"]),
+    ("split-without-flush", "stale-direct-map", &["guard", "memslot", "off"]),
+    ("table-free-stale", "stale-table", &["guard", "memslot", "off"]),
     ("skip-window-flush", "stale-window", &["off"]),
     ("free-before-window-flush", "stale-window", &["off"]),
     ("skip-seal", "second-stage-open", &["guard", "memslot"]),
@@ -105,6 +110,11 @@ const CRASHES: &[(&str, &[&str])] = &[
     ("write-text", &["#PF", "error code 0x3"]),
 ];
 
+/// As [`replay`], all of it secret, with this percentage of what can be converted in place.
+fn replay_in_place(events: u64, percent: u8) -> String {
+    replay(events, "all") + &format!("in_place = {percent}\n")
+}
+
 fn stress() -> Check {
     let config = "[guest]\nmemory_mib = 64\nfill = 0xa5\n[allocator]\non_free = \"poison\"\n\
                   [workload]\nprogram = \"stress\"\noperations = 1500\nmax_order = 6\n";
@@ -127,6 +137,7 @@ fn quickstart() -> Check {
         "global-window",
         "stale-direct-map",
         "stale-window",
+        "stale-table",
         "second-stage-open",
         "residue",
         "table-alias",
@@ -142,6 +153,10 @@ fn quickstart() -> Check {
         "alloc_secret",
         "flip_to_unmapped",
         "flip_to_mapped",
+        "splits",
+        "merges",
+        "converted",
+        "restored",
         "shootdowns",
         "window_flushes",
         "seals",
@@ -168,6 +183,41 @@ fn clean_replay(seal: &str) -> Check {
         "memslot" => ensure(checked > 0, "nothing was checked"),
         _ => ensure(not > 0, "the seal is off, but nothing counts as not checked"),
     }
+}
+
+/// Every secret page that can be is converted in place.
+fn clean_in_place(seal: &str) -> Check {
+    let run = lacuna(&dirty(&replay_in_place(EVENTS, 100)), &["--seal", seal])?;
+    run.clean()?;
+    let converted = run.counter("converted");
+    ensure(converted > 50, &format!("{converted} allocations were converted"))?;
+    ensure(run.counter("restored") == converted, "not all were mapped again")?;
+    let (splits, merges) = (run.counter("splits"), run.counter("merges"));
+    ensure(splits > 0 && splits == merges, &format!("{splits} splits, {merges} merges"))?;
+    ensure(run.counter("nr_table_pages") == 0, "a table is left")?;
+    ensure(run.check("stale-table", "checked") >= 3 * splits, "tables were not checked")?;
+    ensure(run.counter("tags_checked") > converted, "the contents were not checked")
+}
+
+/// Every order below a pageblock's, in several pageblocks, freed in another order than they came.
+fn orders_in_place() -> Check {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("orders.csv");
+    let allocs = (0..9).map(|order| format!("{order},0,A,{order},{order},0,GFP_HIGHUSER\n"));
+    let frees = [4, 8, 0, 2, 6, 7, 1, 3, 5].into_iter().zip(9..);
+    let frees = frees.map(|(id, time)| format!("{time},0,F,{id},{id},,\n"));
+    let lines: String = allocs.chain(frees).collect();
+    std::fs::write(&path, format!("t_us,cpu,op,id,order,migratetype,gfp\n{lines}"))?;
+    let config = dirty(&format!(
+        "program = \"replay\"\ninput = {path:?}\nsecret = \"all\"\nin_place = 100\n"
+    ));
+    let run = lacuna(&config, &[])?;
+    run.clean()?;
+    let (converted, pages) = (run.counter("converted"), run.counter("converted_pages"));
+    ensure((converted, pages) == (9, 511), &format!("{converted} converted, {pages} pages"))?;
+    // Each page's tag is checked when it has become secret, and before it is freed.
+    let tags = run.counter("tags_checked");
+    ensure(tags == 2 * 511, &format!("{tags} tags were checked"))
 }
 
 fn nothing_secret() -> Check {
@@ -257,6 +307,7 @@ fn secrets() -> Check {
         run.clean()?;
         ensure(run.check("input-leak", "checked") > 0, "nothing was searched")?;
         ensure(run.counter("work") >= 3, "fewer than three pages were stored")?;
+        ensure(run.counter("converted") == 1, "not every other page was converted in place")?;
         let text = secret_text();
         for entry in std::fs::read_dir(&out)? {
             let path = entry?.path();
@@ -290,16 +341,22 @@ fn expected_access() -> Check {
 }
 
 fn planted(fault: &str, rule: &str, seal: &str) -> Check {
-    // The clean twins of these runs are `replay_is_clean_under_…` and, for skip-zero,
+    // The clean twins of these runs are `replay_is_clean_under_…`, for slips of conversions
+    // `converting_in_place_is_clean_under_…` and, for skip-zero,
     // `without_prezero_pages_are_zeroed_when_handed_out`: the same configurations.
-    let config = dirty(&replay(EVENTS, "all"));
+    let in_place = ["partial-block-unmap", "split-without-flush", "table-free-stale"];
+    let config = if in_place.contains(&fault) {
+        dirty(&replay_in_place(EVENTS, 100))
+    } else {
+        dirty(&replay(EVENTS, "all"))
+    };
     // Zeroing at hand-out can be skipped only where the pool is not zeroed ahead of demand.
     let config = if fault == "skip-zero" {
         config.replace("[guest]\n", "[guest]\nprezero = false\n")
     } else {
         config
     };
-    fault_is_found(&config, fault, rule, seal)
+    fault_is_found(&config, fault, rule, &["--seal", seal])
 }
 
 fn sealed_touch(touch: &str, kind: &str, seal: &str) -> Check {

@@ -1,6 +1,5 @@
 //! Several vCPUs on `/dev/kvm`, end to end. Ignored or required as the tests in `kvm.rs`.
 
-mod on_kvm;
 mod support;
 
 use lacuna::machine::kvm::Vm;
@@ -10,15 +9,14 @@ use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use lacuna_abi::layout::{Layout, Needs};
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
-use on_kvm::fault_is_found;
 use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use support::{Check, EVENTS, Run, dirty, ensure, lacuna, replay, selftest, trial};
+use support::{Check, EVENTS, Run, dirty, ensure, fault_is_found, lacuna, replay, selftest, trial};
 
 fn main() {
-    on_kvm::run(trials());
+    support::run(trials(), true);
 }
 
 fn trials() -> Vec<Trial> {
@@ -52,7 +50,9 @@ fn trials() -> Vec<Trial> {
             let name = format!("{fault}_is_found_under_{seal}");
             let config = on(2, &dirty(&replay(EVENTS, "all")));
             // The clean twins are `replay_on_2_vcpus_is_clean_under_…`: the same configurations.
-            trials.push(trial(&name, move || fault_is_found(&config, fault, rule, seal)));
+            trials.push(trial(&name, move || {
+                fault_is_found(&config, fault, rule, &["--seal", seal])
+            }));
         }
     }
     trials

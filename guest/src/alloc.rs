@@ -14,9 +14,10 @@ use crate::pcp::{CpuLists, Held, Marks, pindex};
 use crate::platform::{GateError, InterruptsOff, Platform};
 #[cfg(feature = "unmapped")]
 use crate::secret::SecretPages;
+use crate::tables::TablePages;
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, Taken, Zone};
-use core::sync::atomic::AtomicBool;
+use core::sync::atomic::{AtomicBool, AtomicU32};
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{Gfn, PAGE_SIZE};
 use lacuna_abi::boot::{
@@ -147,6 +148,10 @@ pub struct PageAllocator<'a, P: Platform> {
     lists: [CpuLists; MAX_CPUS],
     /// There is something for [`Self::balance`] to do.
     pub(crate) wake: AtomicBool,
+    /// Pages of the table pool that hold no table.
+    pub(crate) table_pages: TablePages,
+    /// First of the parked allocations, as index plus one; 0 for none.
+    pub(crate) parked: AtomicU32,
 }
 
 impl<'a, P: Platform> PageAllocator<'a, P> {
@@ -165,6 +170,8 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             zone: IrqLock::new(Zone::default()),
             lists: core::array::from_fn(|_| CpuLists::default()),
             wake: AtomicBool::new(false),
+            table_pages: TablePages::new(),
+            parked: AtomicU32::new(0),
         }
     }
 
@@ -409,13 +416,18 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
 
     /// Frees secret pages; those that were written to are scrubbed, together with others. What
     /// cannot be scrubbed is free as it is, sealed and not known to be zero; what the host would not
-    /// close is withheld.
+    /// close is withheld. Converted pages go back to where they came from.
     pub(crate) fn free_secret(&self, pin: Pin<'_>) {
         let chunk = pin.chunk();
         let frames = self.map.frames(chunk);
         self.counts.free.add(1);
-        self.counts.free_secret.add(1);
         self.platform.life(Life::Freed, frames);
+        if pin.page().is_converted() {
+            // Whoever drops pages cannot be told; what is not free yet is tried again.
+            let _ = self.free_converted(chunk);
+            return;
+        }
+        self.counts.free_secret.add(1);
         if pin.page().is_unsealed() {
             self.withhold(chunk, true);
             return;

@@ -207,11 +207,13 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
     }
 
-    /// Brings every wholly free secret pageblock back to the direct map.
+    /// Brings every wholly free secret pageblock back to the direct map, and converted pages that could
+    /// not come back when they were freed.
     ///
     /// # Errors
     /// The host's first refusal; what it concerns stays in the pool.
     pub fn shrink(&self) -> Result<(), UseError> {
+        self.restore_parked()?;
         self.drain_all()?;
         while self.reclaim_batch()? {}
         Ok(())

@@ -164,12 +164,17 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
     }
 
-    /// Brings wholly free unmapped pageblocks back to the direct map, those that have been free for
-    /// longest: as many as a mapped request of `order` and `migratetype` needs.
+    /// Brings back to the direct map what a mapped request of `order` and `migratetype` needs:
+    /// converted pages that waited for that, then wholly free unmapped pageblocks, those that have
+    /// been free for longest.
     ///
     /// # Errors
     /// As [`Self::flip_to_mapped`].
     pub(crate) fn reclaim(&self, order: u8, migratetype: Migratetype) -> Result<bool, UseError> {
+        // A refusal there is no reason not to go on here.
+        if self.restore_parked().unwrap_or(false) {
+            return Ok(true);
+        }
         let wanted = self.marks.min.saturating_add(1 << order);
         let missing = wanted.saturating_sub(self.zone().mapped_free(&self.map));
         let size = order.max(BLOCK);
@@ -282,7 +287,13 @@ impl<P: Platform> PageAllocator<'_, P> {
     }
 
     /// The directory entries of pageblocks in the direct map.
+    ///
+    /// # Panics
+    /// If one of them is split: then some of its pages are allocated, and nobody may change sides
+    /// with the whole.
     fn direct_map_run(&self, chunk: Chunk) -> Run {
+        let split = self.map.blocks_of(chunk).iter().any(|block| block.converted() != 0);
+        assert!(!split, "{} flips, but is split", self.map.frames(chunk));
         let va = direct_map(self.map.frames(chunk).start().gpa());
         let at = space::locate(self.platform, &self.layout.pool, va, Level::Pd)
             .unwrap_or_else(|error| panic!("no directory entry for {va}: {error:?}"));

@@ -14,7 +14,7 @@ use crate::platform::Platform;
 pub struct BadHandle(pub u64);
 
 /// An allocation's identity; whoever has it owns the allocation.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Slot {
     number: u32,
     order: u8,
@@ -28,6 +28,19 @@ impl Slot {
         let slot = Self { number: map.slot_of(chunk.index), order: chunk.order };
         slot.record(map).next_generation(slot.record(map).generation());
         slot
+    }
+
+    /// Notes that the allocation is on the other side of the direct map now. Handles that were given
+    /// before become invalid.
+    pub(crate) fn change_side(self, map: &MemMap<'_>, unmapped: bool) {
+        let page = map.page(map.place_of(self.number));
+        let Some((order, freetype)) = page.allocation() else {
+            panic!("{} changes sides, but is not allocated", map.frames(self.chunk(map)));
+        };
+        page.hand_out(order, Freetype { unmapped, ..freetype });
+        page.set_converted(unmapped);
+        let record = self.record(map);
+        record.next_generation(record.generation());
     }
 
     /// The allocation of `handle`, which must be on this side of the direct map. The handle is used

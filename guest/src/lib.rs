@@ -20,6 +20,10 @@ pub mod alloc;
 mod balance;
 mod compact;
 pub mod contents;
+#[cfg(feature = "unmapped")]
+pub mod convert;
+#[cfg(not(feature = "unmapped"))]
+mod convert;
 pub mod counters;
 pub mod error;
 mod flip;
@@ -46,6 +50,7 @@ mod selftest;
 pub mod shootdown;
 mod space;
 mod sync;
+mod tables;
 mod zeroing;
 mod zone;
 

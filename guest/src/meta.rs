@@ -49,10 +49,14 @@ pub(crate) enum State {
     Dirty = 5,
     /// First page of a free chunk that was taken off its list while its pageblock is emptied.
     Isolated = 6,
+    /// First page of a freed allocation that was converted in place and could not come back yet.
+    Parked = 7,
 }
 
 /// The host refused to close pages of this allocation.
 const UNSEALED: u8 = 1 << 0;
+/// The allocation became secret in place: its pageblock is one of the mapped side.
+const CONVERTED: u8 = 1 << 1;
 
 /// Pins of an allocation that is being moved.
 const MOVING: u32 = u32::MAX;
@@ -171,6 +175,19 @@ impl PageMeta {
     pub(crate) fn is_unsealed(&self) -> bool {
         self.flags.load(Relaxed) & UNSEALED != 0
     }
+
+    /// The allocation became secret in place, or is mapped again.
+    pub(crate) fn set_converted(&self, converted: bool) {
+        if converted {
+            self.flags.fetch_or(CONVERTED, Relaxed);
+        } else {
+            self.flags.fetch_and(!CONVERTED, Relaxed);
+        }
+    }
+
+    pub(crate) fn is_converted(&self) -> bool {
+        self.flags.load(Relaxed) & CONVERTED != 0
+    }
 }
 
 const ZERO_WORDS: usize = BLOCK_FRAMES as usize / 64;
@@ -188,6 +205,11 @@ pub struct BlockMeta {
     freetype: AtomicU32,
     /// Pages in allocations.
     allocated: AtomicU32,
+    /// Pages that were converted in place. While there are any, the block is mapped by a table of
+    /// small entries; without, by one entry. Changed by whoever holds the lock.
+    converted: AtomicU32,
+    /// Not 0 while a CPU changes how the block is mapped.
+    lock: AtomicU32,
 }
 
 const _: () = assert!(cfg!(loom) || size_of::<BlockMeta>() as u64 == BLOCK_META_BYTES);
@@ -253,6 +275,28 @@ impl BlockMeta {
             next = (next | 63) + 1;
         }
         None
+    }
+
+    /// Pages of the block that were converted in place.
+    pub(crate) fn converted(&self) -> u32 {
+        self.converted.load(Relaxed)
+    }
+
+    pub(crate) fn add_converted(&self, pages: u32) {
+        self.converted.store(self.converted() + pages, Relaxed);
+    }
+
+    pub(crate) fn remove_converted(&self, pages: u32) {
+        self.converted.store(self.converted() - pages, Relaxed);
+    }
+
+    /// Takes the lock on how the block is mapped, if it is free.
+    pub(crate) fn try_lock(&self) -> bool {
+        self.lock.compare_exchange(0, 1, Acquire, Relaxed).is_ok()
+    }
+
+    pub(crate) fn unlock(&self) {
+        self.lock.store(0, Release);
     }
 
     /// A window of `cpu`, in this generation, lies over the block.

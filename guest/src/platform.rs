@@ -7,7 +7,7 @@
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
 use lacuna_abi::event::{EntryWrite, Flush, Life};
 use lacuna_abi::gate::{OpKind, Status};
-use lacuna_abi::paging::Entry;
+use lacuna_abi::paging::{Entry, Level};
 
 /// A set of CPUs, one bit each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -96,6 +96,11 @@ pub trait Platform {
     /// Writes a run of entries of one table, the first at `at`, each by one aligned 64-bit store,
     /// and records it. The platform fills in [`EntryWrite::grant`].
     fn write_entries(&self, at: Gpa, write: &EntryWrite);
+
+    /// Fills the table of `level` at `table`, a page of the table pool that no root reaches: entry
+    /// `i` becomes `first.nth_of_run(level, i)`, for all of them. Records that, so that the host
+    /// knows what is linked when the table is.
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry);
 
     /// Records, then executes a local invalidation.
     fn flush(&self, flush: Flush);

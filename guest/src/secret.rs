@@ -1,8 +1,10 @@
 //! Secret pages: an allocation that nothing shows but the windows opened on it.
 
 use crate::alloc::PageAllocator;
+use crate::convert::ConvertError;
 pub use crate::error::UseError;
 use crate::handle::{BadHandle, Pin, Slot};
+use crate::mapped::MappedPages;
 use crate::mermap::{Mapping, MermapError, Protection};
 use crate::platform::{InterruptsOff, Platform};
 use core::mem::ManuallyDrop;
@@ -48,6 +50,21 @@ impl<'r, 'a, P: Platform> SecretPages<'r, 'a, P> {
     /// The handle that [`Self::into_raw`] will give; never 0.
     pub fn handle(&self) -> u64 {
         self.slot.handle(&self.allocator.map)
+    }
+
+    /// Maps converted pages again, zero: the way back of [`MappedPages::into_secret`]. Pages from the
+    /// pool go back there when they are dropped.
+    ///
+    /// # Errors
+    /// Why not, with the pages, which are secret, and perhaps scrubbed.
+    pub fn into_mapped(self) -> Result<MappedPages<'r, 'a, P>, (Self, ConvertError)> {
+        match self.allocator.restore_slot(self.slot) {
+            Ok(()) => {
+                let Self { allocator, slot } = *ManuallyDrop::new(self);
+                Ok(MappedPages::new(allocator, slot))
+            }
+            Err(error) => Err((self, error)),
+        }
     }
 
     /// Gives up the owner and keeps the pages: [`Self::from_raw`] makes an owner again.

@@ -33,8 +33,18 @@ words_struct! {
         flip_to_unmapped,
         /// Pageblocks that came back to the direct map.
         flip_to_mapped,
-        /// Flushes sent to a set of CPUs: of everything when a block leaves the direct map, of
-        /// what is not global before a block is released.
+        /// Pageblocks split so that some of their pages could be converted in place.
+        splits,
+        /// Split pageblocks that became one entry again.
+        merges,
+        /// Mapped allocations that became secret in place.
+        converted,
+        /// Pages of these.
+        converted_pages,
+        /// Converted allocations that were mapped again.
+        restored,
+        /// Flushes sent to a set of CPUs: of everything when a block leaves the direct map, is split
+        /// or merged, of what is not global before pages are released.
         shootdowns,
         /// Flushes of a window because its addresses were used up.
         window_flushes,
@@ -137,6 +147,8 @@ words_struct! {
         ticks_gate_pages,
         /// Those of the ticks spent with what was allocated that went by in gate calls.
         ticks_gate_use,
+        /// Pages of the table pool that hold tables of split pageblocks at the end.
+        nr_table_pages,
         /// Units of work done by the program: trace events, or pages stored.
         work,
         /// Tags that a workload checked before it freed a page.

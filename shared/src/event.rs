@@ -78,6 +78,8 @@ impl Intent {
 pub enum Event {
     /// A run of consecutive entries of one table was written, each by one store.
     EntryWrite(EntryWrite),
+    /// A table that no root reaches was filled, before it is linked.
+    TableFill(TableFill),
     /// This CPU invalidated translations of its own.
     Flush(Flush),
     /// This CPU loaded CR3.
@@ -138,6 +140,33 @@ impl EntryWrite {
     #[must_use]
     pub const fn place_in(&self, table: Gpa) -> Gpa {
         entry_address(table, self.level, self.va)
+    }
+}
+
+/// A table filled while no root reached it: entry `i` became `first.nth_of_run(level, i)`, for all
+/// of its entries. Without this record the host would have to read the table when it judges the
+/// record that links it, and by then the table may have moved on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TableFill {
+    /// Place of the table.
+    pub table: Gpa,
+    /// Its level: 1 or 2.
+    pub level: Level,
+    /// Its first entry.
+    pub first: Entry,
+}
+
+impl TableFill {
+    /// Whether the table lies on a page and its level can be filled with a run of leaves.
+    #[must_use]
+    pub const fn is_well_formed(&self) -> bool {
+        self.table.is_aligned(PAGE_SIZE) && (self.level as u8) <= Level::Pd as u8
+    }
+
+    /// What entry `index` was filled with.
+    #[must_use]
+    pub const fn entry(&self, index: u64) -> Entry {
+        self.first.nth_of_run(self.level, index)
     }
 }
 
@@ -231,6 +260,7 @@ const KIND_ROOT: u64 = 3;
 const KIND_LIFE: u64 = 4;
 const KIND_ACK: u64 = 5;
 const KIND_HOST: u64 = 6;
+const KIND_FILL: u64 = 7;
 const PCID_MASK: u64 = 0xfff;
 
 const fn head(kind: u64, level: u8, flavour: u64, cpu: u8, count: u32) -> u64 {
@@ -252,6 +282,9 @@ impl Record {
                 head(KIND_ENTRY, w.level.number(), 0, self.cpu, w.count),
                 [w.root.0 | u64::from(w.pcid), w.va.0, w.old.0, w.new.0, w.grant],
             ),
+            Event::TableFill(TableFill { table, level, first }) => {
+                (head(KIND_FILL, level.number(), 0, self.cpu, 0), [0, table.0, 0, first.0, 0])
+            }
             Event::Flush(Flush::Pages { va, count, level }) => {
                 (head(KIND_FLUSH, level.number(), 0, self.cpu, count), [0, va.0, 0, 0, 0])
             }
@@ -308,6 +341,13 @@ impl Record {
                     return Err(BadRecord::Malformed);
                 }
                 Event::EntryWrite(write)
+            }
+            (KIND_FILL, 0) => {
+                let fill = TableFill { table: Gpa(va), level: level()?, first: Entry(new) };
+                if !fill.is_well_formed() {
+                    return Err(BadRecord::Malformed);
+                }
+                Event::TableFill(fill)
             }
             (KIND_FLUSH, 0) => {
                 let level = level()?;
@@ -373,8 +413,13 @@ mod tests {
                 })
             },
         );
+        let fill = (0..1u64 << 39, 1u8..=2, any::<u64>()).prop_map(|(frame, level, first)| {
+            let (table, level) = (Gfn(frame).gpa(), Level::from_number(level).unwrap());
+            Event::TableFill(TableFill { table, level, first: Entry(first) })
+        });
         prop_oneof![
             write,
+            fill,
             (any::<u64>(), 1u32..=1 << 20).prop_map(|(va, count)| Event::Flush(Flush::Pages {
                 va: Gva(va),
                 count,

@@ -18,6 +18,8 @@ named_enum! {
         FlushBeforeUnmap = "flush-before-unmap",
         /// The block's directory entry is not cleared.
         LeaveDirectMapAlias = "leave-direct-map-alias",
+        /// Converting in place: one 4 KiB entry of the range stays mapped.
+        PartialBlockUnmap = "partial-block-unmap",
         /// Window entry with the Global bit.
         GlobalWindow = "global-window",
         /// Mapped in another CPU's window.
@@ -26,6 +28,10 @@ named_enum! {
         SkipWindowFlush = "skip-window-flush",
         /// A frame is released while its window entry may be cached.
         FreeBeforeWindowFlush = "free-before-window-flush",
+        /// Converting in place: 2 MiB entry split, range cleared, no flush.
+        SplitWithoutFlush = "split-without-flush",
+        /// Merging back: table page freed without a flush.
+        TableFreeStale = "table-free-stale",
         /// A pool block is never sealed.
         SkipSeal = "skip-seal",
         /// Handed out as zero, not zeroed.
@@ -43,11 +49,13 @@ impl Fault {
             Self::SkipFlipFlush
             | Self::LocalOnlyFlipFlush
             | Self::Cr3FlipFlush
-            | Self::FlushBeforeUnmap => "stale-direct-map",
-            Self::LeaveDirectMapAlias => "direct-map-alias",
+            | Self::FlushBeforeUnmap
+            | Self::SplitWithoutFlush => "stale-direct-map",
+            Self::LeaveDirectMapAlias | Self::PartialBlockUnmap => "direct-map-alias",
             Self::GlobalWindow => "global-window",
             Self::WrongCpuWindow => "foreign-alias",
             Self::SkipWindowFlush | Self::FreeBeforeWindowFlush => "stale-window",
+            Self::TableFreeStale => "stale-table",
             Self::SkipSeal => "second-stage-open",
             Self::SkipZero | Self::SkipScrubOnRemap => "residue",
         }

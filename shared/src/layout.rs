@@ -422,6 +422,13 @@ const fn pool_pages(zone: u64, low: u64, cpus: u64) -> u64 {
     2 * boot + 256
 }
 
+/// Most pages that a table pool can have.
+pub const MAX_POOL_PAGES: usize = 4096;
+
+const _: () = assert!(
+    round_up(pool_pages(MAX_MEMORY_MIB << 20, LOW_END.0, MAX_CPUS as u64) * PAGE_SIZE)
+        <= MAX_POOL_PAGES as u64 * PAGE_SIZE
+);
 const _: () = assert!(RING_RECORDS.is_power_of_two());
 const _: () = assert!(WINDOW_STRIDE * MAX_CPUS as u64 <= 512 << 30);
 const _: () = assert!(CPU_DATA.phys + CPU_DATA.len <= CPU_BYTES);

@@ -98,6 +98,11 @@ named_enum! {
         Secret = "secret",
         /// The same without writing.
         SecretUnused = "secret-unused",
+        /// Allocates mapped pages as zero, converts each allocation in place, writes to it, frees it:
+        /// for orders below 9.
+        InPlace = "in-place",
+        /// The same without writing.
+        InPlaceUnused = "in-place-unused",
         /// Allocates secret pages as zero and keeps them, so that each round needs fresh ones: what
         /// the refill of the pool costs.
         SecretKept = "secret-kept",
@@ -219,6 +224,9 @@ pub enum ReplayAction {
         noblock: bool,
         /// From unmapped memory.
         secret: bool,
+        /// Secret pages that are mapped first and then converted in place; their order is below a
+        /// pageblock's, and their caller may block.
+        in_place: bool,
     },
 }
 
@@ -226,6 +234,7 @@ const OP_ALLOC: u64 = 1 << 0;
 const OP_ZERO: u64 = 1 << 1;
 const OP_NOBLOCK: u64 = 1 << 2;
 const OP_SECRET: u64 = 1 << 3;
+const OP_IN_PLACE: u64 = 1 << 4;
 
 impl ReplayOp {
     /// Flags, order, migratetype and CPU in the first word, slot and turn in the second.
@@ -234,12 +243,13 @@ impl ReplayOp {
         let cpu = u64::from(self.cpu) << 24;
         let first = match self.action {
             ReplayAction::Free => cpu,
-            ReplayAction::Alloc { order, migratetype, zero, noblock, secret } => {
+            ReplayAction::Alloc { order, migratetype, zero, noblock, secret, in_place } => {
                 let flag = |set, bit| if set { bit } else { 0 };
                 OP_ALLOC
                     | flag(zero, OP_ZERO)
                     | flag(noblock, OP_NOBLOCK)
                     | flag(secret, OP_SECRET)
+                    | flag(in_place, OP_IN_PLACE)
                     | u64::from(order) << 8
                     | u64::from(migratetype) << 16
                     | cpu
@@ -260,6 +270,7 @@ impl ReplayOp {
                 zero: has(OP_ZERO),
                 noblock: has(OP_NOBLOCK),
                 secret: has(OP_SECRET),
+                in_place: has(OP_IN_PLACE),
             }
         } else {
             ReplayAction::Free
@@ -309,10 +320,10 @@ mod tests {
         #[test]
         fn an_operation_survives_its_encoding(
             cpu: u8, slot: u32, turn: u32, alloc: bool, order in 0u8..=10, migratetype in 0u8..3,
-            zero: bool, noblock: bool, secret: bool,
+            zero: bool, noblock: bool, secret: bool, in_place: bool,
         ) {
             let action = if alloc {
-                ReplayAction::Alloc { order, migratetype, zero, noblock, secret }
+                ReplayAction::Alloc { order, migratetype, zero, noblock, secret, in_place }
             } else {
                 ReplayAction::Free
             };

@@ -97,12 +97,12 @@ pub(crate) fn root() -> u64 {
     cr3
 }
 
-/// The time-stamp counter, once everything before it is done.
+/// The time-stamp counter. What is timed is far longer than what a CPU may reorder around it.
 #[inline]
 pub(crate) fn timestamp() -> u64 {
     let [low, high]: [u32; 2];
     // SAFETY: reads a counter.
-    unsafe { asm!("lfence", "rdtsc", out("eax") low, out("edx") high, options(nostack, nomem)) };
+    unsafe { asm!("rdtsc", out("eax") low, out("edx") high, options(nostack, nomem)) };
     u64::from(high) << 32 | u64::from(low)
 }
 

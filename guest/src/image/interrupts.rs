@@ -10,8 +10,8 @@ use lacuna_guest::platform::CpuSet;
 use lacuna_guest::shootdown::{Interrupts, Shootdowns};
 
 /// Turns of waiting after which the host may give this CPU's time to others; a power of two. Where
-/// ring 0 is interpreted they take about half a millisecond.
-const TURNS: u32 = 64;
+/// ring 0 is interpreted they take about 0.3 ms, elsewhere a microsecond.
+const TURNS: u32 = 8;
 
 /// The shootdowns of this guest.
 pub(crate) static SHOOTDOWNS: Shootdowns = Shootdowns::new();

@@ -7,10 +7,10 @@ use core::sync::atomic::Ordering::Relaxed;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
 use lacuna_abi::boot::{BootInfo, FEATURE_GATE_SHOOTDOWN};
 use lacuna_abi::counter::Counters;
-use lacuna_abi::event::{EntryWrite, Event, Flush, Life};
+use lacuna_abi::event::{EntryWrite, Event, Flush, Life, TableFill};
 use lacuna_abi::gate::{Call, OpKind};
 use lacuna_abi::layout::Region;
-use lacuna_abi::paging::Entry;
+use lacuna_abi::paging::{Entry, Level};
 use lacuna_guest::platform::{AddressSpace, CpuSet, GateError, Platform};
 use lacuna_guest::programs::Services;
 
@@ -75,6 +75,10 @@ impl Platform for Machine {
 
     fn write_entries(&self, at: Gpa, write: &EntryWrite) {
         ring::write_entries(&self.pool, at, write);
+    }
+
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
+        ring::fill_table(&self.pool, &TableFill { table, level, first });
     }
 
     fn flush(&self, flush: Flush) {

@@ -95,6 +95,7 @@ fn prepare(info: &BootInfo) {
     let map = MemMap::new(shared::page_metadata(&layout), shared::block_metadata(&layout), &layout);
     let config = AllocConfig::from_boot(info);
     let allocator = ALLOCATOR.call_once(|| PageAllocator::new(machine, &layout, map, config));
+    allocator.add_tables(info.pool_used);
     if let Err(error) = allocator.prepare() {
         panic!("the mermap cannot be prepared: {error:?}");
     }

@@ -4,7 +4,8 @@
 use core::arch::asm;
 use core::sync::atomic::Ordering::{Acquire, Release};
 use core::sync::atomic::compiler_fence;
-use lacuna_abi::addr::{Gpa, Gva};
+use lacuna_abi::addr::{Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::event::TableFill;
 use lacuna_abi::layout::{DIRECT_MAP, INPUT, MERMAP, POOL, SCRATCH};
 use lacuna_abi::paging::{Entry, Level};
 
@@ -83,6 +84,26 @@ pub(crate) fn write_entry(start: Gpa, len: u64, at: Gpa, entry: Entry) {
     // SAFETY: as `load`. What the entry maps is the business of the allocator and the mermap: they
     // map zone frames only, in which no Rust object lies.
     unsafe { (va.0 as *mut u64).write_volatile(entry.0) };
+}
+
+/// Fills the whole table that `fill` names. Eight entries a turn: an interpreted ring 0 makes every
+/// instruction count.
+#[inline]
+pub(crate) fn fill_table(start: Gpa, len: u64, fill: &TableFill) {
+    let first = entry_place(start, len, fill.table);
+    let last = entry_place(start, len, fill.table.wrapping_add(PAGE_SIZE - 8));
+    let mut place = first.0 as *mut u64;
+    let mut entry = fill.first.0;
+    let step = fill.entry(1).0.wrapping_sub(entry);
+    while place as u64 <= last.0 {
+        for index in 0..8 {
+            // SAFETY: as `write_entry`; `last` lies in the pool, and a page holds a multiple of
+            // eight entries.
+            unsafe { place.add(index).write_volatile(entry) };
+            entry = entry.wrapping_add(step);
+        }
+        place = place.wrapping_add(8);
+    }
 }
 
 fn entry_place(start: Gpa, len: u64, at: Gpa) -> Gva {

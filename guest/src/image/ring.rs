@@ -3,7 +3,7 @@
 use crate::{cpu, gate, memory, shared};
 use core::sync::atomic::AtomicU64;
 use lacuna_abi::addr::Gpa;
-use lacuna_abi::event::{EntryWrite, Event, Flush};
+use lacuna_abi::event::{EntryWrite, Event, Flush, TableFill};
 use lacuna_abi::gate::Call;
 use lacuna_abi::layout::Region;
 use lacuna_abi::paging::Level;
@@ -59,6 +59,12 @@ pub(crate) fn write_entries(pool: &Region, at: Gpa, write: &EntryWrite) {
         memory::write_entry(pool.gpa, pool.len, at.wrapping_add(8 * index), entry);
     };
     with_own(|own| ring::write_entries(own, write, store));
+}
+
+/// Fills a table that no root reaches and records it.
+pub(crate) fn fill_table(pool: &Region, fill: &TableFill) {
+    memory::fill_table(pool.gpa, pool.len, fill);
+    record(Event::TableFill(*fill));
 }
 
 /// Records a flush, then executes it.

@@ -35,7 +35,10 @@ pub(super) fn run<P: Platform>(
     team.barrier(platform)?;
     match bench {
         Bench::Secret | Bench::SecretUnused => {
-            rig.repeat(rounds, |rig| rig.secret(bench == Bench::Secret))?;
+            rig.repeat(rounds, |rig| rig.secret(Rig::from_pool, bench == Bench::Secret))?;
+        }
+        Bench::InPlace | Bench::InPlaceUnused => {
+            rig.repeat(rounds, |rig| rig.secret(Rig::converted, bench == Bench::InPlace))?;
         }
         Bench::SecretKept => rig.repeat(rounds, Rig::secret_kept)?,
         Bench::Mapped | Bench::MappedZero => rig.repeat(rounds, Rig::mapped)?,
@@ -62,7 +65,7 @@ struct Rig<'r, 'a, P: Platform, S> {
     request: Request,
 }
 
-impl<P: Platform, S: Services> Rig<'_, '_, P, S> {
+impl<'r, 'a, P: Platform, S: Services> Rig<'r, 'a, P, S> {
     fn repeat(
         &self,
         rounds: u64,
@@ -99,13 +102,26 @@ impl<P: Platform, S: Services> Rig<'_, '_, P, S> {
         })
     }
 
-    fn secret(&self, write: bool) -> Result<[Ticks; 3], ProgramError> {
+    fn from_pool(&self, number: u64) -> Result<SecretPages<'r, 'a, P>, ProgramError> {
+        let pages = self.allocator.alloc_secret(self.request);
+        pages.map_err(|error| ProgramError::Alloc { number, error })
+    }
+
+    fn converted(&self, number: u64) -> Result<SecretPages<'r, 'a, P>, ProgramError> {
+        let pages = self.allocator.alloc_mapped(self.request);
+        let pages = pages.map_err(|error| ProgramError::Alloc { number, error })?;
+        pages.into_secret().map_err(|(_, error)| ProgramError::Convert { number, error })
+    }
+
+    fn secret(
+        &self,
+        get: impl Fn(&Self, u64) -> Result<SecretPages<'r, 'a, P>, ProgramError>,
+        write: bool,
+    ) -> Result<[Ticks; 3], ProgramError> {
         let count = self.count();
         let alloc = self.timed(|| {
             for number in 0..count {
-                let pages = self.allocator.alloc_secret(self.request);
-                let pages = pages.map_err(|error| ProgramError::Alloc { number, error })?;
-                self.keep(number, pages.into_raw());
+                self.keep(number, get(self, number)?.into_raw());
             }
             Ok(())
         })?;

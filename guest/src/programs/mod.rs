@@ -10,6 +10,7 @@ mod team;
 pub use team::Team;
 
 use crate::alloc::{AllocError, PageAllocator};
+use crate::convert::ConvertError;
 use crate::counters::Pages;
 use crate::handle::BadHandle;
 use crate::mermap::Leaks;
@@ -62,6 +63,13 @@ pub enum ProgramError {
         number: u64,
         /// Why.
         error: AllocError,
+    },
+    /// Mapped pages could not become secret in place.
+    Convert {
+        /// Number of the operation or page, from 0.
+        number: u64,
+        /// Why.
+        error: ConvertError,
     },
     /// Secret pages could not be used or given back.
     Use(UseError),
@@ -125,6 +133,9 @@ impl fmt::Display for ProgramError {
             Self::BadOperation { op } => write!(f, "operation {op} of the recording is impossible"),
             Self::Alloc { number, error } => {
                 write!(f, "the allocation for operation or page {number} failed: {error:?}")
+            }
+            Self::Convert { number, error } => {
+                write!(f, "converting the pages of operation or page {number} failed: {error:?}")
             }
             Self::Use(error) => write!(f, "secret pages could not be used: {error:?}"),
             Self::Handle(BadHandle(word)) => write!(f, "{word:#x} is no handle of an allocation"),

@@ -12,9 +12,11 @@ use super::tags::Tagger;
 use super::team::Team;
 use super::{PROGRESS, ProgramError, Services, finish};
 use crate::alloc::{AllocError, PageAllocator, Request};
+use crate::convert::ConvertError;
 use crate::freetype::Migratetype;
 use crate::meta::MAX_ORDER;
 use crate::platform::Platform;
+use crate::zone::BLOCK;
 use lacuna_abi::addr::Gva;
 use lacuna_abi::layout::{INPUT, SCRATCH};
 use lacuna_abi::workload::{REPLAY_BYTES, ReplayAction, ReplayOp, SLOT_BYTES};
@@ -99,15 +101,29 @@ impl<P: Platform> Replay<'_, '_, P> {
 
     fn carry_out(&self, number: u64, slot: u64, action: ReplayAction) -> Result<(), ProgramError> {
         let bad = ProgramError::BadOperation { op: number };
-        let ReplayAction::Alloc { order, migratetype, zero, noblock, secret } = action else {
+        let ReplayAction::Alloc { order, migratetype, zero, noblock, secret, in_place } = action
+        else {
             return self.free(slot);
         };
         let migratetype = Migratetype::from_number(migratetype).ok_or(bad)?;
         if order > MAX_ORDER || self.platform.load(slot_address(slot)) != 0 {
             return Err(bad);
         }
+        if in_place && (!secret || noblock || order >= BLOCK) {
+            return Err(bad);
+        }
         let request = Request { order, migratetype, zero, noblock };
-        let handle = if secret {
+        let handle = if in_place {
+            match self.allocator.alloc_mapped(request) {
+                Ok(pages) => match self.tagger.tag_in_place(pages, slot, zero)? {
+                    Ok(handle) => handle,
+                    // No table was left to split a pageblock with: a failed allocation.
+                    Err(ConvertError::NoTable) => return Ok(()),
+                    Err(error) => return Err(ProgramError::Convert { number, error }),
+                },
+                Err(error) => return failed(number, error),
+            }
+        } else if secret {
             match self.allocator.alloc_secret(request) {
                 Ok(pages) => self.tagger.tag_secret(pages, slot, zero)?,
                 Err(error) => return failed(number, error),

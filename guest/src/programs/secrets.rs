@@ -1,11 +1,14 @@
-//! Stores the input in secret pages, compares it, reads it back, scrubs it.
+//! Stores the input in secret pages, compares it, reads it back, scrubs it. Both ways to a secret
+//! page are used: from the pool, and by converting a mapped one in place.
 //!
 //! Of the input nothing but a hash of each page is kept outside secret pages, and never more than
 //! one word of it is on its way.
 
 use super::{PROGRESS, ProgramError, Services, finish, settle};
-use crate::alloc::{PageAllocator, Request};
+use crate::alloc::{AllocError, PageAllocator, Request};
+use crate::convert::ConvertError;
 use crate::freetype::Migratetype;
+use crate::mapped::MappedPages;
 use crate::platform::Platform;
 use crate::secret::{Access, SecretPages, SecretWindow, UseError};
 use lacuna_abi::addr::{Gva, PAGE_SIZE};
@@ -61,10 +64,25 @@ struct Secrets<'r, 'a, P: Platform> {
 }
 
 impl<'r, 'a, P: Platform> Secrets<'r, 'a, P> {
+    /// An empty secret page: from the pool, or, every other one and as long as there is mapped
+    /// memory, converted in place. That happens before it holds anything, so that no input ever lies
+    /// in the direct map.
+    fn allocate(&self, number: u64) -> Result<SecretPages<'r, 'a, P>, ProgramError> {
+        if !number.is_multiple_of(2) {
+            match self.allocator.alloc_mapped(REQUEST).map(MappedPages::into_secret) {
+                Ok(Ok(pages)) => return Ok(pages),
+                Err(AllocError::NoMemory) | Ok(Err((_, ConvertError::NoTable))) => {}
+                Err(error) => return Err(ProgramError::Alloc { number, error }),
+                Ok(Err((_, error))) => return Err(ProgramError::Convert { number, error }),
+            }
+        }
+        let pages = self.allocator.alloc_secret(REQUEST);
+        pages.map_err(|error| ProgramError::Alloc { number, error })
+    }
+
     /// Stores a page of input, and its handle and hash in its record.
     fn store(&self, page: u64) -> Result<(), ProgramError> {
-        let pages = self.allocator.alloc_secret(REQUEST);
-        let pages = pages.map_err(|error| ProgramError::Alloc { number: page, error })?;
+        let pages = self.allocate(page)?;
         let window = pages.open(0, 1, Access::Write)?;
         window.copy_from(input(page), 0, self.len(page))?;
         let hash = hash(&window, self.len(page))?;

@@ -1,14 +1,16 @@
-//! Random requests of every kind, on every CPU: allocations of all orders and flags, frees on other
-//! CPUs, callers that cannot wait, background work. Every allocation is tagged and checked.
+//! Random requests of every kind, on every CPU: allocations of all orders and flags, conversions in
+//! place, frees on other CPUs, callers that cannot wait, background work. Every allocation is tagged and checked.
 
 use super::tags::Tagger;
 use super::team::Team;
 use super::{PROGRESS, ProgramError, Services, finish, settle};
 use crate::alloc::{AllocError, PageAllocator, Request};
+use crate::convert::ConvertError;
 use crate::freetype::Migratetype;
 use crate::meta::MAX_ORDER;
 use crate::platform::{InterruptsOff, Platform};
 use crate::random::Random;
+use crate::zone::BLOCK;
 use lacuna_abi::addr::Gva;
 use lacuna_abi::layout::SCRATCH;
 use lacuna_abi::workload::{STRESS_CPU_WORDS, STRESS_SLOTS};
@@ -126,6 +128,9 @@ impl<P: Platform> Stress<'_, '_, P> {
         let migratetype = Migratetype::ALL[random.below(3) as usize];
         let [zero, noblock] = [random.below(2) == 0, random.below(8) == 0];
         let request = Request { order, migratetype, zero, noblock };
+        if secret && !noblock && order < BLOCK && random.below(8) == 0 {
+            return self.convert(number, slot, request);
+        }
         let off = noblock.then(|| InterruptsOff::new(self.platform));
         let handle = if secret {
             let pages = self.allocator.alloc_secret(request);
@@ -142,6 +147,23 @@ impl<P: Platform> Stress<'_, '_, P> {
             }
             Err(AllocError::NoMemory | AllocError::NoBlock | AllocError::WouldBlock) => Ok(()),
             Err(error) => Err(ProgramError::Alloc { number, error }),
+        }
+    }
+
+    /// Mapped pages that become secret where they are.
+    fn convert(&self, number: u64, slot: Gva, request: Request) -> Result<(), ProgramError> {
+        let pages = match self.allocator.alloc_mapped(request) {
+            Ok(pages) => pages,
+            Err(AllocError::NoMemory) => return Ok(()),
+            Err(error) => return Err(ProgramError::Alloc { number, error }),
+        };
+        match self.tagger.tag_in_place(pages, 0, request.zero)? {
+            Ok(handle) => {
+                self.platform.store(slot, handle);
+                Ok(())
+            }
+            Err(ConvertError::NoTable) => Ok(()),
+            Err(error) => Err(ProgramError::Convert { number, error }),
         }
     }
 

@@ -3,6 +3,7 @@
 
 use super::ProgramError;
 use crate::alloc::PageAllocator;
+use crate::convert::ConvertError;
 use crate::mapped::MappedPages;
 use crate::platform::Platform;
 use crate::secret::{Access, SecretPages, SecretWindow};
@@ -25,17 +26,50 @@ impl<'r, 'a, P: Platform> Tagger<'r, 'a, P> {
         salt: u64,
         zero: bool,
     ) -> Result<u64, ProgramError> {
-        let tags = Tags::new(salt, pages.handle());
-        let pinned = pages.pin();
-        for page in self.pages(pinned.frames().count(), tags) {
-            let va = pinned.va().wrapping_add(page * PAGE_SIZE);
+        self.write_mapped(&pages, Tags::new(salt, pages.handle()), zero)?;
+        Ok(pages.into_raw())
+    }
+
+    fn write_mapped(
+        &self,
+        pages: &MappedPages<'r, 'a, P>,
+        tags: Tags,
+        zero: bool,
+    ) -> Result<(), ProgramError> {
+        let pages = pages.pin();
+        for page in self.pages(pages.frames().count(), tags) {
+            let va = pages.va().wrapping_add(page * PAGE_SIZE);
             if zero {
-                check_zero(pinned.frames().start().wrapping_add(page), self.platform.load(va))?;
+                check_zero(pages.frames().start().wrapping_add(page), self.platform.load(va))?;
             }
             self.platform.store(va, tags.of(page));
         }
-        drop(pinned);
-        Ok(pages.into_raw())
+        Ok(())
+    }
+
+    /// Tags mapped pages, makes them secret in place, and checks that they kept their tags; then
+    /// gives up their owner for a handle, and tags them anew as that says.
+    pub(super) fn tag_in_place(
+        &self,
+        pages: MappedPages<'r, 'a, P>,
+        salt: u64,
+        zero: bool,
+    ) -> Result<Result<u64, ConvertError>, ProgramError> {
+        let before = Tags::new(salt, pages.handle());
+        self.write_mapped(&pages, before, zero)?;
+        let pages = match pages.into_secret() {
+            Ok(pages) => pages,
+            Err((_, error)) => return Ok(Err(error)),
+        };
+        let tags = Tags::new(salt, pages.handle());
+        self.each_secret(&pages, Access::Read, before, |window, offset, page, frame| {
+            before.check(page, frame, window.load(offset)?)
+        })?;
+        self.each_secret(&pages, Access::Write, tags, |window, offset, page, _| {
+            Ok(window.store(offset, tags.of(page))?)
+        })?;
+        self.allocator.count_tags(pages.frames().count());
+        Ok(Ok(pages.into_raw()))
     }
 
     /// Tags secret pages, which are zero if `zero` says so, and gives up their owner for a handle.

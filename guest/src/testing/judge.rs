@@ -2,6 +2,7 @@
 //! CPU may still cache. It discharges nothing by a seal, so it is stricter than a real host.
 
 use super::memory::Contents;
+use super::tables::TableState;
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::event::{EntryWrite, Flush, Life, mapped_frames};
@@ -20,6 +21,8 @@ use std::vec::Vec;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Seen {
     Write(EntryWrite),
+    /// A table was filled.
+    Fill(Gfn),
     Flush(Flush),
     Shootdown(Flush, crate::platform::CpuSet),
     Gate(OpKind, FrameRange),
@@ -42,13 +45,13 @@ pub(crate) struct Frame {
 }
 
 /// A translation that a CPU may still cache although its entry is gone.
-struct Stale {
-    cpu: usize,
-    va: Gva,
-    bytes: u64,
-    global: bool,
-    frames: FrameRange,
-    window: bool,
+pub(super) struct Stale {
+    pub(super) cpu: usize,
+    pub(super) va: Gva,
+    pub(super) bytes: u64,
+    pub(super) global: bool,
+    pub(super) frames: FrameRange,
+    pub(super) window: bool,
 }
 
 /// Everything behind the machine's lock.
@@ -69,7 +72,10 @@ pub(crate) struct State {
     pub(crate) clock: u64,
     #[cfg(feature = "faults")]
     pub(crate) faults: u64,
-    stale: Vec<Stale>,
+    pub(super) stale: Vec<Stale>,
+    /// First page of the table pool that holds no table at the start.
+    pub(crate) free_tables: Gpa,
+    pub(super) made: TableState,
 }
 
 impl State {
@@ -81,9 +87,12 @@ impl State {
             direct: true,
             windows: 0,
         };
+        let (tables, free_tables) = super::memory::boot_tables(&layout);
         Self {
             layout,
-            tables: super::memory::boot_tables(&layout),
+            tables,
+            free_tables,
+            made: TableState::default(),
             frames: (0..layout.zone_frames().count()).map(frame).collect(),
             scratch: HashMap::new(),
             input: Vec::new(),
@@ -153,6 +162,10 @@ impl State {
         if let Some(frames) = mapped_frames(write.new, write.level, write.count) {
             self.grant(cpu, write, frames);
         }
+        if write.level > Level::Pt {
+            self.relink(write);
+        }
+        self.check_watched();
     }
 
     fn revoke(&mut self, cpu: usize, write: &EntryWrite, frames: FrameRange) {
@@ -209,6 +222,7 @@ impl State {
     /// What an invalidation on `cpu` must remove (SDM volume 3, "Operations that Invalidate TLBs
     /// and Paging-Structure Caches").
     pub(crate) fn forget(&mut self, cpu: usize, flush: Flush) {
+        self.made.forget(cpu);
         self.stale.retain(|stale| {
             let gone = match flush {
                 Flush::Everything => true,
@@ -285,6 +299,10 @@ impl State {
 
     pub(crate) fn life(&mut self, life: Life, frames: FrameRange) {
         self.see(Seen::Life(life, frames));
+        if matches!(life, Life::TableAllocated | Life::TableFreed) {
+            self.table_life(life, frames);
+            return;
+        }
         let closed = |frame: &Frame| frame.secret && frame.open == [0; MAX_CPUS];
         if !self.all(frames, closed) {
             self.violation("second-stage-open", frames);

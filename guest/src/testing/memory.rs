@@ -84,8 +84,9 @@ impl State {
     }
 }
 
-/// The first tables: the zone in the direct map, and tables for every CPU's window.
-pub(crate) fn boot_tables(layout: &Layout) -> HashMap<u64, Entry> {
+/// The first tables: the zone in the direct map, and tables for every CPU's window. Also the first
+/// page of the pool that they leave free.
+pub(crate) fn boot_tables(layout: &Layout) -> (HashMap<u64, Entry>, Gpa) {
     let mut tables = HashMap::new();
     let mut next = layout.pool.gpa.0 + PAGE_SIZE;
     for block in 0..layout.zone_blocks() {
@@ -99,7 +100,7 @@ pub(crate) fn boot_tables(layout: &Layout) -> HashMap<u64, Entry> {
         let large = window(cpu).wrapping_add(WINDOW_LARGE_OFFSET);
         table_for(layout, &mut tables, &mut next, large, Level::Pd);
     }
-    tables
+    (tables, Gpa(next))
 }
 
 /// Place of the entry of `level` for `va`, with every table above it made where it is missing.

@@ -10,6 +10,7 @@ pub(crate) mod history;
 mod judge;
 mod memory;
 pub(crate) mod step;
+mod tables;
 
 pub use history::run_bytes;
 pub(crate) use judge::Seen;
@@ -23,11 +24,11 @@ use crate::platform::{AddressSpace, CpuSet, GateError, Platform};
 use crate::programs::Services;
 pub(crate) use crate::random::Random;
 use judge::State;
-use lacuna_abi::addr::{FrameRange, Gpa, Gva};
-use lacuna_abi::event::{EntryWrite, Flush, Life};
+use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::event::{EntryWrite, Flush, Life, TableFill};
 use lacuna_abi::gate::{OpKind, Status};
 use lacuna_abi::layout::{Layout, Needs};
-use lacuna_abi::paging::Entry;
+use lacuna_abi::paging::{Entry, Level};
 use std::cell::Cell;
 use std::string::String;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -76,6 +77,8 @@ impl Mock {
     /// A prepared allocator.
     pub(crate) fn allocator_as(&self, config: AllocConfig) -> PageAllocator<'_, Self> {
         let allocator = PageAllocator::new(self, &self.layout, self.map(), config);
+        let free = self.state().free_tables;
+        allocator.add_tables((free.0 - self.layout.pool.gpa.0) / PAGE_SIZE);
         allocator.prepare().unwrap();
         allocator
     }
@@ -179,6 +182,10 @@ impl Platform for Mock {
 
     fn write_entries(&self, at: Gpa, write: &EntryWrite) {
         self.state().write_entries(CPU.get(), at, write);
+    }
+
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
+        self.state().fill_table(&TableFill { table, level, first });
     }
 
     fn flush(&self, flush: Flush) {

@@ -9,16 +9,24 @@ use lacuna_abi::addr::{FrameRange, Gfn};
 use lacuna_abi::event::{Flush, Life};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::direct_map;
+use lacuna_abi::paging::{Entry, Level};
 use std::vec::Vec;
 
 pub(super) fn frames(mock: &Mock, first: u64, count: u64) -> FrameRange {
     FrameRange::new(Gfn(mock.layout.zone_frames().start().0 + first), count).unwrap()
 }
 
+fn is_table(entry: Entry, level: Level) -> bool {
+    entry.is_present() && !entry.is_leaf(level)
+}
+
 /// One word for each thing that happened, its direction included.
 pub(super) fn steps(seen: &[Seen]) -> Vec<&'static str> {
     seen.iter()
         .map(|seen| match seen {
+            Seen::Write(w) if is_table(w.new, w.level) => "split",
+            Seen::Write(w) if is_table(w.old, w.level) => "merge",
+            Seen::Fill(_) => "fill",
             Seen::Write(w) if w.va < lacuna_abi::layout::MERMAP => {
                 if w.new.is_present() {
                     "add"
@@ -35,6 +43,7 @@ pub(super) fn steps(seen: &[Seen]) -> Vec<&'static str> {
             }
             Seen::Flush(_) => "local flush",
             Seen::Shootdown(Flush::Everything, _) => "flush everything",
+            Seen::Shootdown(Flush::Pages { .. }, _) => "flush pages",
             Seen::Shootdown(..) => "flush windows",
             Seen::Gate(OpKind::Seal, _) => "seal",
             Seen::Gate(OpKind::Open, _) => "open",
@@ -43,6 +52,8 @@ pub(super) fn steps(seen: &[Seen]) -> Vec<&'static str> {
             Seen::Life(Life::PooledZero, _) => "pooled zero",
             Seen::Life(Life::Unpooled, _) => "unpooled",
             Seen::Life(Life::Freed, _) => "freed",
+            Seen::Life(Life::TableAllocated, _) => "table",
+            Seen::Life(Life::TableFreed, _) => "table freed",
             Seen::Life(..) => "handed out",
             Seen::Zero(_) => "zero",
             Seen::InputDone | Seen::Checkpoint => "program",

@@ -2,6 +2,9 @@
 
 #[macro_use]
 mod assert_owned;
+mod convert;
+mod convert_failures;
+mod convert_model;
 mod corpus;
 #[cfg(feature = "faults")]
 mod faults;

@@ -18,7 +18,14 @@ use std::vec::Vec;
 const SLOTS: u64 = 64;
 
 fn alloc(slot: u32, order: u8, secret: bool, zero: bool) -> ReplayOp {
-    let action = ReplayAction::Alloc { order, migratetype: 0, zero, noblock: false, secret };
+    let action = ReplayAction::Alloc {
+        order,
+        migratetype: 0,
+        zero,
+        noblock: false,
+        secret,
+        in_place: false,
+    };
     ReplayOp { cpu: 0, slot, turn: 0, action }
 }
 
@@ -72,13 +79,12 @@ fn recording(count: usize, cpus: u64) -> Vec<ReplayOp> {
                 return ReplayOp { cpu, turn, ..free(slot as u32) };
             }
             let order = [0, 0, 0, 1, 3, 9, 10][random.below(7) as usize];
-            let action = ReplayAction::Alloc {
-                order,
-                migratetype: random.below(3) as u8,
-                zero: random.below(2) == 0,
-                noblock: random.below(4) == 0,
-                secret: random.below(2) == 0,
-            };
+            let migratetype = random.below(3) as u8;
+            let (zero, noblock) = (random.below(2) == 0, random.below(4) == 0);
+            let secret = random.below(2) == 0;
+            let in_place = secret && !noblock && order < 9 && random.below(2) == 0;
+            let action =
+                ReplayAction::Alloc { order, migratetype, zero, noblock, secret, in_place };
             ReplayOp { cpu, slot: slot as u32, turn, action }
         })
         .collect()
@@ -98,6 +104,9 @@ fn a_recording_is_replayed_and_leaves_nothing_behind() {
         assert_eq!(counters.alloc, counters.free);
         assert!(counters.tags_checked > counters.alloc && counters.alloc_secret > 100);
         assert!(counters.alloc_fail + counters.alloc_fail_no_block > 0, "memory was short");
+        assert!(counters.converted > 50 && counters.splits > 10);
+        assert_eq!((counters.splits, counters.converted), (counters.merges, counters.restored));
+        assert_eq!((counters.nr_table_pages, mock.state().live_tables()), (0, 0));
         assert_eq!(mock.state().progress, 3000);
         assert!(slots_are_empty(&mock));
         assert!(mock.in_direct_map(mock.layout.zone_frames()));
@@ -180,11 +189,27 @@ fn a_failed_allocation_is_skipped_and_so_is_its_free() {
 fn impossible_operations_are_refused() {
     let bad = |action| ReplayOp { cpu: 0, slot: 0, turn: 0, action };
     let with = |order, migratetype| {
-        bad(ReplayAction::Alloc { order, migratetype, zero: false, noblock: false, secret: true })
+        bad(ReplayAction::Alloc {
+            order,
+            migratetype,
+            zero: false,
+            noblock: false,
+            secret: true,
+            in_place: false,
+        })
     };
     let foreign = ReplayOp { cpu: 1, ..alloc(2, 0, false, false) };
     let lost = ReplayOp { turn: 7, ..alloc(2, 0, false, false) };
     let others = [alloc(64, 0, false, false), free(u32::MAX), foreign, lost];
+    let in_place = |order, noblock, secret| {
+        let zero = false;
+        bad(ReplayAction::Alloc { order, migratetype: 0, zero, noblock, secret, in_place: true })
+    };
+    for op in [in_place(9, false, true), in_place(0, true, true), in_place(0, false, false)] {
+        let mock = Mock::new(16, 1);
+        let error = replay_ops(&mock, true, &[op]).err();
+        assert_eq!(error, Some(ProgramError::BadOperation { op: 0 }), "{op:?}");
+    }
     for op in [with(11, 0), with(0, 3)].into_iter().chain(others) {
         let mock = Mock::new(16, 1);
         let ops = [alloc(1, 0, true, false), op];
@@ -309,7 +334,8 @@ fn input_is_stored_compared_read_back_and_scrubbed() {
         let freed = |s: &&Seen| matches!(s, Seen::Life(Life::Freed, _));
         assert_eq!(seen.iter().filter(freed).count(), bytes.div_ceil(4096));
         let counters = allocator.counters();
-        assert_eq!(counters.work, bytes.div_ceil(4096) as u64);
+        let pages = bytes.div_ceil(4096) as u64;
+        assert_eq!((counters.work, counters.converted), (pages, pages / 2), "both ways are used");
         assert_eq!((counters.nr_allocated, counters.nr_free_unmapped), (0, 0));
     }
 }

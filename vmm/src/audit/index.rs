@@ -123,6 +123,8 @@ pub(super) struct Index {
     mappings: BTreeMap<ByVa, Mapping>,
     by_frame: BTreeSet<ByFrame>,
     tables: BTreeMap<ByVa, Gfn>,
+    /// Number of places at which each table is linked.
+    links: BTreeMap<Gfn, usize>,
     budget: usize,
     full: bool,
 }
@@ -135,6 +137,7 @@ impl Index {
             mappings: BTreeMap::new(),
             by_frame: BTreeSet::new(),
             tables: BTreeMap::new(),
+            links: BTreeMap::new(),
             budget,
             full: false,
         }
@@ -184,23 +187,39 @@ impl Index {
         self.mappings.range((root, first, Level::Pt)..=(root, last, Level::Pml4)).map(|(_, m)| m)
     }
 
-    /// Tables below `level` that span from an address in `first..=last`: frame and address.
-    pub(super) fn tables_in(
+    /// Tables below `level` that span from an address in `first..=last`: frame, address, level.
+    pub(super) fn tables_below(
         &self,
         root: Gpa,
         (first, last): (Gva, Gva),
         level: Level,
-    ) -> impl Iterator<Item = (Gfn, Gva)> {
+    ) -> impl Iterator<Item = (Gfn, Gva, Level)> {
         self.tables
             .range((root, first, Level::Pt)..=(root, last, Level::Pml4))
             .filter(move |((_, _, table), _)| *table < level)
-            .map(|((_, va, _), frame)| (*frame, *va))
+            .map(|((_, va, table), frame)| (*frame, *va, *table))
+    }
+
+    /// As [`Self::tables_below`]: frame and address.
+    pub(super) fn tables_in(
+        &self,
+        root: Gpa,
+        span: (Gva, Gva),
+        level: Level,
+    ) -> impl Iterator<Item = (Gfn, Gva)> {
+        self.tables_below(root, span, level).map(|(frame, va, _)| (frame, va))
     }
 
     /// Where a frame is linked as a table, if anywhere.
     pub(super) fn table_at(&self, frames: FrameRange) -> Option<(Gfn, Gpa, Gva)> {
+        self.links.range(frames.start()..frames.end()).next()?;
         let (key, frame) = self.tables.iter().find(|(_, frame)| frames.contains(**frame))?;
         Some((*frame, key.0, key.1))
+    }
+
+    /// Number of places at which a frame is linked as a table.
+    pub(super) fn links(&self, frame: Gfn) -> usize {
+        self.links.get(&frame).copied().unwrap_or(0)
     }
 
     /// Takes a record over and returns what the entries map now. Leaves are taken from the record;
@@ -268,7 +287,7 @@ impl Index {
         old.iter().filter(|key| key.2 <= level).for_each(|key| self.remove(key));
         let old: Vec<ByVa> = self.tables.range(span).map(|(key, _)| *key).collect();
         for key in old.iter().filter(|key| key.2 < level) {
-            self.tables.remove(key);
+            self.remove_table(key);
         }
         walked.leaves.iter().for_each(|leaf| self.insert(*leaf));
         for (frame, va, level) in &walked.tables {
@@ -277,14 +296,30 @@ impl Index {
                 self.full = true;
                 break;
             }
-            self.tables.insert((root, *va, *level), *frame);
+            let key = (root, *va, *level);
+            self.remove_table(&key);
+            self.tables.insert(key, *frame);
+            *self.links.entry(*frame).or_default() += 1;
         }
     }
 
     /// Forgets a root.
     pub(super) fn remove_root(&mut self, root: Gpa) {
         self.replace(root, (Gva(0), Gva(u64::MAX)), Level::Pml4, &Walked::default());
-        self.tables.retain(|key, _| key.0 != root);
+        let first = (root, Gva(0), Level::Pt);
+        let keys = self.tables.range(first..=(root, Gva(u64::MAX), Level::Pml4));
+        let keys: Vec<ByVa> = keys.map(|(key, _)| *key).collect();
+        keys.iter().for_each(|key| self.remove_table(key));
+    }
+
+    fn remove_table(&mut self, key: &ByVa) {
+        let Some(frame) = self.tables.remove(key) else { return };
+        if let Some(links) = self.links.get_mut(&frame) {
+            *links -= 1;
+            if *links == 0 {
+                self.links.remove(&frame);
+            }
+        }
     }
 
     fn insert(&mut self, mapping: Mapping) {

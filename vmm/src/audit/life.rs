@@ -46,17 +46,16 @@ impl Audit {
     }
 
     /// `stale-table`: a page is not freed or taken as a table while a path to an older table in it
-    /// may be cached, and not freed while it is linked.
+    /// may be cached, nor while it is linked.
     fn judge_table(&mut self, cpu: u8, life: Life, named: FrameRange, seq: u64) {
         let pool = self.config.layout.pool.frames();
         let Some(named) = pool.and_then(|pool| pool.intersection(named)) else { return };
         self.ledger.checked(Rule::StaleTable, named.count());
-        if life == Life::TableFreed
-            && let Some((frame, root, va)) = self.index.table_at(named)
-        {
-            let detail = "a table is freed while it is linked; its entry must be cleared and \
-                          flushed before"
-                .to_owned();
+        if let Some((frame, root, va)) = self.index.table_at(named) {
+            let what = if life == Life::TableFreed { "freed" } else { "taken for a new table" };
+            let detail = format!(
+                "a table is {what} while it is linked; its entry must be cleared and flushed before"
+            );
             let finding = Finding::new(Rule::StaleTable, seq, detail);
             let (frame, va, root) = (Some(frame), Some(va), Some(root));
             self.ledger.violation(Finding { frame, va, cpu: Some(cpu), root, ..finding });
@@ -66,7 +65,7 @@ impl Audit {
         }
     }
 
-    fn judge_table_page(&mut self, frame: Gfn, seq: u64) {
+    pub(super) fn judge_table_page(&mut self, frame: Gfn, seq: u64) {
         for duty in self.table_duties.of_table(frame, &self.epochs) {
             let detail = format!(
                 "{} may still walk through the table, unlinked by event {}; an INVLPG, a root \

@@ -13,7 +13,7 @@
 //! | `index` | which entries map a frame |
 //! | `duty`, `obligations`, `epochs`, `stale_tables`, `cpus` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
-//! | `writes` | entry-write records |
+//! | `writes`, `fills` | entry-write records; what tables hold when they are linked |
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
 //! | `quiesce` | the complete check |
@@ -24,6 +24,7 @@ mod arrival;
 mod cpus;
 mod duty;
 mod epochs;
+mod fills;
 mod finding;
 mod frames;
 mod index;
@@ -44,6 +45,7 @@ pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, World};
 use cpus::Cpus;
 use duty::PageFlush;
 use epochs::Epochs;
+use fills::Fills;
 use finding::Ledger;
 use index::{Index, walk};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
@@ -69,6 +71,7 @@ pub struct Audit {
     epochs: Epochs,
     duties: Obligations,
     table_duties: TableDuties,
+    fills: Fills,
     cpus: Cpus,
     roots: Vec<(Gpa, u16)>,
     ledger: Ledger,
@@ -86,6 +89,7 @@ impl Audit {
             epochs: Epochs::default(),
             duties: Obligations::new(),
             table_duties: TableDuties::default(),
+            fills: Fills::default(),
             cpus: Cpus::new(config.layout.cpus, config.boot_root),
             roots: Vec::new(),
             ledger: Ledger::new(config.max_findings),
@@ -177,6 +181,7 @@ impl Audit {
         state.went_on(seq);
         match event {
             Event::EntryWrite(write) => self.entry_write(cpu, &write, seq, world),
+            Event::TableFill(fill) => self.table_fill(cpu, &fill, seq),
             Event::Flush(flush) => self.flush(cpu, &flush, seq),
             Event::RootLoad { root, pcid, no_flush } => {
                 self.root_load(cpu, (root, pcid), no_flush, seq);

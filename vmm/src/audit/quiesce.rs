@@ -64,6 +64,14 @@ impl Audit {
             let (va, root) = (Some(va), Some(root));
             self.ledger.violation(Finding { frame, va, root, ..finding });
         }
+        // Likewise with the tables that such a write links or unlinks.
+        for intent in intents {
+            let span = (intent.va, intent.va.wrapping_add(intent.span() - 1));
+            let below = |va, level| level < intent.level && explains(intent, root, va, world);
+            walked.tables.retain(|(_, va, level)| !below(*va, *level));
+            let known = self.index.tables_below(root, span, intent.level);
+            walked.tables.extend(known.filter(|(_, va, level)| below(*va, *level)));
+        }
         walked.leaves.sort_by_key(|leaf| leaf.va);
         self.index.replace(root, EVERYTHING, Level::Pml4, &walked);
     }

@@ -3,11 +3,12 @@
 use super::duty::Duty;
 use super::epochs::only;
 use super::finding::{Finding, Rule};
-use super::index::{Mapping, is_table};
+use super::index::{Mapping, Walked, is_table};
+use super::obligations::cpu_list;
 use super::stale_tables::TableDuty;
 use super::{Audit, MAX_LINK_WORK, World};
-use lacuna_abi::addr::Gva;
-use lacuna_abi::event::{EntryWrite, mapped_frames};
+use lacuna_abi::addr::{FrameRange, Gpa, Gva};
+use lacuna_abi::event::{EntryWrite, TableFill, mapped_frames};
 use lacuna_abi::layout::Place;
 use lacuna_abi::paging::{Entry, Level};
 
@@ -41,11 +42,65 @@ impl Audit {
         if write.level > Level::Pt {
             self.oblige_tables(write, seq);
         }
-        let walked = self.index.apply(write, world);
+        let Self { index, fills, .. } = self;
+        let tables = |at: Gpa| fills.entry(at).or_else(|| world.read_entry(at));
+        let walked = index.apply(write, &tables);
         if !walked.tables.is_empty() {
             self.link_work += walked.tables.len() + walked.leaves.len();
         }
+        self.judge_links(cpu, write, &walked, seq);
         self.judge_walked(write.root, &walked, Some(cpu), seq);
+    }
+
+    /// Takes the record of a table that was filled while no root reached it.
+    pub(super) fn table_fill(&mut self, cpu: u8, fill: &TableFill, seq: u64) {
+        let table = fill.table.frame();
+        if !self.config.layout.pool.contains(fill.table) {
+            // A root that leads there will be found by `table-alias`.
+            return;
+        }
+        self.ledger.checked(Rule::TraceHonesty, 1);
+        if let Some((frame, root, va)) = self.index.table_at(FrameRange::single(table)) {
+            let detail = "the record says that a table was filled that a root reaches; entries of \
+                          such a table must be recorded one by one"
+                .to_owned();
+            let finding = Finding::new(Rule::TraceHonesty, seq, detail);
+            let (frame, va, root) = (Some(frame), Some(va), Some(root));
+            self.ledger.violation(Finding { frame, va, cpu: Some(cpu), root, ..finding });
+            return;
+        }
+        // Whoever fills a table uses its page again, whatever was said of its life.
+        self.ledger.checked(Rule::StaleTable, 1);
+        self.judge_table_page(table, seq);
+        self.fills.add(fill);
+    }
+
+    /// `stale-table`: a table that is linked at one place only is not linked at another one while a
+    /// CPU may still walk to it from the old one.
+    fn judge_links(&mut self, cpu: u8, write: &EntryWrite, walked: &Walked, seq: u64) {
+        for (table, va, _) in &walked.tables {
+            self.fills.remove(*table);
+            if self.index.links(*table) > 1 {
+                continue;
+            }
+            self.ledger.checked(Rule::StaleTable, 1);
+            let here = |duty: &&TableDuty| duty.root == write.root && duty.va == *va;
+            let duties = self.table_duties.of_table(*table, &self.epochs);
+            for duty in duties.iter().filter(|duty| !here(duty)) {
+                let detail = format!(
+                    "the table is linked at {va} while {} may still walk to it from {}, unlinked by \
+                     event {}; an INVLPG, a root load or a PGE change there in between would have \
+                     discharged it",
+                    cpu_list(duty.cpus),
+                    duty.va,
+                    duty.seq
+                );
+                let finding = Finding::new(Rule::StaleTable, seq, detail);
+                let (frame, va) = (Some(*table), Some(*va));
+                let (cpu, root) = (Some(cpu), Some(write.root));
+                self.ledger.violation(Finding { frame, va, cpu, root, ..finding });
+            }
+        }
     }
 
     /// `trace-honesty`: what a record says that its entries held is what the records before it made
@@ -157,14 +212,13 @@ impl Audit {
             let va = write.va.wrapping_add(index * write.level.span());
             let span = (va, va.wrapping_add(write.level.span() - 1));
             let below = self.index.in_span(write.root, span).filter(|m| m.level < write.level);
-            let leaves: Vec<Duty> = below
-                .filter_map(|mapping| {
-                    let Mapping { root, va, level, global, .. } = *mapping;
-                    let frames = mapping.frames();
-                    let pcid = write.pcid;
-                    self.with_cpus(Duty { root, pcid, global, level, va, frames, seq, cpus: 0 })
-                })
-                .collect();
+            let leaves: Vec<Duty> = joined(below.map(|mapping| {
+                let Mapping { root, va, level, global, .. } = *mapping;
+                let (frames, pcid) = (mapping.frames(), write.pcid);
+                Duty { root, pcid, global, level, va, frames, seq, cpus: 0 }
+            }))
+            .filter_map(|duty| self.with_cpus(duty))
+            .collect();
             let mut kept = true;
             for duty in &leaves {
                 kept &= self.duties.add(duty, &self.epochs).is_ok();
@@ -206,6 +260,28 @@ impl Audit {
             Place::DirectMap | Place::Pool | Place::Other => None,
         }
     }
+}
+
+/// Joins small pages of one table that follow each other, frames and all: a table of them is mostly
+/// one run.
+fn joined(duties: impl Iterator<Item = Duty>) -> impl Iterator<Item = Duty> {
+    let mut duties = duties.peekable();
+    std::iter::from_fn(move || {
+        let mut run = duties.next()?;
+        while let Some(next) = duties.next_if(|next| {
+            run.level == Level::Pt
+                && next.level == Level::Pt
+                && next.global == run.global
+                && next.va.align_down(Level::Pd.span()) == run.va.align_down(Level::Pd.span())
+                && next.va.0 == run.va.0 + run.frames.count() * Level::Pt.span()
+                && next.frames.start() == run.frames.end()
+        }) {
+            let frames =
+                FrameRange::new(run.frames.start(), run.frames.count() + next.frames.count());
+            run.frames = frames.unwrap_or(run.frames);
+        }
+        Some(run)
+    })
 }
 
 /// Whether what a record claims of an entry fits what is known of it. The rights that are known are

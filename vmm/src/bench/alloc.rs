@@ -12,6 +12,9 @@ use serde::Serialize;
 /// Orders at which policies are compared.
 const ORDERS: [u8; 3] = [0, 4, 9];
 
+/// Order of a pageblock, from which on nothing is converted in place.
+const BLOCK_ORDER: u8 = 9;
+
 /// Results of the bench.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct Alloc {
@@ -74,10 +77,13 @@ pub fn alloc(lab: &Lab) -> Result<Alloc, BenchError> {
     let refill = refill[0].first().map_or(Counts::default(), |sample| sample.counts);
     let mut policies = Vec::new();
     for order in ORDERS {
-        let named = [
-            ("pool, zeroed ahead", kind(Bench::Secret, order, pool)),
-            ("per block", kind(Bench::Secret, order, Policy::PerBlock)),
+        let mut named = vec![
+            (pool.name(), kind(Bench::Secret, order, pool)),
+            (Policy::PerBlock.name(), kind(Bench::Secret, order, Policy::PerBlock)),
         ];
+        if order < BLOCK_ORDER {
+            named.push((Policy::InPlace.name(), kind(Bench::InPlace, order, Policy::InPlace)));
+        }
         policies.extend(line::lines(lab, &named, effort)?);
     }
     let replays = replays(lab, pool)?;
@@ -93,7 +99,8 @@ fn replays(lab: &Lab, pool: Policy) -> Result<Vec<Replay>, BenchError> {
     } else {
         Effort { warm: 100, rounds: 300, pairs: 1 }
     };
-    let kinds = [pool, Policy::PerBlock].map(|policy| Kind::new(Work::Replay, policy));
+    let kinds =
+        [pool, Policy::PerBlock, Policy::InPlace].map(|policy| Kind::new(Work::Replay, policy));
     let samples = lab.compare(&kinds, effort)?;
     let replay = |(kind, rounds): (&Kind, &Vec<_>)| Replay {
         policy: kind.policy,

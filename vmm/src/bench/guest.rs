@@ -46,6 +46,9 @@ pub enum Policy {
     },
     /// One pageblock at a time leaves the direct map, and pages are zeroed when they are handed out.
     PerBlock,
+    /// Each allocation leaves the direct map by itself and comes back by itself; orders from 9 on,
+    /// which cannot, take whole pageblocks.
+    InPlace,
     /// Freed mapped pages are zeroed.
     ZeroOnFree,
     /// Freed mapped pages stay as they are.
@@ -58,6 +61,7 @@ impl Policy {
         match self {
             Self::Pool { .. } => "pool, zeroed ahead",
             Self::PerBlock => "per block",
+            Self::InPlace => "page by page",
             Self::ZeroOnFree => "mapped, zeroed on free",
             Self::Plain => "mapped",
         }
@@ -70,6 +74,7 @@ impl Policy {
                 (true, format!("pool_low_kib = {}\npool_high_kib = {kib}", kib / 4))
             }
             Self::PerBlock => (false, "scrub = false\npool_low_kib = 0\npool_high_kib = 0".into()),
+            Self::InPlace => (true, "pool_low_kib = 0\npool_high_kib = 0".into()),
             Self::ZeroOnFree => (true, "on_free = \"zero\"".into()),
             Self::Plain => (true, "on_free = \"leave\"".into()),
         };
@@ -198,7 +203,8 @@ fn plan(kind: &Kind, rounds: u64) -> Result<Plan, BenchError> {
     let (mut plan, _) = Plan::new(&config)?;
     if kind.work == Work::Replay {
         let cpus = NonZeroU8::new(kind.cpus).unwrap_or(NonZeroU8::MIN);
-        let selection = Selection { events: Some(rounds), secret: Secret::User, cpus };
+        let in_place = if kind.policy == Policy::InPlace { 100 } else { 0 };
+        let selection = Selection { events: Some(rounds), secret: Secret::User, in_place, cpus };
         let replay = trace::parse(RECORDING, &selection).map_err(crate::run::PlanError::from)?;
         plan.program = Program::Replay;
         plan.args = [replay.ops.len() as u64, replay.slots.into(), 0];

@@ -68,6 +68,7 @@ pub(super) fn lines(
 /// The same guest without the uses, where these are more than a store.
 fn without_use(kind: &Kind) -> Kind {
     let work = match kind.work {
+        Work::Rounds(Bench::InPlace, order) => Work::Rounds(Bench::InPlaceUnused, order),
         Work::Rounds(Bench::Secret, order) => Work::Rounds(Bench::SecretUnused, order),
         work => work,
     };

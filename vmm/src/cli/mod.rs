@@ -90,7 +90,7 @@ pub struct RunArgs {
     /// Plants a fault that the host must find; may be given several times.
     #[arg(long, value_name = "FAULT", long_help = inject_help())]
     pub inject: Vec<String>,
-    /// Seed of whatever the guest draws at random.
+    /// Seed of whatever is left to chance; with --machine sim the same seed repeats a run exactly.
     #[arg(long, value_name = "NUMBER")]
     pub seed: Option<u64>,
     /// Form of the report on standard output.

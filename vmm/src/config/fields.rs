@@ -31,6 +31,7 @@ pub(super) const MEMORY_MIB: RangeInclusive<u64> = MIN_MEMORY_MIB..=MAX_MEMORY_M
 /// Largest memory that is filled: each byte of it is then really there.
 pub(super) const MAX_FILL_MIB: u64 = 1024;
 pub(super) const VCPUS: RangeInclusive<u64> = 1..=MAX_CPUS as u64;
+pub(super) const IN_PLACE: RangeInclusive<u64> = 0..=100;
 pub(super) const TIMEOUT_S: RangeInclusive<u64> = 1..=86_400;
 pub(super) const SHOOTDOWN_S: RangeInclusive<u64> = 1..=86_400;
 pub(super) const GUEST_LOG_KIB: RangeInclusive<u64> = 1..=1 << 20;
@@ -67,6 +68,7 @@ pub const FIELDS: &[Field] = &[
         "secret",
         "\"user\", \"all\", \"none\" or a list of flag names such as [\"GFP_HIGHUSER\"]",
     ),
+    of(&[Program::Replay], "in_place", "a percentage from 0 to 100"),
     of(&[Program::Stress], "operations", "a number of operations on each CPU, at least 1"),
     of(&[Program::Stress], "max_order", "an order from 0 to 10"),
     of(
@@ -81,8 +83,8 @@ pub const FIELDS: &[Field] = &[
     of(
         &[Program::Bench],
         "bench",
-        "\"secret\", \"secret-unused\", \"secret-kept\", \"mapped\", \"mapped-zero\", \
-         \"zero-window\", \"zero-direct\" or \"flip\"",
+        "\"secret\", \"secret-unused\", \"secret-kept\", \"in-place\", \
+         \"in-place-unused\", \"mapped\", \"mapped-zero\", \"zero-window\", \"zero-direct\" or \"flip\"",
     ),
     of(&[Program::Bench], "order", "an order from 0 to 10"),
     of(&[Program::Bench], "rounds", "a number of rounds, at least 1"),

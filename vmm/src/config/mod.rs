@@ -106,6 +106,9 @@ pub enum Workload {
         events: Option<u64>,
         /// Which of its allocations become secret.
         secret: Secret,
+        /// Percentage of its secret allocations that are mapped first and converted in place: the
+        /// last ones of those that can be.
+        in_place: u8,
     },
     /// Stores a file in secret pages.
     Secrets {

@@ -48,6 +48,7 @@ pub(super) struct Workload {
     pub input: Text,
     pub events: Number,
     pub secret: Option<Spanned<Secret>>,
+    pub in_place: Number,
     pub operations: Number,
     pub max_order: Number,
     pub test: Text,

@@ -1,7 +1,8 @@
 //! Section `[workload]`: the program and the fields that belong to it.
 
 use super::error::ConfigError;
-use super::raw::{self, Text};
+use super::fields::IN_PLACE;
+use super::raw::{self, Number, Text};
 use super::resolve::Resolver;
 use super::{Workload, fields, input};
 use crate::leak::MAX_SECRET;
@@ -43,6 +44,7 @@ impl Resolver<'_> {
                 input: self.input(program, &raw.input, flag)?,
                 events: self.number(("workload", "events"), &raw.events, 1..=u64::MAX)?,
                 secret: self.secret(raw.secret.as_ref())?,
+                in_place: self.in_place(&raw.in_place)?,
             },
             Program::Secrets => Workload::Secrets { input: self.input(program, &raw.input, flag)? },
             Program::Stress => {
@@ -94,6 +96,7 @@ impl Resolver<'_> {
             ("input", raw.input.is_some()),
             ("events", raw.events.is_some()),
             ("secret", raw.secret.is_some()),
+            ("in_place", raw.in_place.is_some()),
             ("operations", raw.operations.is_some()),
             ("max_order", raw.max_order.is_some()),
             ("test", raw.test.is_some()),
@@ -139,6 +142,11 @@ impl Resolver<'_> {
         checked(self.relative(path.get_ref()), &|(what, remedy)| {
             self.source.error("workload", "input", Some(path.span()), what, remedy)
         })
+    }
+
+    fn in_place(&self, raw: &Number) -> Result<u8, ConfigError> {
+        let percent = self.number(("workload", "in_place"), raw, IN_PLACE)?;
+        Ok(percent.and_then(|percent| u8::try_from(percent).ok()).unwrap_or(0))
     }
 
     fn secret(&self, raw: Option<&Spanned<raw::Secret>>) -> Result<Secret, ConfigError> {

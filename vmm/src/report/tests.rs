@@ -255,6 +255,23 @@ fn the_text_form_shows_findings_accesses_and_reasons() {
 }
 
 #[test]
+fn a_simulated_run_says_what_repeats_it() {
+    for (schedule, said) in [("seeded", "seed 77 repeats it"), ("threads", "it cannot be repeated")]
+    {
+        let mut report = clean();
+        let schedule = schedule.to_owned();
+        let simulation =
+            Simulation { seed: 77, schedule, stale_uses: 1234, ..Simulation::default() };
+        report.machine.simulation = Some(simulation);
+        let text = report.to_text();
+        assert!(text.contains(said) && text.contains("1,234 uses of stale"), "{text}");
+        let json = report.to_json().unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
+    }
+    assert!(!clean().to_text().contains("simulation"));
+}
+
+#[test]
 fn a_second_stage_that_closes_nothing_is_warned_of() {
     let mut report = clean();
     report.second_stage = SecondStage { backend: "off".into(), ..SecondStage::default() };

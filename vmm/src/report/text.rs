@@ -38,6 +38,10 @@ const GROUPS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "in place",
+        &["converted", "converted_pages", "restored", "splits", "merges", "nr_table_pages"],
+    ),
+    (
         "background",
         &[
             "balance_refill",

@@ -368,7 +368,8 @@ pub struct Outcome {
     pub opening: Duration,
     /// Time from the first instruction to the end.
     pub running: Duration,
-    /// Part of it that vCPU 0 was inside `KVM_RUN`, or simulated CPUs in the guest's own code.
+    /// Part of it that the busiest vCPU was inside `KVM_RUN`, or simulated CPUs in the guest's own
+    /// code.
     pub in_guest: Duration,
     /// Times that vCPUs left for the VMM.
     pub exits: u64,

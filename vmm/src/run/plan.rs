@@ -176,9 +176,10 @@ fn work(config: &Config) -> Result<Work, PlanError> {
         },
         Workload::Touch { touch } => Work { args: [*touch as u64, 0, 0], ..nothing },
         Workload::Crash { crash } => Work { args: [*crash as u64, 0, 0], ..nothing },
-        Workload::Replay { input, events, secret } => {
+        Workload::Replay { input, events, secret, in_place } => {
             let cpus = NonZeroU8::new(config.guest.vcpus).unwrap_or(NonZeroU8::MIN);
-            let selection = Selection { events: *events, secret: secret.clone(), cpus };
+            let (events, in_place) = (*events, *in_place);
+            let selection = Selection { events, secret: secret.clone(), in_place, cpus };
             let replay = trace::load(input, &selection)?;
             let words = replay.ops.iter().flat_map(|op| op.to_words());
             Work {

@@ -45,20 +45,17 @@ impl Threads {
         self.lock().iter().all(|(_, thread)| thread.is_finished())
     }
 
-    /// Waits for all. The end is that of the vCPU that ended the run; none if all threads that
-    /// could have said one panicked.
+    /// Waits for all. The end is that of the vCPU that ended the run, none if all threads that
+    /// could have said one panicked; the time is that of the busiest.
     pub(super) fn join(&self) -> Finished {
         let threads = std::mem::take(&mut *self.lock());
         let mut all = Finished::default();
-        for (cpu, thread) in threads {
+        for (_, thread) in threads {
             let Ok(finished) = thread.join() else { continue };
             all.end = all.end.or(finished.end);
             all.exits += finished.exits;
             all.simulation = all.simulation.or(finished.simulation);
-            if cpu == 0 {
-                all.in_guest = finished.in_guest;
-                all.simulation = finished.simulation;
-            }
+            all.in_guest = all.in_guest.max(finished.in_guest);
         }
         all
     }

@@ -27,10 +27,11 @@ const DOUBLE_FAULT: u64 = 8;
 const PAGE_FAULT: u64 = 14;
 /// RFLAGS.IF: interrupts on.
 const RFLAGS_IF: u64 = 1 << 9;
-/// Yields in a row after which a vCPU that waits for another leaves the processor for a while, and
-/// for how long.
+/// Yields in a row after which a vCPU that waits for another leaves the processor for a while.
 const RESTLESS: u32 = 4;
+/// For how long, at first and at most: for so long an interrupt for it may have to wait.
 const REST: Duration = Duration::from_micros(50);
+const LONG_REST: Duration = Duration::from_micros(200);
 
 /// What a vCPU's thread reports when it stands still: its registers, if they can be read.
 pub(super) type Report = Option<Registers>;
@@ -65,25 +66,21 @@ impl Runner {
         let crew = Arc::clone(&self.crew);
         let _presence = crew.join(self.cpu);
         let mut finished = Finished::default();
-        let mut yields = 0;
+        let mut yields = 0_u32;
         while crew.enter(self.cpu, || self.station.report()) {
             let entered = Instant::now();
             let exit = self.station.run();
             finished.in_guest += entered.elapsed();
             finished.exits += 1;
-            crew.leave(self.cpu, self.station.is_calling());
+            crew.leave(self.cpu, self.station.is_calling() && !is_yield(&exit));
             // vCPU 0 never sleeps nor ends before the others: it is the one that stops the run.
             let stopped = self.stop.told().filter(|_| self.cpu == 0);
             if stopped.is_none() && exit == Exit::Interrupted {
                 continue;
             }
             if stopped.is_none() && is_yield(&exit) {
-                yields += 1;
-                if yields < RESTLESS {
-                    std::thread::yield_now()
-                } else {
-                    std::thread::sleep(REST)
-                }
+                yields = yields.saturating_add(1);
+                rest(yields);
                 continue;
             }
             yields = 0;
@@ -355,6 +352,15 @@ impl Runner {
             denied: &|frame| gate.stage().denies(frame),
             function: &|address| self.image.function(address).map(|(start, _)| start),
         })
+    }
+}
+
+/// Gives the processor to others: the longer, the more yields in a row there were.
+fn rest(yields: u32) {
+    if yields < RESTLESS {
+        std::thread::yield_now();
+    } else {
+        std::thread::sleep((REST * (yields / RESTLESS)).min(LONG_REST));
     }
 }
 

@@ -122,6 +122,7 @@ impl<'a> Guest<'a> {
         if let Err(bad) = self.info.check() {
             panic!("the boot information does not fit this guest: {bad:?}");
         }
+        self.allocator.add_tables(self.info.pool_used);
         if let Err(error) = self.allocator.prepare() {
             panic!("the mermap cannot be prepared: {error:?}");
         }

@@ -1,4 +1,4 @@
-//! The simulated machine as the guest's code sees it: [`Platform`] and [`Services`] on simulated
+//! The simulated machine as the guest's code sees it: [`Platform`] and its services on simulated
 //! CPUs. Each CPU is a thread of the host that runs the guest's own code natively; what goes through
 //! [`Platform`] is simulated.
 
@@ -16,9 +16,9 @@ use crate::machine::state::Registers;
 use crate::run::End;
 use crate::stop::Stop;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
-use lacuna_abi::event::{EntryWrite, Event, Flush, Life};
+use lacuna_abi::event::{EntryWrite, Event, Flush, Life, TableFill};
 use lacuna_abi::gate::OpKind;
-use lacuna_abi::paging::Entry;
+use lacuna_abi::paging::{Entry, Level};
 use lacuna_guest::platform::{AddressSpace, CpuSet, GateError, Platform};
 use lacuna_guest::ring;
 use lacuna_guest::shootdown::{Interrupts, Shootdowns};
@@ -208,6 +208,13 @@ impl SimMachine {
         }
     }
 
+    /// A word of the table pool.
+    #[inline]
+    fn entry_word(&self, at: Gpa) -> &AtomicU64 {
+        let word = self.ram.layout().pool.contains(at).then(|| self.ram.word(at)).flatten();
+        word.unwrap_or_else(|| panic!("no table entry can be at {at}"))
+    }
+
     fn record(&self, event: Event) {
         ring::record(&self.ring(), event);
     }
@@ -278,18 +285,13 @@ impl Platform for SimMachine {
 
     fn read_entry(&self, at: Gpa) -> Entry {
         // Also while unwinding: destructors rely on what they read.
-        let pool = &self.ram.layout().pool;
-        let word = pool.contains(at).then(|| self.ram.word(at)).flatten();
-        Entry(word.unwrap_or_else(|| panic!("no table entry can be at {at}")).load(Acquire))
+        Entry(self.entry_word(at).load(Acquire))
     }
 
     fn write_entries(&self, at: Gpa, write: &EntryWrite) {
         let Some((_, cpu)) = self.enter() else { return };
-        let pool = &self.ram.layout().pool;
         let store = |index: u64, entry: Entry| {
-            let at = at.wrapping_add(8 * index);
-            let word = pool.contains(at).then(|| self.ram.word(at)).flatten();
-            word.unwrap_or_else(|| panic!("no table entry can be at {at}")).store(entry.0, Release);
+            self.entry_word(at.wrapping_add(8 * index)).store(entry.0, Release);
             if index + 1 == u64::from(write.count) {
                 self.ram.versions.count(write);
             }
@@ -297,6 +299,18 @@ impl Platform for SimMachine {
         let were_on = cpu.interrupts_off();
         ring::write_entries(&self.ring(), write, store);
         cpu.interrupts_restore(were_on);
+    }
+
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
+        if self.enter().is_none() {
+            return;
+        }
+        let fill = TableFill { table, level, first };
+        for index in 0..PAGE_SIZE / 8 {
+            let at = table.wrapping_add(8 * index);
+            self.entry_word(at).store(fill.entry(index).0, Release);
+        }
+        self.record(Event::TableFill(fill));
     }
 
     fn flush(&self, flush: Flush) {

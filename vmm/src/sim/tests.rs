@@ -4,6 +4,7 @@ use super::*;
 use crate::config::{Config, MachineKind, Overrides, Seal};
 use crate::run::{End, Host, Machine, Outcome, Plan};
 use lacuna_abi::addr::PAGE_SIZE;
+use lacuna_abi::layout::direct_map;
 use lacuna_guest::alloc::{PageAllocator, Request};
 use lacuna_guest::freetype::Migratetype;
 use lacuna_guest::mapped::MappedPages;
@@ -42,9 +43,6 @@ fn clean(outcome: &Outcome) {
     assert_eq!(result.inconclusive, Vec::<String>::new());
     assert_eq!(outcome.simulation.unwrap().stale_secret_uses, 0);
 }
-
-const REQUEST: Request =
-    Request { order: 0, migratetype: Migratetype::Unmovable, zero: false, noblock: false };
 
 /// Random allocations of all kinds, tagged; some are freed by another CPU.
 struct Mixed {
@@ -153,32 +151,68 @@ fn mixed_allocations_on_threads_are_clean() {
     }
 }
 
-/// Pool hits: secret pages that are handed out and freed, and never used.
-struct Hits(u64);
+/// Panics with a window open.
+struct Panics;
 
-impl Workload for Hits {
+impl Workload for Panics {
     fn run<'a>(
         &self,
-        _: &'a SimMachine,
+        machine: &'a SimMachine,
         allocator: &PageAllocator<'a, SimMachine>,
         _: &Team,
     ) -> Result<(), ProgramError> {
-        for _ in 0..self.0 {
-            drop(allocator.alloc_secret(REQUEST).unwrap());
+        if machine.cpu() == 1 {
+            let migratetype = Migratetype::Unmovable;
+            let request = Request { order: 0, migratetype, zero: true, noblock: false };
+            let pages = allocator.alloc_secret(request).unwrap();
+            let window = pages.open(0, 1, Access::Write).unwrap();
+            assert_eq!(window.load(0), Ok(1), "not what was expected");
         }
+        loop {
+            machine.relax();
+        }
+    }
+}
+
+#[test]
+fn a_panic_ends_the_run_where_it_is_and_destructors_do_nothing() {
+    for schedule in [Schedule::Seeded, Schedule::Threads] {
+        let outcome = run(Panics, 4, 16, Seal::Guard, (schedule, 0));
+        let End::Guest(end) = &outcome.end else { panic!("{:?}", outcome.end) };
+        assert_eq!((end.kind, end.place.cpu, end.place.rip), ("panic", 1, None));
+        assert!(end.message.contains("not what was expected"), "{}", end.message);
+        let (counters, findings) =
+            outcome.with_gate(|gate| (gate.counters(), gate.result().findings));
+        assert_eq!(findings, []);
+        // The flip: seal, open, seal. The window: open.
+        assert_eq!((counters.seals, counters.opens), (2, 2), "the window was not sealed again");
+    }
+}
+
+/// Reads a secret page's place in the direct map.
+struct Reads;
+
+impl Workload for Reads {
+    fn run<'a>(
+        &self,
+        machine: &'a SimMachine,
+        allocator: &PageAllocator<'a, SimMachine>,
+        _: &Team,
+    ) -> Result<(), ProgramError> {
+        let migratetype = Migratetype::Unmovable;
+        let request = Request { order: 0, migratetype, zero: true, noblock: false };
+        let pages = allocator.alloc_secret(request).unwrap();
+        machine.load(direct_map(pages.frames().start().gpa()));
         Ok(())
     }
 }
 
 #[test]
-#[ignore = "measures"]
-fn speed() {
-    for _ in 0..3 {
-        let count = 1_000_000;
-        let outcome = run(Hits(count), 1, 64, Seal::Guard, (Schedule::Seeded, 0));
-        clean(&outcome);
-        let each = outcome.running.as_nanos() / u128::from(2 * count);
-        let audit = outcome.with_gate(|gate| gate.audit_time()).as_nanos() / u128::from(2 * count);
-        println!("{each} ns an operation, {audit} of them in the audit");
+fn a_secret_cannot_be_read_through_the_direct_map() {
+    for seal in [Seal::Guard, Seal::Off] {
+        let outcome = run(Reads, 1, 16, seal, (Schedule::Seeded, 3));
+        let End::Guest(end) = &outcome.end else { panic!("{:?}", outcome.end) };
+        assert_eq!(end.kind, "exception");
+        assert!(end.message.contains("#PF"), "{}", end.message);
     }
 }

@@ -57,6 +57,10 @@ pub struct Selection {
     pub events: Option<u64>,
     /// Which allocations become secret.
     pub secret: Secret,
+    /// Percentage of those that can be converted in place, the last ones, that are. What comes
+    /// before uses the pool alone, so that the flushes which conversions need do not cover for
+    /// those that windows need.
+    pub in_place: u8,
     /// CPUs of the guest: CPU n of the recording becomes n modulo this.
     pub cpus: NonZeroU8,
 }
@@ -81,6 +85,8 @@ pub struct Stats {
     pub frees: u64,
     /// Allocations that become secret.
     pub secret: u64,
+    /// Secret allocations that are mapped first and converted in place.
+    pub in_place: u64,
     /// Allocations that ask for zeroed memory.
     pub zero: u64,
     /// Allocations whose caller must not block.

@@ -4,6 +4,7 @@ use super::error::{Problem, TraceError};
 use super::gfp::Flags;
 use super::lines::Lines;
 use super::{HEADER, MAX_EVENTS, Replay, Secret, Selection, Stats};
+use lacuna_abi::addr::BLOCK_ORDER;
 use lacuna_abi::workload::{ReplayAction, ReplayOp};
 use std::collections::HashMap;
 use std::io::Read;
@@ -197,13 +198,32 @@ impl<'a> Builder<'a> {
                 let slot = self.allocate(line.id, Alive { slot: 0, since: at, order, secret })?;
                 self.stats.zero += u64::from(zero);
                 self.stats.noblock += u64::from(noblock);
-                (slot, ReplayAction::Alloc { order, migratetype, zero, noblock, secret })
+                let in_place = false;
+                (slot, ReplayAction::Alloc { order, migratetype, zero, noblock, secret, in_place })
             }
             Event::Free { order } => (self.release(line.id, order)?, ReplayAction::Free),
         };
         let turn = self.turn(slot);
         self.ops.push(ReplayOp { cpu: line.cpu % self.selection.cpus, slot, turn, action });
         Ok(())
+    }
+
+    /// Marks the last ones of those secret allocations that can be converted in place: below a
+    /// pageblock, by callers that may wait for other CPUs.
+    fn choose_in_place(&mut self) {
+        let mut can: Vec<&mut bool> = self
+            .ops
+            .iter_mut()
+            .filter_map(|op| match &mut op.action {
+                ReplayAction::Alloc { order, noblock: false, secret: true, in_place, .. } => {
+                    (u32::from(*order) < BLOCK_ORDER).then_some(in_place)
+                }
+                _ => None,
+            })
+            .collect();
+        let chosen = (can.len() * usize::from(self.selection.in_place.min(100))).div_ceil(100);
+        can.iter_mut().rev().take(chosen).for_each(|in_place| **in_place = true);
+        self.stats.in_place = chosen as u64;
     }
 
     fn is_secret(&mut self, gfp: Flags<'_>) -> bool {
@@ -268,6 +288,7 @@ impl<'a> Builder<'a> {
     fn finish(mut self) -> Result<Replay, TraceError> {
         let (first, last) = self.times.ok_or(Problem::NoEvents)?;
         self.stats.span_us = last - first;
+        self.choose_in_place();
         let mut warnings = Vec::new();
         if let Secret::Names(names) = &self.selection.secret {
             for (name, _) in names.iter().zip(&self.matched).filter(|(_, matched)| !**matched) {

@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 const REAL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/data/compile.csv.gz");
 
 fn selection(secret: Secret) -> Selection {
-    Selection { events: None, secret, cpus: NonZeroU8::new(2).unwrap() }
+    Selection { events: None, secret, in_place: 0, cpus: NonZeroU8::new(2).unwrap() }
 }
 
 fn user() -> Selection {
@@ -42,6 +42,7 @@ fn events_become_operations() {
         zero,
         noblock,
         secret,
+        in_place: false,
     };
     let expected: [(u8, u32, u32, ReplayAction); 3] = [
         (0, 0, 0, alloc(0, 1, true, false, true)),
@@ -55,6 +56,7 @@ fn events_become_operations() {
         allocs: 2,
         frees: 1,
         secret: 1,
+        in_place: 0,
         zero: 1,
         noblock: 1,
         peak_mapped_pages: 1024,
@@ -63,6 +65,27 @@ fn events_become_operations() {
         warnings: Vec::new(),
     };
     assert_eq!(replay.stats, stats);
+}
+
+#[test]
+fn the_last_of_those_that_can_be_converted_in_place_are() {
+    // What cannot: too large, not secret, a caller that must not block.
+    let text = "0,0,A,1,0,0,GFP_HIGHUSER\n1,0,A,2,9,0,GFP_HIGHUSER\n2,0,A,3,8,0,GFP_HIGHUSER\n\
+                3,0,A,4,0,0,GFP_KERNEL\n4,0,A,5,0,0,GFP_NOWAIT|__GFP_HIGHMEM\n\
+                5,0,A,6,1,0,GFP_HIGHUSER\n6,0,F,6,1,,\n";
+    let secret = || Secret::Names(vec!["GFP_HIGHUSER".into(), "GFP_NOWAIT".into()]);
+    let chosen = |percent| -> Vec<usize> {
+        let replay = parsed(text, &Selection { in_place: percent, ..selection(secret()) }).unwrap();
+        let in_place = |op: &ReplayOp| matches!(op.action, Alloc { in_place: true, .. });
+        let chosen: Vec<_> = (0..replay.ops.len()).filter(|i| in_place(&replay.ops[*i])).collect();
+        assert_eq!(replay.stats.in_place, chosen.len() as u64);
+        chosen
+    };
+    assert!(chosen(0).is_empty());
+    assert_eq!(chosen(1), [5]);
+    assert_eq!(chosen(33), [5]);
+    assert_eq!(chosen(50), [2, 5]);
+    assert_eq!(chosen(100), [0, 2, 5]);
 }
 
 #[test]

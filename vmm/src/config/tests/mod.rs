@@ -38,11 +38,12 @@ fn the_bundled_configurations_are_right() {
         }
     }
     let quickstart = load("quickstart.toml").unwrap();
-    let Workload::Replay { events, secret, .. } = quickstart.workload else {
+    let Workload::Replay { events, secret, in_place, .. } = quickstart.workload else {
         panic!("{:?}", quickstart.workload)
     };
     assert!(events.unwrap() >= 2000);
     assert_eq!(secret, Secret::User);
+    assert!((1..100).contains(&in_place), "both ways to secret pages");
     let touch = load("touch.toml").unwrap();
     assert!(touch.audit.expect.sealed_access);
 }
@@ -143,14 +144,14 @@ fn the_choices_that_fields_name_are_all_choices() {
 #[test]
 fn each_program_takes_its_fields() {
     let text = "[workload]\nprogram = \"replay\"\ninput = \"in.csv\"\nevents = 5\n\
-                secret = [\"GFP_USER\", \"__GFP_ZERO\"]\n";
-    let Workload::Replay { input, events, secret } =
+                secret = [\"GFP_USER\", \"__GFP_ZERO\"]\nin_place = 30\n";
+    let Workload::Replay { input, events, secret, in_place } =
         loaded(text, &Overrides::default()).unwrap().workload
     else {
         panic!("not replay")
     };
     assert!(input.ends_with("in.csv") && input.is_absolute());
-    assert_eq!(events, Some(5));
+    assert_eq!((events, in_place), (Some(5), 30));
     assert_eq!(secret, Secret::Names(vec!["GFP_USER".into(), "__GFP_ZERO".into()]));
     for (word, secret) in [("user", Secret::User), ("all", Secret::All), ("none", Secret::None)] {
         let text = format!("[workload]\nprogram='replay'\ninput='in.csv'\nsecret='{word}'\n");

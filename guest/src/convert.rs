@@ -1,0 +1,374 @@
+//! Converting in place: a few allocated pages become secret where they are, without a flip of their
+//! pageblock, and come back.
+//!
+//! The first range of a pageblock *splits* it: its 2 MiB entry is replaced by a table of 512 small
+//! ones. When the last range has come back the entry is *merged* again. The block's other pages stay
+//! mapped and in use on every CPU all the while, so both changes are a single store between two
+//! states that translate alike: same frames, same rights, same G. In between a CPU may use either
+//! translation, or both at once, and neither faults. Going through a cleared entry, as the manual
+//! recommends where frame or rights change too (Intel SDM volume 3, "Recommended Invalidation"), would
+//! let other CPUs fault on pages that they may use.
+//!
+//! - **Out**: fill the new table, which nothing leads to yet; store the directory entry; shootdown of
+//!   everything. From here on no CPU holds the large translation, so that the entries of a range can
+//!   be flushed one by one. Clear them, shootdown, seal.
+//! - **Back**: scrub, flush the windows, release. Write the entries as they were (nothing to flush:
+//!   what was not present is not cached). If that made the table whole again, store the directory
+//!   entry, shootdown of everything, and only then free the table: until then a CPU may walk
+//!   through it from its paging-structure caches, and finds what the large entry says.
+//!
+//! A large and a small translation of one address at once is an erratum of some old processors (AMD
+//! family 10h, 383; Intel's instruction TLBs for executable pages). The direct map is not
+//! executable, and kernels split theirs in the same way.
+//!
+//! A pageblock has a lock for these changes. It is held across the shootdown of a split, so that who
+//! waits for it does so with interrupts on, and never takes it with interrupts off. A block is split
+//! exactly while some of its pages are converted. Those pages are allocated, so a block that is
+//! wholly free, and only such a block flips, is whole again.
+
+use crate::alloc::PageAllocator;
+use crate::error::UseError;
+use crate::handle::Slot;
+use crate::meta::{BlockMeta, Chunk, State};
+use crate::platform::{CpuSet, GateError, Platform, planted};
+use crate::space::{self, Run};
+use crate::zeroing::Purpose;
+use crate::zone::BLOCK;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use lacuna_abi::addr::{BLOCK_SIZE, FrameRange, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::event::{Flush, Life};
+use lacuna_abi::gate::OpKind;
+use lacuna_abi::layout::direct_map;
+use lacuna_abi::paging::{Entry, Level};
+
+/// Flags of an entry of the direct map: what a small one has, and a large one beside its size.
+const FLAGS: u64 = Entry::DATA | Entry::GLOBAL;
+
+/// Most pages that are flushed one by one; everything is flushed for more. Measured where KVM
+/// interprets ring 0, in cycles: 3,100 for an INVLPG, 9,000 for clearing and setting CR4.PGE, after
+/// which nothing needs to be refilled there. On ordinary processors a flush of everything costs every
+/// CPU its whole TLB, so that the number is larger than the three which that would give.
+const TARGETED: u64 = 8;
+
+/// Why pages changed neither side nor owner.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ConvertError {
+    /// The allocation fills pageblocks: such become secret by a flip.
+    TooLarge,
+    /// No page of the table pool is free.
+    NoTable,
+    /// Interrupts are off, so that other CPUs cannot be waited for.
+    WouldBlock,
+    /// The pages are from the pool, and go back there.
+    NotConverted,
+    /// The host did not close the pages after their last use: they are never handed out again.
+    LeftOpen,
+    /// The host refused to make the pages secret.
+    Gate(GateError),
+    /// The pages could not be scrubbed or released.
+    Use(UseError),
+}
+
+impl<P: Platform> PageAllocator<'_, P> {
+    /// Says that the pages of the table pool hold no table from number `used` on. Called once;
+    /// before that, nothing can be converted.
+    ///
+    /// # Panics
+    /// If called again.
+    pub fn add_tables(&self, used: u64) {
+        let page = |pages: u64| u32::try_from(pages).unwrap_or(u32::MAX);
+        self.table_pages.add(page(used), page(self.layout.pool.len / PAGE_SIZE));
+    }
+
+    /// Makes allocated mapped pages secret. They keep their contents.
+    ///
+    /// # Errors
+    /// [`ConvertError`]; the pages are as they were.
+    pub(crate) fn convert(&self, slot: Slot) -> Result<(), ConvertError> {
+        // Nobody moves the pages from here on; afterwards their side keeps them where they are.
+        let pin = slot.pin(&self.map, self.platform);
+        let chunk = pin.chunk();
+        if chunk.order >= BLOCK {
+            return Err(ConvertError::TooLarge);
+        }
+        if !self.may_wait() {
+            return Err(ConvertError::WouldBlock);
+        }
+        // What cannot be given back now is tried again another time.
+        let _ = self.restore_parked();
+        let frames = self.map.frames(chunk);
+        self.hide(chunk)?;
+        if let Err(error) = self.platform.gate(&[(OpKind::Seal, frames)]) {
+            self.show(chunk);
+            return Err(ConvertError::Gate(error));
+        }
+        self.platform.life(Life::HandedOut, frames);
+        slot.change_side(&self.map, true);
+        self.counts.converted.add(1);
+        self.counts.converted_pages.add(frames.count());
+        Ok(())
+    }
+
+    /// Makes converted pages ordinary mapped ones again, zero.
+    ///
+    /// # Errors
+    /// [`ConvertError`]; the pages are secret as before, and perhaps scrubbed. They are sealed,
+    /// except after [`UseError::Unsealed`].
+    pub(crate) fn restore_slot(&self, slot: Slot) -> Result<(), ConvertError> {
+        let pin = slot.pin(&self.map, self.platform);
+        self.restore(pin.chunk())?;
+        slot.change_side(&self.map, false);
+        Ok(())
+    }
+
+    /// As [`Self::restore_slot`], but what the record says of the allocation stays.
+    ///
+    /// # Errors
+    /// As there.
+    fn restore(&self, chunk: Chunk) -> Result<(), ConvertError> {
+        let page = self.map.page(chunk.index);
+        if !page.is_converted() {
+            return Err(ConvertError::NotConverted);
+        }
+        if page.is_unsealed() {
+            return Err(ConvertError::LeftOpen);
+        }
+        if !self.may_wait() {
+            return Err(ConvertError::WouldBlock);
+        }
+        let frames = self.map.frames(chunk);
+        if let Err(error) = self.zero_unknown(frames, Purpose::Scrub) {
+            if matches!(error, UseError::Unsealed(_)) {
+                page.set_unsealed();
+            }
+            return Err(ConvertError::Use(error));
+        }
+        self.flush_windows_over(frames);
+        let released = self.platform.gate(&[(OpKind::Release, frames)]);
+        released.map_err(|error| ConvertError::Use(UseError::Gate(error)))?;
+        // Only of secret pages does the bitmap say something: the next owner writes freely.
+        self.map.set_known(frames, false);
+        self.show(chunk);
+        self.counts.restored.add(1);
+        Ok(())
+    }
+
+    /// Frees converted pages, which were reported as freed. Pages that cannot come back now, because
+    /// interrupts are off or the host refuses, are *parked*: secret and sealed, nobody's, and tried
+    /// again later. What the host would not close is withheld.
+    ///
+    /// # Errors
+    /// Why they are not free.
+    pub(crate) fn free_converted(&self, chunk: Chunk) -> Result<(), ConvertError> {
+        let restored = self.restore(chunk);
+        if restored.is_ok() {
+            self.map.page(chunk.index).set_converted(false);
+            self.retire(chunk);
+            self.clear_freed(chunk);
+            self.put(chunk);
+        } else if self.map.page(chunk.index).is_unsealed() {
+            self.withhold(chunk, true);
+        } else {
+            self.park(chunk);
+        }
+        restored
+    }
+
+    /// Tries once more to free pages that were parked; whether some were freed.
+    ///
+    /// # Errors
+    /// The last refusal; what it concerns is parked again.
+    pub(crate) fn restore_parked(&self) -> Result<bool, UseError> {
+        let mut result = Ok(());
+        let mut freed = false;
+        let mut next = self.parked.swap(0, Acquire).checked_sub(1);
+        while let Some(index) = next {
+            let page = self.map.page(index);
+            next = page.links().1;
+            let order = page.head(State::Parked).unwrap_or_else(|| {
+                panic!("page {index:#x} is on the list of parked pages, but is not parked")
+            });
+            page.set_head(State::Allocated, order);
+            match self.free_converted(Chunk { index, order }) {
+                Ok(()) => freed = true,
+                Err(ConvertError::Use(error)) => result = Err(error),
+                // Who may not wait leaves them where they are.
+                Err(_) => {}
+            }
+        }
+        result.map(|()| freed)
+    }
+
+    /// Nobody owns the pages any more, but they are not free.
+    fn park(&self, chunk: Chunk) {
+        let page = self.map.page(chunk.index);
+        page.set_head(State::Parked, chunk.order);
+        let mut first = self.parked.load(Relaxed);
+        loop {
+            page.set_next(first.checked_sub(1));
+            match self.parked.compare_exchange_weak(first, chunk.index + 1, Release, Relaxed) {
+                Ok(_) => return,
+                Err(now) => first = now,
+            }
+        }
+    }
+
+    /// Whether other CPUs can be waited for: with interrupts off, two CPUs could wait for each
+    /// other. A single CPU waits for none.
+    fn may_wait(&self) -> bool {
+        if self.platform.cpus() == 1 {
+            return true;
+        }
+        let on = self.platform.interrupts_off();
+        self.platform.interrupts_restore(on);
+        on
+    }
+
+    /// Takes pages out of the direct map, on every CPU.
+    ///
+    /// # Errors
+    /// [`ConvertError::NoTable`]; nothing has changed.
+    fn hide(&self, chunk: Chunk) -> Result<(), ConvertError> {
+        let block = self.map.block_at(chunk.index);
+        let whole = {
+            let _lock = BlockLock::take(block, self.platform);
+            let whole = block.converted() == 0;
+            if whole {
+                self.split(chunk)?;
+            }
+            block.add_converted(chunk.pages());
+            self.write_pages(chunk, Entry::EMPTY);
+            whole
+        };
+        if !(whole && planted!(self.platform, SplitWithoutFlush)) {
+            let frames = self.map.frames(chunk);
+            let (va, count) = (direct_map(frames.start().gpa()), chunk.pages());
+            let one_by_one = Flush::Pages { va, count, level: Level::Pt };
+            let few = frames.count() <= TARGETED;
+            self.flush_all_cpus(if few { one_by_one } else { Flush::Everything });
+        }
+        Ok(())
+    }
+
+    /// Puts pages back into the direct map; with the last ones of their pageblock, the block is one
+    /// entry again.
+    fn show(&self, chunk: Chunk) {
+        let block = self.map.block_at(chunk.index);
+        let table = {
+            let _lock = BlockLock::take(block, self.platform);
+            self.write_pages(chunk, Entry::new(self.map.frames(chunk).start(), FLAGS));
+            block.remove_converted(chunk.pages());
+            (block.converted() == 0).then(|| self.merge(chunk))
+        };
+        // The lock is free by now. Who splits the block again meanwhile does so with another table.
+        if let Some(table) = table {
+            if !planted!(self.platform, TableFreeStale) {
+                self.flush_all_cpus(Flush::Everything);
+            }
+            self.free_table(table);
+        }
+    }
+
+    /// Replaces the pageblock's entry by a table of small entries that say the same.
+    fn split(&self, chunk: Chunk) -> Result<(), ConvertError> {
+        let run = self.block_run(chunk);
+        let table = self.new_table().ok_or(ConvertError::NoTable)?;
+        let first = self.map.frames(chunk).start().block_start();
+        self.platform.fill_table(table, Level::Pt, Entry::new(first, FLAGS));
+        let linked = Entry::new(table.frame(), Entry::TABLE);
+        space::write(self.platform, run, self.platform.read_entry(run.at), linked);
+        self.counts.splits.add(1);
+        if !planted!(self.platform, SplitWithoutFlush) {
+            self.flush_all_cpus(Flush::Everything);
+        }
+        Ok(())
+    }
+
+    /// Replaces the pageblock's table, whose entries are all as the split made them, by one entry.
+    /// Returns the table, which may still be cached.
+    fn merge(&self, chunk: Chunk) -> Gpa {
+        let run = self.block_run(chunk);
+        let linked = self.platform.read_entry(run.at);
+        let first = self.map.frames(chunk).start().block_start();
+        let whole = Entry::new(first, FLAGS | Entry::PAGE_SIZE);
+        space::write(self.platform, run, linked, whole);
+        self.counts.merges.add(1);
+        linked.frame(Level::Pd).gpa()
+    }
+
+    /// Writes the small entries of pages whose pageblock is split: a run that starts with `entry`.
+    fn write_pages(&self, chunk: Chunk, entry: Entry) {
+        // The slip loses the last entry of the run.
+        let count = chunk.pages() - u32::from(planted!(self.platform, PartialBlockUnmap));
+        let start = self.map.frames(chunk).start().gpa();
+        let run = self.run(direct_map(start), Level::Pt, count);
+        if count > 0 {
+            space::write(self.platform, run, self.platform.read_entry(run.at), entry);
+        }
+    }
+
+    /// The directory entry of the pageblock that holds pages.
+    fn block_run(&self, chunk: Chunk) -> Run {
+        let start = self.map.frames(chunk).start().gpa();
+        self.run(direct_map(start.align_down(BLOCK_SIZE)), Level::Pd, 1)
+    }
+
+    fn run(&self, va: Gva, level: Level, count: u32) -> Run {
+        let at = space::locate(self.platform, &self.layout.pool, va, level)
+            .unwrap_or_else(|error| panic!("no entry of {level:?} for {va}: {error:?}"));
+        Run { at, va, level, count }
+    }
+
+    fn flush_all_cpus(&self, flush: Flush) {
+        self.counts.shootdowns.add(1);
+        self.platform.shootdown(flush, CpuSet::first(self.platform.cpus()));
+    }
+
+    /// Has every CPU whose window may still be cached over the frames flush it. The pageblock goes
+    /// on remembering those windows: others of its pages may be in use in them.
+    fn flush_windows_over(&self, frames: FrameRange) {
+        if planted!(self.platform, FreeBeforeWindowFlush) {
+            return;
+        }
+        let cpus = self.mermap.may_cache(frames);
+        if !cpus.is_empty() {
+            self.counts.shootdowns.add(1);
+            self.platform.shootdown(Flush::NonGlobal, cpus);
+        }
+    }
+
+    /// Takes a page of the table pool.
+    fn new_table(&self) -> Option<Gpa> {
+        let page = self.table_pages.take()?;
+        let table = self.layout.pool.gpa.wrapping_add(u64::from(page) * PAGE_SIZE);
+        self.platform.life(Life::TableAllocated, FrameRange::single(table.frame()));
+        Some(table)
+    }
+
+    /// Gives a page of the table pool back. It is reported first: another CPU may take it at once.
+    fn free_table(&self, table: Gpa) {
+        self.platform.life(Life::TableFreed, FrameRange::single(table.frame()));
+        let page = (table.0 - self.layout.pool.gpa.0) / PAGE_SIZE;
+        // The pool has at most 4096 pages.
+        self.table_pages.give(page as u32);
+    }
+}
+
+/// The tables of a pageblock are this CPU's to change while this lives.
+struct BlockLock<'m>(&'m BlockMeta);
+
+impl<'m> BlockLock<'m> {
+    /// Waits for the lock with interrupts on, so that a shootdown by its holder gets through.
+    fn take(block: &'m BlockMeta, platform: &impl Platform) -> Self {
+        while !block.try_lock() {
+            platform.relax();
+        }
+        Self(block)
+    }
+}
+
+impl Drop for BlockLock<'_> {
+    fn drop(&mut self) {
+        self.0.unlock();
+    }
+}
