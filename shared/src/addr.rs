@@ -179,6 +179,7 @@ impl FrameRange {
     }
 
     /// The frames that both runs hold.
+    #[inline]
     #[must_use]
     pub fn intersection(self, other: Self) -> Option<Self> {
         let start = self.start.0.max(other.start.0);

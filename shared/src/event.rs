@@ -314,6 +314,7 @@ impl Record {
     ///
     /// # Errors
     /// [`BadRecord`], whatever the words are; nothing is assumed of them.
+    #[inline]
     pub fn from_words(words: &[u64; RECORD_WORDS]) -> Result<Self, BadRecord> {
         let [seq, head, root, va, old, new, grant, sum] = *words;
         if seq == 0 || sum != check(seq, head) {

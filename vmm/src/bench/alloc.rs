@@ -52,11 +52,13 @@ pub struct Replay {
 /// # Errors
 /// [`BenchError`].
 pub fn alloc(lab: &Lab) -> Result<Alloc, BenchError> {
-    let pool = Policy::Pool { kib: if lab.is_sim() { 32 << 10 } else { 4 << 10 } };
-    let effort = if lab.is_sim() {
-        Effort { warm: 4, rounds: 24, pairs: 5 }
-    } else {
-        Effort { warm: 1, rounds: 1, pairs: 3 }
+    // A round takes a pageblock, so that the pool is never used up.
+    let pool = Policy::Pool { kib: if lab.is_sim() { 8 << 10 } else { 4 << 10 } };
+    let effort = |order: u8| match (lab.is_sim(), order) {
+        (true, 0) => Effort { warm: 4, rounds: 24, pairs: 5 },
+        (true, _) => Effort { warm: 8, rounds: 128, pairs: 3 },
+        (false, 0) => Effort { warm: 1, rounds: 1, pairs: 3 },
+        (false, _) => Effort { warm: 1, rounds: 2, pairs: 2 },
     };
     let kind = |bench, order, policy| Kind::new(Work::Rounds(bench, order), policy);
     let ours = kind(Bench::Secret, 0, pool);
@@ -68,11 +70,12 @@ pub fn alloc(lab: &Lab) -> Result<Alloc, BenchError> {
             ("secret, zeroed", ours.clone()),
             ("secret, zeroed, seal off", Kind { seal: false, ..ours }),
         ],
-        effort,
+        effort(0),
     )?;
-    // As many rounds as use up whole refills: 12 pageblocks each, or one and a half on KVM.
-    let (warm, rounds) = if lab.is_sim() { (25, 96) } else { (4, 9) };
-    let fresh = Kind { memory_mib: 512, ..kind(Bench::SecretKept, 0, pool) };
+    // Whole refills, each of twelve pageblocks of sixteen, or of two on KVM, where they take long.
+    let (kib, warm, rounds) = if lab.is_sim() { (32 << 10, 25, 96) } else { (4 << 10, 4, 8) };
+    let fresh = Policy::Pool { kib };
+    let fresh = Kind { memory_mib: 512, ..kind(Bench::SecretKept, 0, fresh) };
     let refill = lab.compare(&[fresh], Effort { warm, rounds, pairs: 1 })?;
     let refill = refill[0].first().map_or(Counts::default(), |sample| sample.counts);
     let mut policies = Vec::new();
@@ -84,7 +87,7 @@ pub fn alloc(lab: &Lab) -> Result<Alloc, BenchError> {
         if order < BLOCK_ORDER {
             named.push((Policy::InPlace.name(), kind(Bench::InPlace, order, Policy::InPlace)));
         }
-        policies.extend(line::lines(lab, &named, effort)?);
+        policies.extend(line::lines(lab, &named, effort(order))?);
     }
     let replays = replays(lab, pool)?;
     let speed = if lab.is_sim() { speed::speed()? } else { Vec::new() };
