@@ -58,7 +58,8 @@ impl LeakScanner {
     /// Starts a search through consecutive bytes.
     #[must_use]
     pub const fn search(&self) -> Search<'_> {
-        Search { scanner: self, value: 0, filled: 0 }
+        // Zeroes are never looked for.
+        Search { scanner: self, value: 0, filled: 0, absent: 0 }
     }
 
     /// Offset behind the first run of the input in `bytes`.
@@ -93,6 +94,9 @@ pub struct Search<'s> {
     scanner: &'s LeakScanner,
     value: u128,
     filled: usize,
+    /// The run that was last looked up in vain: memory is full of equal bytes, and looking them up
+    /// each time is slow where they happen to pass the filter.
+    absent: u128,
 }
 
 impl Search<'_> {
@@ -102,8 +106,11 @@ impl Search<'_> {
         for (offset, byte) in bytes.iter().enumerate() {
             self.value = self.value << 8 | u128::from(*byte);
             self.filled += 1;
-            if self.filled >= RUN && self.scanner.holds(self.value) {
-                return Some(offset + 1);
+            if self.filled >= RUN && self.value != self.absent {
+                if self.scanner.holds(self.value) {
+                    return Some(offset + 1);
+                }
+                self.absent = self.value;
             }
         }
         None
@@ -147,6 +154,24 @@ mod tests {
         assert_eq!(search.feed(&SECRET[..10]), None);
         search.restart();
         assert_eq!(search.feed(&SECRET[10..20]), None);
+    }
+
+    #[test]
+    fn a_run_is_found_behind_bytes_that_pass_the_filter_for_nothing() {
+        let mut scanner = LeakScanner::new(SECRET);
+        scanner.filter.fill(u64::MAX);
+        for fill in [0, 0xa5] {
+            let mut memory = vec![fill; 4 << 20];
+            assert_eq!(scanner.find(&memory), None);
+            memory.extend(&SECRET[..RUN]);
+            assert_eq!(scanner.find(&memory), Some(memory.len()));
+        }
+        // The same run twice, and another in between, is looked up each time.
+        let mut search = scanner.search();
+        for _ in 0..2 {
+            assert_eq!(search.feed(&[7; 40]), None);
+            assert_eq!(search.feed(&SECRET[..RUN]), Some(RUN));
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::event::{EntryWrite, Flush, Life};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::{Layout, Needs, direct_map};
-use lacuna_abi::paging::Entry;
+use lacuna_abi::paging::{Entry, Level};
 use loom::sync::atomic::AtomicU64;
 use loom::thread;
 use std::boxed::Box;
@@ -124,6 +124,10 @@ impl Platform for Machine {
     }
 
     fn write_entries(&self, _: Gpa, _: &EntryWrite) {
+        no_mapping_changes!()
+    }
+
+    fn fill_table(&self, _: Gpa, _: Level, _: Entry) {
         no_mapping_changes!()
     }
 

@@ -35,7 +35,7 @@ pub(super) fn run<P: Platform>(
     team.barrier(platform)?;
     match bench {
         Bench::Secret | Bench::SecretUnused => {
-            rig.repeat(rounds, |rig| rig.secret(Rig::from_pool, bench == Bench::Secret))?;
+            rig.repeat(rounds, |rig| rig.secret(Rig::pooled, bench == Bench::Secret))?;
         }
         Bench::InPlace | Bench::InPlaceUnused => {
             rig.repeat(rounds, |rig| rig.secret(Rig::converted, bench == Bench::InPlace))?;
@@ -102,7 +102,7 @@ impl<'r, 'a, P: Platform, S: Services> Rig<'r, 'a, P, S> {
         })
     }
 
-    fn from_pool(&self, number: u64) -> Result<SecretPages<'r, 'a, P>, ProgramError> {
+    fn pooled(&self, number: u64) -> Result<SecretPages<'r, 'a, P>, ProgramError> {
         let pages = self.allocator.alloc_secret(self.request);
         pages.map_err(|error| ProgramError::Alloc { number, error })
     }

@@ -22,6 +22,7 @@ use crate::freetype::Migratetype;
 use crate::meta::{BlockMeta, MemMap, PageMeta};
 use crate::platform::{AddressSpace, CpuSet, GateError, Platform};
 use crate::programs::Services;
+#[cfg(test)]
 pub(crate) use crate::random::Random;
 use judge::State;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};

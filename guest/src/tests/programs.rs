@@ -413,6 +413,7 @@ fn random_requests_on_two_cpus_find_every_page_as_it_should_be() {
                 let (mock, allocator, team) = (&mock, &allocator, &team);
                 scope.spawn(move || {
                     mock.on_cpu(cpu);
+                    let _leave = super::selftests::Leave(team);
                     let args = [20_000, 10, 7];
                     programs::run(Program::Stress, args, allocator, mock, mock, team).unwrap();
                 });

@@ -6,7 +6,7 @@ use crate::testing::Mock;
 use lacuna_abi::workload::{Program, Selftest};
 
 /// A CPU whose test panics is not waited for.
-struct Leave<'t>(&'t Team);
+pub(super) struct Leave<'t>(pub(super) &'t Team);
 
 impl Drop for Leave<'_> {
     fn drop(&mut self) {

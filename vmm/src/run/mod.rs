@@ -32,7 +32,7 @@ use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::layout::{Layout, LayoutError, Needs};
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::{Duration, Instant};
 use threads::Threads;
 use zeroize::Zeroize;
@@ -308,7 +308,11 @@ impl Running {
                     // A kick may arrive just before KVM_RUN is entered; the next tick sends another.
                     self.threads.kick_all();
                 }
-                (None, Some(why)) if told.get_or_insert_with(Instant::now).elapsed() > GRACE => {
+                // A CPU that is in the gate comes back: the host's work is bounded.
+                (None, Some(why))
+                    if told.get_or_insert_with(Instant::now).elapsed() > GRACE
+                        && !matches!(self.gate.try_lock(), Err(TryLockError::WouldBlock)) =>
+                {
                     return self.give_up(why);
                 }
                 _ => {}
