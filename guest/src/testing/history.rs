@@ -522,7 +522,7 @@ impl Drop for History<'_, '_> {
     fn drop(&mut self) {
         // After a difference was found nothing more is done with the allocator.
         if std::thread::panicking() {
-            self.held.drain(..).for_each(core::mem::forget);
+            self.held.drain(..).for_each(|held| core::mem::forget(held.owner));
         }
     }
 }
