@@ -85,6 +85,20 @@ impl<P: Platform> PageAllocator<'_, P> {
         // Isolated pages are on no list, so that this is never one of them.
         let index = self.zone().take(&self.map, from.order, kind, self.marks.min)?.index;
         let to = Chunk { index, order: from.order };
+        let target = self.map.page(to.index);
+        // Another CPU that empties the pageblock of the copy must not move it on before the slot
+        // leads to it. Who looks for what lay there before may hold it for a moment.
+        if !target.begin_move() {
+            self.zone().insert(&self.map, to);
+            return None;
+        }
+        let filled = self.fill_copy(from, to, kind);
+        target.end_move();
+        filled
+    }
+
+    /// Makes `to` what `from` was; neither can be pinned.
+    fn fill_copy(&self, from: Chunk, to: Chunk, kind: Freetype) -> Option<()> {
         let place = |chunk| direct_map(self.map.frames(chunk).start().gpa());
         self.check_mapped(to).ok()?;
         self.platform.copy(place(to), place(from), u64::from(from.pages()) * PAGE_SIZE);

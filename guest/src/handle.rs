@@ -21,12 +21,13 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// Hands a chunk out.
+    /// Hands a chunk out. Its page says so last: from then on another CPU may move it, and give the
+    /// slot that is found here to somebody else.
     pub(crate) fn hand_out(map: &MemMap<'_>, chunk: Chunk, freetype: Freetype) -> Self {
-        map.page(chunk.index).hand_out(chunk.order, freetype);
-        map.count_allocated(chunk, true);
         let slot = Self { number: map.slot_of(chunk.index), order: chunk.order };
         slot.record(map).next_generation(slot.record(map).generation());
+        map.count_allocated(chunk, true);
+        map.page(chunk.index).hand_out(chunk.order, freetype);
         slot
     }
 
@@ -45,15 +46,17 @@ impl Slot {
 
     /// The allocation of `handle`, which must be on this side of the direct map. The handle is used
     /// up.
-    pub(crate) fn resolve(
+    pub(crate) fn resolve<P: Platform>(
         map: &MemMap<'_>,
+        platform: &P,
         handle: u64,
         unmapped: bool,
     ) -> Result<Self, BadHandle> {
         let [s0, s1, s2, s3, g0, g1, g2, g3] = handle.to_le_bytes();
         let number = u32::from_le_bytes([s0, s1, s2, s3]).checked_sub(1);
         let number = number.filter(|slot| *slot < map.len()).ok_or(BadHandle(handle))?;
-        let found = map.page(map.place_of(number)).allocation();
+        // Pinned, because what lies at a place that the allocation left says nothing about it.
+        let found = Self { number, order: 0 }.pin(map, platform).page().allocation();
         let (order, _) =
             found.filter(|(_, kind)| kind.unmapped == unmapped).ok_or(BadHandle(handle))?;
         let slot = Self { number, order };
@@ -104,7 +107,8 @@ impl<'m> Pin<'m> {
     /// Pins what lies at `chunk`, whatever that is; `None` while it is being moved.
     pub(crate) fn of(map: &MemMap<'m>, chunk: Chunk) -> Option<Self> {
         let page = map.page(chunk.index);
-        page.pin().then_some(Self { page, chunk })
+        // Made only once it is pinned: dropping it unpins.
+        page.pin().then(|| Self { page, chunk })
     }
 
     /// Where the allocation lies.

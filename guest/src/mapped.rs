@@ -29,7 +29,7 @@ impl<'r, 'a, P: Platform> MappedPages<'r, 'a, P> {
     /// # Errors
     /// [`BadHandle`] if it is no handle of mapped pages, or was used before.
     pub fn from_raw(allocator: &'r PageAllocator<'a, P>, handle: u64) -> Result<Self, BadHandle> {
-        let slot = Slot::resolve(&allocator.map, handle, false)?;
+        let slot = Slot::resolve(&allocator.map, allocator.platform, handle, false)?;
         Ok(Self { allocator, slot })
     }
 

@@ -123,17 +123,22 @@ impl PageMeta {
         self.state.store(state as u8, Relaxed);
     }
 
-    /// Makes this the head of an allocation.
+    /// Makes this the head of an allocation. Who finds it with [`Self::allocation`] also sees what
+    /// was done before.
     pub(crate) fn hand_out(&self, order: u8, freetype: Freetype) {
         // A freetype's index is below FREETYPES, 6.
         self.freetype.store(freetype.index() as u8, Relaxed);
-        self.set_head(State::Allocated, order);
+        self.order.store(order, Relaxed);
+        self.state.store(State::Allocated as u8, Release);
     }
 
     /// Order and freetype of the allocation that this is the head of.
     pub(crate) fn allocation(&self) -> Option<(u8, Freetype)> {
-        let order = self.head(State::Allocated)?;
-        Some((order, Freetype::from_index(usize::from(self.freetype.load(Relaxed)))?))
+        if self.state.load(Acquire) != State::Allocated as u8 {
+            return None;
+        }
+        let freetype = Freetype::from_index(usize::from(self.freetype.load(Relaxed)))?;
+        Some((self.order.load(Relaxed), freetype))
     }
 
     pub(crate) fn generation(&self) -> u32 {
@@ -154,7 +159,8 @@ impl PageMeta {
     }
 
     pub(crate) fn unpin(&self) {
-        self.pins.fetch_sub(1, Release);
+        let pins = self.pins.fetch_sub(1, Release);
+        debug_assert!(pins != 0 && pins != MOVING, "unpinned, but not pinned");
     }
 
     /// Forbids pins; whether there were none.

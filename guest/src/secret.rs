@@ -38,7 +38,7 @@ impl<'r, 'a, P: Platform> SecretPages<'r, 'a, P> {
     /// # Errors
     /// [`BadHandle`] if it is no handle of secret pages, or was used before.
     pub fn from_raw(allocator: &'r PageAllocator<'a, P>, handle: u64) -> Result<Self, BadHandle> {
-        let slot = Slot::resolve(&allocator.map, handle, true)?;
+        let slot = Slot::resolve(&allocator.map, allocator.platform, handle, true)?;
         Ok(Self { allocator, slot })
     }
 

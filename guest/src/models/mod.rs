@@ -8,6 +8,7 @@
 
 mod handles;
 mod lists;
+mod movers;
 mod pins;
 mod ring;
 
@@ -147,8 +148,10 @@ impl Platform for Machine {
         no_mapping_changes!()
     }
 
-    fn zero(&self, _: Gva, _: u64) {
-        no_mapping_changes!()
+    fn zero(&self, va: Gva, bytes: u64) {
+        for offset in (0..bytes).step_by(PAGE_SIZE as usize) {
+            self.store(va.wrapping_add(offset), 0);
+        }
     }
 
     fn copy(&self, to: Gva, from: Gva, bytes: u64) {

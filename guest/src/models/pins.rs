@@ -76,12 +76,6 @@ fn twin_a_relaxed_pin_trusts_the_old_place() {
 
 #[test]
 #[should_panic(expected = "a store is lost")]
-fn twin_a_relaxed_look_at_the_place_misses_the_copy() {
-    twin(Slip::Relaxed(Op::Load, 32, Acquire));
-}
-
-#[test]
-#[should_panic(expected = "a store is lost")]
 fn twin_a_relaxed_end_of_a_move_hides_the_new_place() {
     twin(Slip::Relaxed(Op::Store, 32, Release));
 }

@@ -1,7 +1,7 @@
 //! The test machine's host: who may map what, what is secret and open, and which translations a
 //! CPU may still cache. It discharges nothing by a seal, so it is stricter than a real host.
 
-use super::memory::Contents;
+use super::memory::{Contents, Tables};
 use super::tables::TableState;
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva, PAGE_SIZE};
@@ -57,7 +57,7 @@ pub(super) struct Stale {
 /// Everything behind the machine's lock.
 pub(crate) struct State {
     pub(crate) layout: Layout,
-    pub(crate) tables: HashMap<u64, Entry>,
+    pub(crate) tables: Tables,
     pub(crate) frames: Vec<Frame>,
     pub(crate) scratch: HashMap<u64, u64>,
     pub(crate) input: Vec<u64>,

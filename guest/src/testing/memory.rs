@@ -7,6 +7,28 @@ use lacuna_abi::paging::{Entry, Level};
 use lacuna_abi::walk::{entry_address, locate};
 use std::boxed::Box;
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// Table entries by place.
+pub(crate) type Tables = HashMap<u64, Entry, BuildHasherDefault<PlaceHasher>>;
+
+/// A hash for places of entries, which nobody chooses to collide: every access walks the tables.
+#[derive(Default)]
+pub(crate) struct PlaceHasher(u64);
+
+impl Hasher for PlaceHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64((*byte).into()));
+    }
+
+    fn write_u64(&mut self, word: u64) {
+        self.0 = (self.0 ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 /// What a frame holds.
 pub(crate) enum Contents {
@@ -71,23 +93,29 @@ impl State {
 
     /// Whole pages, as all of the allocator's zeroing is.
     pub(crate) fn zero(&mut self, cpu: usize, va: Gva, bytes: u64) {
+        let first = self.fill(cpu, va, bytes, 0);
+        if self.layout.place_of(va) == Place::Window(cpu) {
+            self.see(Seen::Zero(FrameRange::new(first, bytes / PAGE_SIZE).unwrap()));
+        }
+    }
+
+    /// Whole pages of the zone; the first.
+    pub(crate) fn fill(&mut self, cpu: usize, va: Gva, bytes: u64, word: u64) -> Gfn {
         assert!(va.is_aligned(PAGE_SIZE) && bytes.is_multiple_of(PAGE_SIZE), "{va}, {bytes}");
         let (first, _) = self.reach(cpu, va, true);
         for offset in (0..bytes).step_by(PAGE_SIZE as usize) {
             let (frame, _) = self.reach(cpu, va.wrapping_add(offset), true);
             assert_eq!(frame.0, first.0 + offset / PAGE_SIZE);
-            self.frame_mut(frame).contents = Contents::Uniform(0);
+            self.frame_mut(frame).contents = Contents::Uniform(word);
         }
-        if self.layout.place_of(va) == Place::Window(cpu) {
-            self.see(Seen::Zero(FrameRange::new(first, bytes / PAGE_SIZE).unwrap()));
-        }
+        first
     }
 }
 
 /// The first tables: the zone in the direct map, and tables for every CPU's window. Also the first
 /// page of the pool that they leave free.
-pub(crate) fn boot_tables(layout: &Layout) -> (HashMap<u64, Entry>, Gpa) {
-    let mut tables = HashMap::new();
+pub(crate) fn boot_tables(layout: &Layout) -> (Tables, Gpa) {
+    let mut tables = Tables::default();
     let mut next = layout.pool.gpa.0 + PAGE_SIZE;
     for block in 0..layout.zone_blocks() {
         let gpa = layout.zone.gpa.wrapping_add(block * BLOCK_SIZE);
@@ -104,13 +132,7 @@ pub(crate) fn boot_tables(layout: &Layout) -> (HashMap<u64, Entry>, Gpa) {
 }
 
 /// Place of the entry of `level` for `va`, with every table above it made where it is missing.
-fn table_for(
-    layout: &Layout,
-    tables: &mut HashMap<u64, Entry>,
-    next: &mut u64,
-    va: Gva,
-    level: Level,
-) -> Gpa {
+fn table_for(layout: &Layout, tables: &mut Tables, next: &mut u64, va: Gva, level: Level) -> Gpa {
     let mut table = layout.pool.gpa;
     let mut here = Level::Pml4;
     while here > level {

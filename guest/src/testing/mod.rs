@@ -226,6 +226,10 @@ impl Platform for Mock {
         self.state().zero(CPU.get(), va, bytes);
     }
 
+    fn fill(&self, va: Gva, bytes: u64, value: u64) {
+        self.state().fill(CPU.get(), va, bytes, value);
+    }
+
     fn copy(&self, to: Gva, from: Gva, bytes: u64) {
         let mut state = self.state();
         for offset in (0..bytes).step_by(8) {
