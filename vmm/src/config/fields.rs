@@ -83,8 +83,8 @@ pub const FIELDS: &[Field] = &[
     of(
         &[Program::Bench],
         "bench",
-        "\"secret\", \"secret-unused\", \"secret-kept\", \"in-place\", \
-         \"in-place-unused\", \"mapped\", \"mapped-zero\", \"zero-window\", \"zero-direct\" or \"flip\"",
+        "\"secret\", \"secret-unused\", \"in-place\", \"in-place-unused\", \
+         \"secret-kept\", \"mapped\", \"mapped-zero\", \"zero-window\", \"zero-direct\" or \"flip\"",
     ),
     of(&[Program::Bench], "order", "an order from 0 to 10"),
     of(&[Program::Bench], "rounds", "a number of rounds, at least 1"),
