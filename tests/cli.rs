@@ -87,7 +87,10 @@ refused! {
         [("a.toml", "[guest]\nimage = \"a.toml\"\n[workload]\nprogram = \"idle\"\n")],
         ["run", "a.toml"], ["a.toml", "ELF", "docs/guests.md"];
     no_command: [], [], ["Usage"];
-    an_unknown_bench: [], ["bench", "warp"], ["warp", "boot"];
+    an_unknown_bench: [], ["bench", "warp"], ["warp", "alloc", "boot"];
+    an_unknown_machine_for_a_bench: [], ["bench", "zero", "--machine", "abacus"], ["abacus", "sim"];
+    a_bench_that_measures_a_processor:
+        [], ["bench", "boot", "--machine", "sim"], ["bench boot", "--machine kvm", "zero"];
 }
 
 #[test]

@@ -37,6 +37,7 @@ fn trials() -> Vec<Trial> {
         trial("a_cpu_that_answers_no_shootdown_is_named", stuck_cpu),
         trial("a_panic_on_another_cpu_is_named", panic_elsewhere),
         trial("shootdowns_through_the_gate_are_clean", gate_shootdowns),
+        trial("a_bench_prints_what_it_measured_and_what_was_aimed_at", bench_zero),
         trial("being_told_to_stop_ends_a_run_wherever_it_is", cancel),
         trial("without_prezero_pages_are_zeroed_when_handed_out", no_prezero),
     ];
@@ -121,6 +122,26 @@ fn quickstart(cpus: u8, seal: &str) -> Check {
         ensure(run.counter(counter) > 0, &format!("the counter {counter} is zero"))?;
     }
     ensure(run.counter("work") >= 2000, "fewer than 2,000 events of the recording")
+}
+
+fn bench_zero() -> Check {
+    let output =
+        Command::new(LACUNA).args(["bench", "zero", "--machine", "sim", "--json"]).output()?;
+    ensure(output.status.success(), &String::from_utf8_lossy(&output.stderr))?;
+    let results: Value = serde_json::from_slice(&output.stdout)?;
+    ensure(results["machine"] == "sim", "another machine was measured")?;
+    for field in ["window_page_ticks", "direct_page_ticks", "speed_ratio"] {
+        let positive = results[field].as_f64().is_some_and(|value| value > 0.0);
+        ensure(positive, &format!("{field} is not measured: {results:#}"))?;
+    }
+    // An address of the window is used again for each pageblock; the direct map needs no flush.
+    let flushes = |way: &str| results[way]["local_flushes"].as_f64();
+    ensure(flushes("window") == Some(1.0), &format!("{results:#}"))?;
+    ensure(flushes("direct") == Some(0.0), &format!("{results:#}"))?;
+    let goal = &results["goals"][0];
+    ensure(goal["goal"] == 0.95 && goal["value"] == results["speed_ratio"], &format!("{goal:#}"))?;
+    let met = results["speed_ratio"].as_f64().map(|ratio| ratio >= 0.95);
+    ensure(goal["met"].as_bool() == met, &format!("{goal:#}"))
 }
 
 fn stress(cpus: u8) -> Check {

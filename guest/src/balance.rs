@@ -189,9 +189,17 @@ impl<P: Platform> PageAllocator<'_, P> {
             self.mark_left_open(chunks, ops[next].1);
             next += 1;
         }
+        // One record for each range: it says as much as one for each page, and costs the guest and
+        // the host less.
+        let together = result.is_ok();
+        if together {
+            ops.iter().for_each(|(_, frames)| self.report_pooled(*frames));
+        }
         for chunk in chunks {
             if self.map.page(chunk.index).head(State::Withheld).is_none() {
-                self.report_pooled(self.map.frames(*chunk));
+                if !together {
+                    self.report_pooled(self.map.frames(*chunk));
+                }
                 self.put(*chunk);
             }
         }

@@ -23,8 +23,8 @@ pub struct Speed {
     pub work: &'static str,
     /// CPUs of the guest.
     pub cpus: u8,
-    /// Operations of all CPUs together in a second.
-    pub per_second: f64,
+    /// Operations of all CPUs together in a second; `null` where that is too short to be measured.
+    pub per_second: Option<f64>,
     /// Operations in a second of processor time of this process; `null` where that is too short to
     /// be measured.
     pub per_cpu_second: Option<f64>,
@@ -43,11 +43,11 @@ pub(super) fn speed() -> Result<Vec<Speed>, BenchError> {
             ..Kind::new(Work::Rounds(bench, 0), Policy::Pool { kib })
         };
         let share = u64::from(cpus);
-        let hits = Effort { warm: 100, rounds: 1600 / share, pairs: 3 };
+        let hits = Effort { warm: 100, rounds: 2400 / share, pairs: 3 };
         let per_round = float(2 * BLOCK_FRAMES * share);
         let hit = kind(Bench::SecretUnused, 64 << 10);
         speeds.push(one("pool hits", &hit, hits, |_| per_round)?);
-        let flips = Effort { warm: 2, rounds: 64 / share, pairs: 3 };
+        let flips = Effort { warm: 2, rounds: 320 / share, pairs: 3 };
         let flip = kind(Bench::Flip, 2 << 10);
         speeds.push(one("flips", &flip, flips, |round| round.counts.flips_out)?);
     }
@@ -77,8 +77,8 @@ fn one(
         busy.push(rate(done * float(effort.rounds), more));
     }
     let middle = |rates: Vec<Option<f64>>| rates.into_iter().collect::<Option<_>>().map(median);
-    let per_second = middle(wall).unwrap_or(0.0);
-    Ok(Speed { work, cpus: kind.cpus, per_second, per_cpu_second: middle(busy) })
+    let (per_second, per_cpu_second) = (middle(wall), middle(busy));
+    Ok(Speed { work, cpus: kind.cpus, per_second, per_cpu_second })
 }
 
 /// Operations a second; `None` where the time is within a few ticks of nothing.
@@ -108,8 +108,10 @@ pub(super) fn table(speeds: &[Speed]) -> String {
     let head = ["work", "CPUs", "a second", "a second of processor time"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for Speed { work, cpus, per_second, per_cpu_second } in speeds {
-        let busy = per_cpu_second.map_or_else(|| "-".into(), |rate| format!("{rate:.0}"));
-        rows.push(vec![(*work).to_owned(), cpus.to_string(), format!("{per_second:.0}"), busy]);
+        let rate =
+            |rate: &Option<f64>| rate.map_or_else(|| "-".into(), |rate| format!("{rate:.0}"));
+        let rates = [per_second, per_cpu_second].map(rate);
+        rows.push([[(*work).to_owned(), cpus.to_string()], rates].concat());
     }
     columns(&rows)
 }
