@@ -214,11 +214,8 @@ impl<P: Platform> PageAllocator<'_, P> {
     }
 
     /// Whether other CPUs can be waited for: with interrupts off, two CPUs could wait for each
-    /// other. A single CPU waits for none.
+    /// other.
     fn may_wait(&self) -> bool {
-        if self.platform.cpus() == 1 {
-            return true;
-        }
         let on = self.platform.interrupts_off();
         self.platform.interrupts_restore(on);
         on

@@ -5,6 +5,7 @@
 use super::Mock;
 use super::step::{Setup, Step, Turn, Use, decode};
 use crate::alloc::{AllocError, PageAllocator, Request};
+use crate::convert::ConvertError;
 use crate::counters::Pages;
 use crate::freetype::{Freetype, Migratetype};
 use crate::handle::BadHandle;
@@ -59,6 +60,8 @@ struct Held<'r, 'a> {
     pages: Vec<Page>,
     /// The host refused to close some of it.
     unsealed: bool,
+    /// It became secret in place.
+    converted: bool,
 }
 
 /// What is in use by a step that others are carried out within.
@@ -79,6 +82,8 @@ pub(crate) struct History<'r, 'a> {
     /// Successful requests and frees, secret ones among them.
     made: [u64; 2],
     freed: [u64; 2],
+    /// Converted pages that were freed and may still be parked.
+    parked: u64,
     /// The next word to store.
     tag: u64,
 }
@@ -123,6 +128,7 @@ pub(crate) fn with(setup: Setup, body: impl FnOnce(&mut History<'_, '_>)) {
         busy: Vec::new(),
         made: [0; 2],
         freed: [0; 2],
+        parked: 0,
         tag: 0,
     };
     body(&mut history);
@@ -162,6 +168,11 @@ impl<'r, 'a> History<'r, 'a> {
                 }
                 self.held.push(held);
             }
+            Step::Convert(which) => {
+                if let Some(held) = self.take(which) {
+                    self.convert(held);
+                }
+            }
             Step::Renew(which) => {
                 if let Some(held) = self.take(which) {
                     self.renew(held);
@@ -176,6 +187,9 @@ impl<'r, 'a> History<'r, 'a> {
             Step::Shrink => {
                 let (shrunk, refused) = self.watch(|| self.allocator.shrink());
                 assert!(shrunk.is_ok() || refused, "shrinking failed: {shrunk:?}");
+                if shrunk.is_ok() {
+                    self.parked = 0;
+                }
             }
             Step::InterruptsOff(during) if depth < DEPTH => {
                 let off = InterruptsOff::new(self.mock);
@@ -240,7 +254,8 @@ impl<'r, 'a> History<'r, 'a> {
         let fill = request.zero.then_some(0);
         let pages = std::vec![Page { fill, words: Vec::new() }; 1 << request.order];
         let Request { order, migratetype, .. } = request;
-        self.held.push(Held { owner, order, migratetype, pages, unsealed: false });
+        let held = Held { owner, order, migratetype, pages, unsealed: false, converted: false };
+        self.held.push(held);
     }
 
     /// Judges a request that failed.
@@ -277,7 +292,10 @@ impl<'r, 'a> History<'r, 'a> {
     fn free(&mut self, held: Held<'r, 'a>) {
         let secret = matches!(held.owner, Owner::Secret(_));
         self.freed[0] += 1;
-        self.freed[1] += u64::from(secret);
+        self.freed[1] += u64::from(secret && !held.converted);
+        if held.converted {
+            self.parked += 1 << held.order;
+        }
         let open = held.unsealed;
         drop(held.owner);
         if open {
@@ -285,6 +303,56 @@ impl<'r, 'a> History<'r, 'a> {
             let reported = self.mock.violations();
             assert!(reported.iter().all(|v| v.starts_with("second-stage-open")), "{reported:?}");
         }
+    }
+
+    /// Has an allocation change sides where it is: secret pages keep what the mapped ones held, and
+    /// come back zero.
+    fn convert(&mut self, held: Held<'r, 'a>) {
+        let (order, was_converted, unsealed) = (held.order, held.converted, held.unsealed);
+        let Held { owner, mut pages, .. } = held;
+        let (result, refused) = self.watch(|| match owner {
+            Owner::Mapped(owner) => match owner.into_secret() {
+                Ok(owner) => (Owner::Secret(owner), Ok(true)),
+                Err((owner, error)) => (Owner::Mapped(owner), Err(error)),
+            },
+            Owner::Secret(owner) => match owner.into_mapped() {
+                Ok(owner) => (Owner::Mapped(owner), Ok(false)),
+                Err((owner, error)) => (Owner::Secret(owner), Err(error)),
+            },
+        });
+        let (owner, result) = result;
+        let blocked = self.must_not_block();
+        let mut held = Held { owner, order, pages: Vec::new(), ..held };
+        match result {
+            Ok(secret) => {
+                assert!(order < 9 && !blocked, "order {order}, interrupts off: {blocked}");
+                held.converted = secret;
+            }
+            Err(error) => {
+                let allowed = match error {
+                    ConvertError::TooLarge => order >= 9,
+                    ConvertError::NoTable => false,
+                    ConvertError::WouldBlock => blocked,
+                    ConvertError::NotConverted => !was_converted,
+                    ConvertError::LeftOpen => unsealed,
+                    ConvertError::Gate(_) => refused,
+                    ConvertError::Use(UseError::Window(_)) => self.windows() > 0,
+                    ConvertError::Use(error) => {
+                        held.unsealed |= matches!(error, UseError::Unsealed(_));
+                        refused
+                    }
+                };
+                assert!(allowed, "order {order}, converted: {was_converted}: {error:?}");
+            }
+        }
+        // On the way back they are scrubbed; when that fails, some of them.
+        match result {
+            Ok(false) => pages.fill(Page { fill: Some(0), words: Vec::new() }),
+            Err(ConvertError::Use(_)) => pages.fill(Page::default()),
+            Ok(true) | Err(_) => {}
+        }
+        held.pages = pages;
+        self.held.push(held);
     }
 
     /// The pages of an allocation that a step uses, as first and number.
@@ -469,15 +537,24 @@ impl<'r, 'a> History<'r, 'a> {
                 Some((held.order, freetype)),
                 "the kind of {frames}"
             );
+            let unmapped = secret && !held.converted;
             let blocks = frames.by_block().map(|part| map.part(part).0);
-            assert!(blocks.into_iter().all(|block| block.freetype().unmapped == secret));
+            assert!(blocks.into_iter().all(|block| block.freetype().unmapped == unmapped));
         }
         let counters = self.allocator.counters();
         let made = [counters.alloc, counters.alloc_secret];
         let freed = [counters.free, counters.free_secret];
         assert_eq!((made, freed), (self.made, self.freed), "requests and frees, secret ones");
         let allocated: u64 = all.iter().map(|(frames, _)| frames.count()).sum();
-        assert_eq!(counters.nr_allocated, allocated + counters.nr_withheld, "allocated pages");
+        let kept = allocated + counters.nr_withheld;
+        let parked = kept..=kept + self.parked;
+        assert!(
+            parked.contains(&counters.nr_allocated),
+            "{} allocated pages, expected {parked:?}",
+            counters.nr_allocated
+        );
+        assert_eq!(counters.splits - counters.merges, counters.nr_table_pages, "tables in use");
+        assert_eq!(counters.nr_table_pages, self.mock.state().live_tables() as u64, "tables");
         let free = counters.nr_free_mapped + counters.nr_free_unmapped;
         let total = free + counters.nr_allocated + counters.nr_fresh;
         assert_eq!(total, map.zone().count(), "pages that are somewhere");
@@ -501,6 +578,7 @@ impl<'r, 'a> History<'r, 'a> {
         }
         let shrunk = self.allocator.shrink();
         assert!(shrunk.is_ok(), "at the end: {shrunk:?}");
+        self.parked = 0;
         self.check();
         let counters = self.allocator.counters();
         assert_eq!(counters.nr_allocated, counters.nr_withheld, "allocated at the end");
@@ -588,7 +666,7 @@ mod tests {
     #[should_panic(expected = "overlap")]
     fn twin_two_owners_of_the_same_pages_are_seen() {
         spoilt(|history| {
-            let Held { owner, order, migratetype, pages, unsealed } = &history.held[0];
+            let Held { owner, order, migratetype, pages, unsealed, converted } = &history.held[0];
             let owner = MappedPages::from_raw(history.allocator, owner.handle()).unwrap();
             let twin = Held {
                 owner: Owner::Mapped(owner),
@@ -596,6 +674,7 @@ mod tests {
                 migratetype: *migratetype,
                 pages: pages.clone(),
                 unsealed: *unsealed,
+                converted: *converted,
             };
             history.held.push(twin);
         });

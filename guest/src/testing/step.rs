@@ -61,6 +61,8 @@ pub(crate) enum Step {
     Free(u8),
     /// Opens or pins an allocation.
     Use(Use),
+    /// An allocation changes sides where it is.
+    Convert(u8),
     /// Gives up an owner and makes it again from its handle.
     Renew(u8),
     /// Tries a word as a handle.
@@ -121,7 +123,10 @@ fn turn(bytes: &mut impl Iterator<Item = u8>) -> Option<Turn> {
                 during: rest >> 5,
             })
         }
-        11 => Step::Renew(next()),
+        11 => {
+            let word = next();
+            if word & 3 == 0 { Step::Renew(word >> 2) } else { Step::Convert(word >> 2) }
+        }
         12 => Step::Forge(u64::from_le_bytes(core::array::from_fn(|_| next()))),
         13 => [Step::Balance, Step::Shrink][usize::from(next() & 1)],
         14 => Step::InterruptsOff(next() >> 5),
@@ -149,7 +154,7 @@ mod tests {
                 orders.insert((request.order, request.migratetype as u8, request.zero, secret));
             }
         }
-        assert_eq!(kinds.len(), 9);
+        assert_eq!(kinds.len(), 10);
         assert_eq!(orders.len(), usize::from(ORDERS) * 3 * 2 * 2);
         assert_eq!(decode(&[]).1.count(), 0);
     }

@@ -25,6 +25,7 @@ fn turn() -> impl Strategy<Value = Turn> {
         12 => alloc,
         7 => any::<u8>().prop_map(Step::Free),
         6 => what,
+        4 => any::<u8>().prop_map(Step::Convert),
         1 => any::<u8>().prop_map(Step::Renew),
         1 => any::<u64>().prop_map(Step::Forge),
         1 => Just(Step::Balance),
