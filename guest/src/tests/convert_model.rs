@@ -1,7 +1,7 @@
 //! Conversions mixed with everything else against a plain model, and on several threads at once.
 
 use super::convert::secret;
-use crate::alloc::Request;
+use crate::alloc::{PageAllocator, Request};
 use crate::freetype::Migratetype;
 use crate::mapped::MappedPages;
 use crate::platform::{InterruptsOff, Platform};
@@ -9,6 +9,7 @@ use crate::secret::{Access, SecretPages};
 use crate::testing::{Mock, Random, pages};
 use lacuna_abi::addr::PAGE_SIZE;
 use proptest::prelude::*;
+use std::sync::Barrier;
 use std::vec::Vec;
 
 /// One step of a random history.
@@ -152,6 +153,21 @@ proptest! {
     }
 }
 
+const ROUNDS: u64 = 20;
+
+/// Pages that hold a tag in their last word, made secret.
+fn tagged_secret<'r, 'a>(
+    mock: &Mock,
+    allocator: &'r PageAllocator<'a, Mock>,
+    order: u8,
+    tag: u64,
+) -> Option<Held<'r, 'a>> {
+    let pages = allocator.alloc_mapped(pages(order)).ok()?;
+    let bytes = pages.frames().count() * PAGE_SIZE;
+    mock.store(pages.pin().va().wrapping_add(bytes - 8), tag);
+    Some(Held::Secret(secret(pages), tag))
+}
+
 #[test]
 fn cpus_convert_pages_of_one_pageblock_at_once() {
     let mock = Mock::new(16, 4);
@@ -161,32 +177,28 @@ fn cpus_convert_pages_of_one_pageblock_at_once() {
     let fill = [10, 10, 10, 9].map(|order| allocator.alloc_mapped(pages(order)).unwrap());
     let kept = allocator.alloc_mapped(pages(0)).unwrap();
     mock.state().watch(kept.frames());
-    std::thread::scope(|scope| {
-        for cpu in 0..4_u64 {
-            let (mock, allocator) = (&mock, &allocator);
-            scope.spawn(move || {
-                mock.on_cpu(cpu as usize);
-                let mut random = Random(cpu);
-                let mut held: Vec<Held<'_, '_>> = Vec::new();
-                for op in 0..400 {
-                    if held.len() > 5 || (!held.is_empty() && random.below(3) == 0) {
-                        let which = random.below(held.len() as u64) as usize;
-                        held.swap_remove(which).check(mock);
-                        continue;
-                    }
+    let all = Barrier::new(4);
+    mock.on_all_cpus(|| {
+        let mut random = Random(mock.cpu() as u64);
+        for round in 1..=ROUNDS {
+            let mut held = std::vec![tagged_secret(&mock, &allocator, 0, round).unwrap()];
+            all.wait();
+            // Each CPU has converted pages, and there is one pageblock that they can be of.
+            assert_eq!(allocator.counters().nr_table_pages, 1);
+            all.wait();
+            for op in 0..20 {
+                if held.len() > 5 || (!held.is_empty() && random.below(3) == 0) {
+                    let which = random.below(held.len() as u64) as usize;
+                    held.swap_remove(which).check(&mock);
+                } else {
                     let order = random.below(4) as u8;
-                    let Ok(pages) = allocator.alloc_mapped(pages(order)) else { continue };
-                    let tag = op * 4 + cpu + 1;
-                    let bytes = pages.frames().count() * PAGE_SIZE;
-                    mock.store(pages.pin().va().wrapping_add(bytes - 8), tag);
-                    let secret = secret(pages);
-                    held.push(Held::Secret(secret, tag));
+                    held.extend(tagged_secret(&mock, &allocator, order, ROUNDS + op));
                 }
-            });
+            }
         }
     });
     let counters = allocator.counters();
-    assert!(counters.splits > 1 && counters.converted > 4 * counters.splits, "they met");
+    assert!(counters.converted >= 4 * ROUNDS, "{counters:?}");
     assert_eq!((counters.splits, counters.nr_table_pages), (counters.merges, 0));
     assert_eq!(counters.converted, counters.restored);
     drop((fill, kept));
