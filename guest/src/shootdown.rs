@@ -5,8 +5,8 @@
 //! at once, and a CPU that waits for others serves theirs meanwhile: its interrupts are on.
 
 use crate::platform::CpuSet;
+use crate::sync::{AtomicU8, AtomicU64};
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use core::sync::atomic::{AtomicU8, AtomicU64};
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::Gva;
 use lacuna_abi::event::Flush;
@@ -40,7 +40,7 @@ pub trait Interrupts {
 }
 
 /// What one CPU asks of others.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Request {
     /// CPUs that have not answered yet. Published last, so that who finds its bit finds the rest.
     missing: AtomicU8,
@@ -48,6 +48,7 @@ struct Request {
     flush: [AtomicU64; 2],
 }
 
+#[cfg(not(loom))]
 impl Request {
     const fn none() -> Self {
         Self {
@@ -58,28 +59,23 @@ impl Request {
     }
 }
 
-/// The shootdowns of all CPUs.
-#[derive(Debug)]
+/// The shootdowns of all CPUs; by default none is under way, and CPU 0 alone is online.
+#[derive(Debug, Default)]
 pub struct Shootdowns {
-    /// CPUs that were started, or are about to be.
+    /// CPUs that were started, or are about to be, beside CPU 0.
     online: AtomicU8,
     /// Number of the last shootdown.
     last: AtomicU64,
     requests: [Request; MAX_CPUS],
 }
 
-impl Default for Shootdowns {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Shootdowns {
-    /// None under way; CPU 0 alone is online.
+    /// The default, for a static. (The atomics of `--cfg loom` are made at run time.)
+    #[cfg(not(loom))]
     #[must_use]
     pub const fn new() -> Self {
         Self {
-            online: AtomicU8::new(CpuSet::only(0).0),
+            online: AtomicU8::new(0),
             last: AtomicU64::new(0),
             requests: [const { Request::none() }; MAX_CPUS],
         }
@@ -101,7 +97,8 @@ impl Shootdowns {
     pub fn run(&self, on: &impl Interrupts, flush: Flush, cpus: CpuSet) {
         assert!(on.interrupts_are_on(), "a shootdown with interrupts off, or a lock held");
         let own = CpuSet::only(on.cpu());
-        let others = CpuSet(cpus.0 & self.online.load(Acquire) & !own.0);
+        let online = self.online.load(Acquire) | CpuSet::only(0).0;
+        let others = CpuSet(cpus.0 & online & !own.0);
         let request = &self.requests[on.cpu()];
         let number = self.last.fetch_add(1, Relaxed) + 1;
         if !others.is_empty() {

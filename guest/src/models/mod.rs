@@ -11,6 +11,7 @@ mod lists;
 mod movers;
 mod pins;
 mod ring;
+mod shootdowns;
 
 use crate::alloc::{AllocConfig, PageAllocator};
 use crate::freetype::{Freetype, Migratetype};

@@ -29,7 +29,7 @@ pub(crate) enum Op {
 pub(crate) enum Slip {
     /// Those with this ordering are relaxed.
     Relaxed(Op, u32, Ordering),
-    /// A compare-and-exchange, or an update, loads and stores in two steps.
+    /// A compare-and-exchange, an update, or an AND loads and stores in two steps.
     TwoSteps(Op, u32),
 }
 
@@ -99,6 +99,11 @@ macro_rules! atomic {
             }
 
             pub(crate) fn fetch_and(&self, value: $value, asked: Ordering) -> $value {
+                if in_two_steps(Op::And, $bits) {
+                    let found = self.0.load(Relaxed);
+                    self.0.store(found & value, Ordering::Release);
+                    return found;
+                }
                 self.0.fetch_and(value, order(Op::And, $bits, asked))
             }
 
