@@ -23,6 +23,9 @@ pub trait Ring {
     /// Number of the CPU that writes it.
     fn cpu(&self) -> u8;
 
+    /// The code that records, for reports ([`Record::site`]).
+    fn site(&self) -> u32;
+
     /// The last event number that was taken, on any CPU.
     fn sequence(&self) -> &AtomicU64;
 
@@ -40,7 +43,7 @@ pub trait Ring {
 pub fn record(ring: &impl Ring, event: Event) {
     reserve(ring);
     set_busy(ring, true);
-    push(ring, &Record { seq: next_number(ring), cpu: ring.cpu(), event });
+    push(ring, &Record { seq: next_number(ring), cpu: ring.cpu(), site: ring.site(), event });
     set_busy(ring, false);
 }
 
@@ -60,7 +63,8 @@ pub fn write_entries(ring: &impl Ring, write: &EntryWrite, mut store: impl FnMut
     }
     let seq = if before == 0 { next_number(ring) } else { before };
     ring.control(INTENT_SEQ_WORD).store(seq, Release);
-    push(ring, &Record { seq, cpu: ring.cpu(), event: Event::EntryWrite(write) });
+    let event = Event::EntryWrite(write);
+    push(ring, &Record { seq, cpu: ring.cpu(), site: ring.site(), event });
     ring.control(RING_INTENT_WORD).store(0, Release);
     set_busy(ring, false);
 }

@@ -146,12 +146,18 @@ impl Shootdowns {
 const NON_GLOBAL: u64 = 0;
 const EVERYTHING: u64 = 1;
 const PAGES: u64 = 2;
+const PAGE_OF_PCID: u64 = 3;
+const PCID: u64 = 4;
+const ALL_PCIDS: u64 = 5;
 
 /// Kind, level and count in the first word, the address in the second.
 fn encode(flush: Flush) -> [u64; 2] {
     match flush {
         Flush::NonGlobal => [NON_GLOBAL, 0],
         Flush::Everything => [EVERYTHING, 0],
+        Flush::AllPcids => [ALL_PCIDS, 0],
+        Flush::Pcid(pcid) => [PCID | u64::from(pcid) << 32, 0],
+        Flush::PageOfPcid { va, pcid } => [PAGE_OF_PCID | u64::from(pcid) << 32, va.0],
         Flush::Pages { va, count, level } => {
             [PAGES | u64::from(level.number()) << 8 | u64::from(count) << 32, va.0]
         }
@@ -165,6 +171,9 @@ fn decode([first, va]: [u64; 2]) -> Flush {
     match (u64::from(kind), Level::from_number(level)) {
         (NON_GLOBAL, _) => Flush::NonGlobal,
         (PAGES, Some(level)) => Flush::Pages { va: Gva(va), count, level },
+        (ALL_PCIDS, _) => Flush::AllPcids,
+        (PCID, _) => Flush::Pcid(u16::from_le_bytes([c0, c1])),
+        (PAGE_OF_PCID, _) => Flush::PageOfPcid { va: Gva(va), pcid: u16::from_le_bytes([c0, c1]) },
         _ => Flush::Everything,
     }
 }

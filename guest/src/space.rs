@@ -33,6 +33,8 @@ pub(crate) fn locate<P: Platform>(
 }
 
 /// Writes a run of entries: from `old` to `new`, counted on as `Entry::nth_of_run` does.
+/// Part of its caller, whose name a report of the write then bears.
+#[inline(always)]
 pub(crate) fn write<P: Platform>(platform: &P, run: Run, old: Entry, new: Entry) {
     let space = platform.space();
     let Run { at, va, level, count } = run;

@@ -65,7 +65,7 @@ impl Intent {
         if sum != check(0, state) {
             return Err(BadRecord::Torn);
         }
-        let record = [1, state, root, va, old, new, grant, check(1, state)];
+        let record = [1, state, root, va, old, new, grant, last_word(1, state, 0)];
         match Record::from_words(&record)?.event {
             Event::EntryWrite(write) => Ok(Some(Self { write, seq })),
             _ => Err(BadRecord::Unknown),
@@ -82,6 +82,15 @@ pub enum Event {
     TableFill(TableFill),
     /// This CPU invalidated translations of its own.
     Flush(Flush),
+    /// This CPU changed a control register. Its number is taken before the instruction.
+    Control {
+        /// Which.
+        register: ControlRegister,
+        /// What it held.
+        old: u64,
+        /// What it holds from here on.
+        new: u64,
+    },
     /// This CPU loaded CR3.
     RootLoad {
         /// Physical address of the root.
@@ -183,10 +192,35 @@ pub enum Flush {
         /// Level of the pages: 1 steps by 4 KiB, 2 by 2 MiB.
         level: Level,
     },
-    /// CR3 was loaded with its own value: all translations but the global ones.
+    /// CR3 was loaded with its own value: all translations of the current PCID but the global ones.
     NonGlobal,
-    /// CR4.PGE was cleared and set again: everything.
+    /// CR4.PGE was cleared and set again, or INVPCID of type 2: everything.
     Everything,
+    /// INVPCID of type 0: the page under this PCID, but no global translation.
+    PageOfPcid {
+        /// An address in the page.
+        va: Gva,
+        /// The PCID.
+        pcid: u16,
+    },
+    /// INVPCID of type 1: all translations of this PCID but the global ones.
+    Pcid(u16),
+    /// INVPCID of type 3: all translations of every PCID but the global ones.
+    AllPcids,
+}
+
+named_enum! {
+    /// Registers whose changes decide what may be cached (SDM volume 3, "Operations that Invalidate
+    /// TLBs and Paging-Structure Caches").
+    #[repr(u8)]
+    pub enum ControlRegister {
+        /// CR0.
+        Cr0 = "cr0",
+        /// CR4.
+        Cr4 = "cr4",
+        /// The MSR IA32_EFER.
+        Efer = "efer",
+    }
 }
 
 named_enum! {
@@ -238,6 +272,9 @@ pub struct Record {
     pub seq: u64,
     /// CPU.
     pub cpu: u8,
+    /// Which code recorded it, for reports: in an image the low half of an address, on simulated
+    /// machines a distance from a fixed place; 0 if it is not known.
+    pub site: u32,
     /// What happened.
     pub event: Event,
 }
@@ -261,6 +298,7 @@ const KIND_LIFE: u64 = 4;
 const KIND_ACK: u64 = 5;
 const KIND_HOST: u64 = 6;
 const KIND_FILL: u64 = 7;
+const KIND_CONTROL: u64 = 8;
 const PCID_MASK: u64 = 0xfff;
 
 const fn head(kind: u64, level: u8, flavour: u64, cpu: u8, count: u32) -> u64 {
@@ -272,8 +310,14 @@ const fn check(seq: u64, head: u64) -> u64 {
     seq ^ head.rotate_left(17) ^ CHECK
 }
 
+/// The last word of a record: a check in its low half, the site in its high half.
+const fn last_word(seq: u64, head: u64, site: u32) -> u64 {
+    let check = check(seq, head);
+    (check ^ check >> 32) & 0xffff_ffff | (site as u64) << 32
+}
+
 impl Record {
-    /// The record's words: number, head, root and PCID, address, old, new, grant, check.
+    /// The record's words: number, head, root and PCID, address, old, new, grant, check and site.
     #[inline]
     #[must_use]
     pub fn to_words(&self) -> [u64; RECORD_WORDS] {
@@ -290,6 +334,16 @@ impl Record {
             }
             Event::Flush(Flush::NonGlobal) => (head(KIND_FLUSH, 0, 1, self.cpu, 0), [0; 5]),
             Event::Flush(Flush::Everything) => (head(KIND_FLUSH, 0, 2, self.cpu, 0), [0; 5]),
+            Event::Flush(Flush::PageOfPcid { va, pcid }) => {
+                (head(KIND_FLUSH, 0, 3, self.cpu, 0), [u64::from(pcid), va.0, 0, 0, 0])
+            }
+            Event::Flush(Flush::Pcid(pcid)) => {
+                (head(KIND_FLUSH, 0, 4, self.cpu, 0), [u64::from(pcid), 0, 0, 0, 0])
+            }
+            Event::Flush(Flush::AllPcids) => (head(KIND_FLUSH, 0, 5, self.cpu, 0), [0; 5]),
+            Event::Control { register, old, new } => {
+                (head(KIND_CONTROL, 0, register as u64, self.cpu, 0), [0, 0, old, new, 0])
+            }
             Event::RootLoad { root, pcid, no_flush } => (
                 head(KIND_ROOT, 0, u64::from(no_flush), self.cpu, 0),
                 [root.0 | u64::from(pcid), 0, 0, 0, 0],
@@ -307,7 +361,7 @@ impl Record {
             ),
         };
         let [root, va, old, new, grant] = rest;
-        [self.seq, head, root, va, old, new, grant, check(self.seq, head)]
+        [self.seq, head, root, va, old, new, grant, last_word(self.seq, head, self.site)]
     }
 
     /// The record of these words.
@@ -317,7 +371,8 @@ impl Record {
     #[inline]
     pub fn from_words(words: &[u64; RECORD_WORDS]) -> Result<Self, BadRecord> {
         let [seq, head, root, va, old, new, grant, sum] = *words;
-        if seq == 0 || sum != check(seq, head) {
+        let site = (sum >> 32) as u32;
+        if seq == 0 || sum != last_word(seq, head, site) {
             return Err(BadRecord::Torn);
         }
         let [kind, level, flavour, cpu, c0, c1, c2, c3] = head.to_le_bytes();
@@ -359,6 +414,14 @@ impl Record {
             }
             (KIND_FLUSH, 1) => Event::Flush(Flush::NonGlobal),
             (KIND_FLUSH, 2) => Event::Flush(Flush::Everything),
+            (KIND_FLUSH, 3) => Event::Flush(Flush::PageOfPcid { va: Gva(va), pcid }),
+            (KIND_FLUSH, 4) => Event::Flush(Flush::Pcid(pcid)),
+            (KIND_FLUSH, 5) => Event::Flush(Flush::AllPcids),
+            (KIND_CONTROL, _) => {
+                let register =
+                    ControlRegister::from_number(flavour.into()).ok_or(BadRecord::Unknown)?;
+                Event::Control { register, old, new }
+            }
             (KIND_ROOT, 0 | 1) => Event::RootLoad { root, pcid, no_flush: flavour == 1 },
             (KIND_LIFE, _) => {
                 let life = Life::from_number(flavour.into()).ok_or(BadRecord::Unknown)?;
@@ -371,7 +434,7 @@ impl Record {
             }
             _ => return Err(BadRecord::Unknown),
         };
-        Ok(Self { seq, cpu, event })
+        Ok(Self { seq, cpu, site, event })
     }
 }
 
@@ -394,6 +457,22 @@ mod tests {
 
     fn range() -> impl Strategy<Value = FrameRange> {
         (0..1u64 << 39, 1..1u64 << 20).prop_map(|(s, c)| FrameRange::new(Gfn(s), c).unwrap())
+    }
+
+    fn flush() -> impl Strategy<Value = Flush> {
+        prop_oneof![
+            (any::<u64>(), 1u32..=1 << 20).prop_map(|(va, count)| Flush::Pages {
+                va: Gva(va),
+                count,
+                level: Level::Pt
+            }),
+            (any::<u64>(), 0u16..4096)
+                .prop_map(|(va, pcid)| Flush::PageOfPcid { va: Gva(va), pcid }),
+            (0u16..4096).prop_map(Flush::Pcid),
+            Just(Flush::NonGlobal),
+            Just(Flush::AllPcids),
+            Just(Flush::Everything),
+        ]
     }
 
     fn event() -> impl Strategy<Value = Event> {
@@ -421,13 +500,10 @@ mod tests {
         prop_oneof![
             write,
             fill,
-            (any::<u64>(), 1u32..=1 << 20).prop_map(|(va, count)| Event::Flush(Flush::Pages {
-                va: Gva(va),
-                count,
-                level: Level::Pt
-            })),
-            Just(Event::Flush(Flush::NonGlobal)),
-            Just(Event::Flush(Flush::Everything)),
+            flush().prop_map(Event::Flush),
+            (0..ControlRegister::ALL.len(), any::<[u64; 2]>()).prop_map(|(i, [old, new])| {
+                Event::Control { register: ControlRegister::ALL[i], old, new }
+            }),
             any::<bool>().prop_map(|no_flush| Event::RootLoad {
                 root: Gpa(0x3000),
                 pcid: 9,
@@ -441,8 +517,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_record_survives_its_encoding(seq in 1..u64::MAX, cpu: u8, event in event()) {
-            let record = Record { seq, cpu, event };
+        fn a_record_survives_its_encoding(
+            seq in 1..u64::MAX, cpu: u8, site: u32, event in event(),
+        ) {
+            let record = Record { seq, cpu, site, event };
             prop_assert_eq!(Record::from_words(&record.to_words()), Ok(record));
         }
 
@@ -453,10 +531,10 @@ mod tests {
 
         #[test]
         fn any_head_with_a_right_check_is_decoded_or_refused(
-            mut words: [u64; RECORD_WORDS], kind in 0u64..8, level in 0u64..6, flavour in 0u64..12,
+            mut words: [u64; RECORD_WORDS], kind in 0u64..9, level in 0u64..6, flavour in 0u64..12,
         ) {
             words[1] = words[1] & !0xff_ffff | kind | level << 8 | flavour << 16;
-            words[7] = check(words[0], words[1]);
+            words[7] = last_word(words[0], words[1], 0);
             if let Ok(record) = Record::from_words(&words) {
                 let again = Record::from_words(&record.to_words());
                 prop_assert_eq!(again, Ok(record));
@@ -466,7 +544,7 @@ mod tests {
 
     #[test]
     fn a_half_written_record_is_torn() {
-        let record = Record { seq: 9, cpu: 0, event: Event::Flush(Flush::Everything) };
+        let record = Record { seq: 9, cpu: 0, site: 5, event: Event::Flush(Flush::Everything) };
         for word in [0, 1, 7] {
             let mut words = record.to_words();
             words[word] ^= 4;
@@ -487,7 +565,7 @@ mod tests {
             new: Entry::EMPTY,
             grant: 0,
         };
-        let record = Record { seq: 1, cpu: 0, event: Event::EntryWrite(write) };
+        let record = Record { seq: 1, cpu: 0, site: 0, event: Event::EntryWrite(write) };
         assert_eq!(Record::from_words(&record.to_words()), Err(BadRecord::Malformed));
     }
 

@@ -24,7 +24,7 @@ pub mod words;
 pub mod workload;
 
 /// Version of everything in this crate. The VMM refuses an image built for another one.
-pub const ABI_VERSION: u64 = 1;
+pub const ABI_VERSION: u64 = 2;
 
 /// Most virtual CPUs that one guest may have: per-CPU windows, rings and stacks are laid out for
 /// this many.

@@ -68,11 +68,11 @@ impl Interrupts for Wire {
     }
 
     fn flush(&self, flush: Flush) {
-        ring::flush(flush);
+        ring::flush(cpu::here(), flush);
     }
 
     fn acknowledge(&self, number: u64) {
-        ring::record(Event::ShootdownAck(number));
+        ring::record(cpu::here(), Event::ShootdownAck(number));
     }
 
     fn relax(&self) {

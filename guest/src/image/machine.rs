@@ -73,16 +73,20 @@ impl Platform for Machine {
         memory::read_entry(self.pool.gpa, self.pool.len, at)
     }
 
+    // Parts of their callers, which the sites of records then name.
+    #[inline(always)]
     fn write_entries(&self, at: Gpa, write: &EntryWrite) {
-        ring::write_entries(&self.pool, at, write);
+        ring::write_entries(cpu::here(), &self.pool, at, write);
     }
 
+    #[inline(always)]
     fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
-        ring::fill_table(&self.pool, &TableFill { table, level, first });
+        ring::fill_table(cpu::here(), &self.pool, &TableFill { table, level, first });
     }
 
+    #[inline(always)]
     fn flush(&self, flush: Flush) {
-        ring::flush(flush);
+        ring::flush(cpu::here(), flush);
     }
 
     fn shootdown(&self, flush: Flush, cpus: CpuSet) {
@@ -93,8 +97,9 @@ impl Platform for Machine {
         gate::operations(ops)
     }
 
+    #[inline(always)]
     fn life(&self, life: Life, frames: FrameRange) {
-        ring::record(Event::Life(life, frames));
+        ring::record(cpu::here(), Event::Life(life, frames));
     }
 
     fn zero(&self, va: Gva, bytes: u64) {

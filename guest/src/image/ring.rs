@@ -2,7 +2,7 @@
 
 use crate::{cpu, gate, memory, shared};
 use core::sync::atomic::AtomicU64;
-use lacuna_abi::addr::Gpa;
+use lacuna_abi::addr::{Gpa, Gva};
 use lacuna_abi::event::{EntryWrite, Event, Flush, TableFill};
 use lacuna_abi::gate::Call;
 use lacuna_abi::layout::Region;
@@ -12,6 +12,7 @@ use lacuna_guest::ring::{self, Ring};
 /// The ring of the CPU that made this.
 struct Own {
     cpu: usize,
+    site: u32,
     words: &'static shared::Ring,
 }
 
@@ -19,6 +20,10 @@ impl Ring for Own {
     fn cpu(&self) -> u8 {
         // Below MAX_CPUS, 8.
         self.cpu as u8
+    }
+
+    fn site(&self) -> u32 {
+        self.site
     }
 
     fn sequence(&self) -> &AtomicU64 {
@@ -39,37 +44,37 @@ impl Ring for Own {
 }
 
 /// Has `body` use this CPU's ring, with interrupts off.
-fn with_own(body: impl FnOnce(&Own)) {
+fn with_own(site: u32, body: impl FnOnce(&Own)) {
     let were_on = cpu::interrupts_off();
     let cpu = cpu::number();
-    body(&Own { cpu, words: shared::ring(cpu) });
+    body(&Own { cpu, site, words: shared::ring(cpu) });
     if were_on {
         cpu::interrupts_on();
     }
 }
 
 /// Records an event that takes its number now.
-pub(crate) fn record(event: Event) {
-    with_own(|own| ring::record(own, event));
+pub(crate) fn record(site: u32, event: Event) {
+    with_own(site, |own| ring::record(own, event));
 }
 
 /// Writes a run of entries and records it.
-pub(crate) fn write_entries(pool: &Region, at: Gpa, write: &EntryWrite) {
+pub(crate) fn write_entries(site: u32, pool: &Region, at: Gpa, write: &EntryWrite) {
     let store = |index: u64, entry| {
         memory::write_entry(pool.gpa, pool.len, at.wrapping_add(8 * index), entry);
     };
-    with_own(|own| ring::write_entries(own, write, store));
+    with_own(site, |own| ring::write_entries(own, write, store));
 }
 
 /// Fills a table that no root reaches and records it.
-pub(crate) fn fill_table(pool: &Region, fill: &TableFill) {
+pub(crate) fn fill_table(site: u32, pool: &Region, fill: &TableFill) {
     memory::fill_table(pool.gpa, pool.len, fill);
-    record(Event::TableFill(*fill));
+    record(site, Event::TableFill(*fill));
 }
 
 /// Records a flush, then executes it.
-pub(crate) fn flush(flush: Flush) {
-    record(Event::Flush(flush));
+pub(crate) fn flush(site: u32, flush: Flush) {
+    record(site, Event::Flush(flush));
     match flush {
         Flush::Pages { va, count, level } => {
             let stride = if level == Level::Pt { Level::Pt.span() } else { Level::Pd.span() };
@@ -79,5 +84,8 @@ pub(crate) fn flush(flush: Flush) {
         }
         Flush::NonGlobal => cpu::flush_non_global(),
         Flush::Everything => cpu::flush_everything(),
+        Flush::PageOfPcid { va, pcid } => cpu::invalidate_pcid::<0>(pcid, va),
+        Flush::Pcid(pcid) => cpu::invalidate_pcid::<1>(pcid, Gva(0)),
+        Flush::AllPcids => cpu::invalidate_pcid::<3>(0, Gva(0)),
     }
 }

@@ -65,6 +65,10 @@ impl<const N: u64> Ring for Small<N> {
         0
     }
 
+    fn site(&self) -> u32 {
+        0
+    }
+
     fn sequence(&self) -> &AtomicU64 {
         &self.sequence
     }
@@ -103,7 +107,7 @@ fn writer_against_reader<const N: u64>() {
             got.extend(some);
         }
         writer.join().unwrap();
-        let wanted = [1, 2, 3].map(|seq| Record { seq, cpu: 0, event: event(seq) });
+        let wanted = [1, 2, 3].map(|seq| Record { seq, cpu: 0, site: 0, event: event(seq) });
         assert_eq!(got, wanted, "records");
     });
 }

@@ -226,7 +226,11 @@ impl State {
         self.stale.retain(|stale| {
             let gone = match flush {
                 Flush::Everything => true,
-                Flush::NonGlobal => !stale.global,
+                // One address space, one PCID.
+                Flush::NonGlobal | Flush::Pcid(_) | Flush::AllPcids => !stale.global,
+                Flush::PageOfPcid { va, .. } => {
+                    !stale.global && stale.bytes <= PAGE_SIZE && va == stale.va
+                }
                 Flush::Pages { va, count, level } => {
                     let end = va.0 + u64::from(count) * level.span();
                     va.0 <= stale.va.0 && stale.va.0 + stale.bytes <= end

@@ -57,6 +57,10 @@ impl Ring for Watched {
         3
     }
 
+    fn site(&self) -> u32 {
+        9
+    }
+
     /// Asked for only to take a number.
     fn sequence(&self) -> &AtomicU64 {
         self.busy_at_numbers.borrow_mut().push(self.is_busy());
@@ -112,7 +116,10 @@ fn a_write_is_announced_before_its_stores_and_recorded_with_its_numbers() {
     let nth = |index| (index, b.nth_of_run(Level::Pt, index));
     assert_eq!(stored, [nth(0), nth(1), nth(2)]);
     let remap = EntryWrite { grant: 1, ..write(a, b) };
-    assert_eq!(ring.published(0), Record { seq: 2, cpu: 3, event: Event::EntryWrite(remap) });
+    assert_eq!(
+        ring.published(0),
+        Record { seq: 2, cpu: 3, site: 9, event: Event::EntryWrite(remap) }
+    );
     write_entries(&ring, &write(Entry::EMPTY, a), |_, _| {
         assert_eq!(ring.intent().unwrap().seq, 3, "a grant takes its number before its stores");
     });

@@ -123,7 +123,8 @@ fn with_others(bus: &Bus, cpus: usize, body: impl FnOnce(&Cpu<'_>)) {
 
 #[test]
 fn every_cpu_of_the_set_flushes_and_acknowledges_once() {
-    for flush in [Flush::Everything, Flush::NonGlobal, PAGES] {
+    let others = [Flush::Pcid(7), Flush::AllPcids, Flush::PageOfPcid { va: Gva(4096), pcid: 4095 }];
+    for flush in [Flush::Everything, Flush::NonGlobal, PAGES].into_iter().chain(others) {
         let bus = Bus::default();
         with_others(&bus, 4, |cpu| cpu.shoot(flush, CpuSet(0b1011)));
         let mut flushes = bus.flushes.lock().unwrap().clone();

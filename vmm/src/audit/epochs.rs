@@ -24,6 +24,8 @@ pub(super) fn members(set: CpuSet) -> impl Iterator<Item = u8> {
 #[derive(Clone, Debug, Default)]
 struct CpuEpochs {
     everything: u64,
+    /// All but globals, of every PCID.
+    all_pcids: u64,
     /// All but globals, for each PCID; there are 4096 at most.
     non_global: BTreeMap<u16, u64>,
     /// Paging-structure caches, for each PCID: INVLPG empties them whatever its address.
@@ -48,6 +50,13 @@ impl Epochs {
                 raise(&mut epochs.structures, pcid, seq);
             }
             Flush::Pages { .. } => raise(&mut epochs.structures, pcid, seq),
+            Flush::Pcid(pcid) => {
+                raise(&mut epochs.non_global, *pcid, seq);
+                raise(&mut epochs.structures, *pcid, seq);
+            }
+            Flush::AllPcids => epochs.all_pcids = epochs.all_pcids.max(seq),
+            // One page of one PCID is too little to count here.
+            Flush::PageOfPcid { .. } => {}
         }
     }
 
@@ -61,7 +70,9 @@ impl Epochs {
     ) -> CpuSet {
         self.keep(cpus, |epochs| {
             seq < epochs.everything
-                || (!global && epochs.non_global.get(&pcid).is_some_and(|flush| seq < *flush))
+                || (!global
+                    && (seq < epochs.all_pcids
+                        || epochs.non_global.get(&pcid).is_some_and(|flush| seq < *flush)))
         })
     }
 
@@ -69,6 +80,7 @@ impl Epochs {
     pub(super) fn may_cache_table(&self, cpus: CpuSet, pcid: u16, seq: u64) -> CpuSet {
         self.keep(cpus, |epochs| {
             seq < epochs.everything
+                || seq < epochs.all_pcids
                 || epochs.structures.get(&pcid).is_some_and(|flush| seq < *flush)
         })
     }

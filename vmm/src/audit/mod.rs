@@ -168,7 +168,7 @@ impl Audit {
     /// Takes one record; records come in the order of their numbers. Host records change nothing:
     /// what they say was told by [`Self::arrival`] and [`Self::done`].
     pub fn event(&mut self, record: &Record, world: &impl World) {
-        let Record { seq, cpu, event } = *record;
+        let Record { seq, cpu, event, .. } = *record;
         if seq <= self.last_seq {
             let reason = format!("event {seq} came after event {}", self.last_seq);
             self.ledger.inconclusive(reason);
@@ -187,7 +187,7 @@ impl Audit {
                 self.root_load(cpu, (root, pcid), no_flush, seq);
             }
             Event::Life(life, frames) => self.life(cpu, life, frames, seq),
-            Event::ShootdownAck(_) | Event::Host(..) => {}
+            Event::Control { .. } | Event::ShootdownAck(_) | Event::Host(..) => {}
         }
     }
 

@@ -96,7 +96,7 @@ mod tests {
     use lacuna_abi::event::{Event, Flush};
 
     fn record(seq: u64) -> Record {
-        Record { seq, cpu: 0, event: Event::Flush(Flush::NonGlobal) }
+        Record { seq, cpu: 0, site: 0, event: Event::Flush(Flush::NonGlobal) }
     }
 
     #[test]

@@ -121,7 +121,7 @@ mod tests {
     }
 
     fn flush(seq: u64, cpu: u8) -> Record {
-        Record { seq, cpu, event: Event::Flush(Flush::Everything) }
+        Record { seq, cpu, site: 0, event: Event::Flush(Flush::Everything) }
     }
 
     #[test]
@@ -149,7 +149,7 @@ mod tests {
         memory.store(reader.word(RING_HEAD_WORD), 2).unwrap();
         assert!(reader.drain(&memory).unwrap().lost[0].contains("Torn"));
         let forged = Event::Host(HostAct::Sealed, FrameRange::single(Gfn(4 << 18)));
-        put(&memory, &reader, 2, &Record { seq: 3, cpu: 0, event: forged });
+        put(&memory, &reader, 2, &Record { seq: 3, cpu: 0, site: 0, event: forged });
         assert!(reader.drain(&memory).unwrap().lost[0].contains("claims to be the host's"));
         memory.store(reader.word(RING_HEAD_WORD), u64::MAX).unwrap();
         assert!(reader.drain(&memory).unwrap().lost[0].contains("jumped"));

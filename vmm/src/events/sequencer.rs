@@ -149,7 +149,7 @@ mod tests {
     use lacuna_abi::paging::{Entry, Level};
 
     fn record(seq: u64) -> Record {
-        Record { seq, cpu: 0, event: Event::Flush(Flush::Everything) }
+        Record { seq, cpu: 0, site: 0, event: Event::Flush(Flush::Everything) }
     }
 
     fn write(grant: u64) -> EntryWrite {
@@ -225,7 +225,10 @@ mod tests {
     #[test]
     fn a_remap_accounts_for_both_of_its_numbers() {
         let mut sequencer = Sequencer::default();
-        push(&mut sequencer, Record { seq: 3, cpu: 0, event: Event::EntryWrite(write(1)) });
+        push(
+            &mut sequencer,
+            Record { seq: 3, cpu: 0, site: 0, event: Event::EntryWrite(write(1)) },
+        );
         push(&mut sequencer, record(2));
         assert_eq!(settle(&mut sequencer, 3), (vec![2, 3], vec![]));
     }

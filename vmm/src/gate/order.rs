@@ -212,7 +212,7 @@ impl Gate {
 
     /// Puts the host's own event in its place among the guest's.
     pub(super) fn told(&mut self, cpu: u8, seq: u64, act: HostAct, frames: FrameRange) {
-        let record = Record { seq, cpu, event: Event::Host(act, frames) };
+        let record = Record { seq, cpu, site: 0, event: Event::Host(act, frames) };
         if let Err(why) = self.sequencer.push(record, seq) {
             self.audit.inconclusive(why);
         }

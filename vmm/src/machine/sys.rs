@@ -205,6 +205,23 @@ pub fn next_data(file: &File, from: u64) -> io::Result<Option<(u64, u64)>> {
     }
 }
 
+/// Where the code of this program that calls this lies: how far from a fixed place in it, so that the
+/// answer does not depend on where the program was loaded.
+#[inline(always)]
+#[must_use]
+pub fn here_in_code() -> u32 {
+    let address: u64;
+    // SAFETY: computes an address.
+    unsafe {
+        std::arch::asm!("lea {}, [rip]", out(reg) address, options(nostack, preserves_flags, nomem));
+    }
+    // A program's code is far smaller than 2 GiB.
+    address.wrapping_sub(CODE as *const () as u64) as u32
+}
+
+/// The fixed place.
+const CODE: fn(&std::ffi::CStr, u64) -> io::Result<File> = memory_file;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -34,6 +34,7 @@ const RECORDS: usize = (PAGE_SIZE / 8) as usize;
 pub(super) struct OwnRing<'m> {
     machine: &'m SimMachine,
     cpu: usize,
+    site: u32,
     words: &'m [AtomicU64],
     sequence: &'m AtomicU64,
 }
@@ -42,6 +43,11 @@ impl Ring for OwnRing<'_> {
     fn cpu(&self) -> u8 {
         // Below MAX_CPUS, 8.
         self.cpu as u8
+    }
+
+    #[inline]
+    fn site(&self) -> u32 {
+        self.site
     }
 
     #[inline]
@@ -74,10 +80,10 @@ impl SimMachine {
     }
 
     #[inline]
-    pub(super) fn ring(&self) -> OwnRing<'_> {
+    pub(super) fn ring(&self, site: u32) -> OwnRing<'_> {
         let cpu = cpu::number();
         let words = self.shared(ring_offset(cpu), (RING_BYTES / 8) as usize);
-        OwnRing { machine: self, cpu, words, sequence: &self.shared(SEQUENCE_OFFSET, 1)[0] }
+        OwnRing { machine: self, cpu, site, words, sequence: &self.shared(SEQUENCE_OFFSET, 1)[0] }
     }
 
     fn call_page(&self, number: usize) -> &[AtomicU64] {

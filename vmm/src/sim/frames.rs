@@ -152,7 +152,7 @@ mod tests {
         let mut follower = Secrecy(Arc::clone(&frames));
         let mut tell = |act| {
             let event = Event::Host(act, range(570, 8));
-            follower.event(&Record { seq: 1, cpu: 0, event });
+            follower.event(&Record { seq: 1, cpu: 0, site: 0, event });
             frames.is_secret(Gfn(577))
         };
         assert!(!tell(HostAct::Refused));

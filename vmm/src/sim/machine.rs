@@ -13,6 +13,7 @@ use super::tlb::Invalidation;
 use crate::gate::Gate;
 use crate::machine::kvm::{CR0, CR4, EFER};
 use crate::machine::state::Registers;
+use crate::machine::sys::here_in_code;
 use crate::run::End;
 use crate::stop::Stop;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
@@ -215,8 +216,8 @@ impl SimMachine {
         word.unwrap_or_else(|| panic!("no table entry can be at {at}"))
     }
 
-    fn record(&self, event: Event) {
-        ring::record(&self.ring(), event);
+    fn record(&self, site: u32, event: Event) {
+        ring::record(&self.ring(site), event);
     }
 
     /// Physical address of `va` for an access of this CPU, or the end of the run.
@@ -288,46 +289,20 @@ impl Platform for SimMachine {
         Entry(self.entry_word(at).load(Acquire))
     }
 
+    // What is recorded here is recorded as done by its caller, of which these are parts.
+    #[inline(always)]
     fn write_entries(&self, at: Gpa, write: &EntryWrite) {
-        let Some((_, cpu)) = self.enter() else { return };
-        let store = |index: u64, entry: Entry| {
-            self.entry_word(at.wrapping_add(8 * index)).store(entry.0, Release);
-            if index + 1 == u64::from(write.count) {
-                self.ram.versions.count(write);
-            }
-        };
-        let were_on = cpu.interrupts_off();
-        ring::write_entries(&self.ring(), write, store);
-        cpu.interrupts_restore(were_on);
+        self.write_entries_at(here_in_code(), at, write);
     }
 
+    #[inline(always)]
     fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
-        if self.enter().is_none() {
-            return;
-        }
-        let fill = TableFill { table, level, first };
-        for index in 0..PAGE_SIZE / 8 {
-            let at = table.wrapping_add(8 * index);
-            self.entry_word(at).store(fill.entry(index).0, Release);
-        }
-        self.record(Event::TableFill(fill));
+        self.fill_table_at(here_in_code(), TableFill { table, level, first });
     }
 
+    #[inline(always)]
     fn flush(&self, flush: Flush) {
-        let Some((_, cpu)) = self.enter() else { return };
-        self.record(Event::Flush(flush));
-        let mut mmu = cpu.mmu();
-        let pcid = self.space.pcid;
-        match flush {
-            Flush::Pages { va, count, level } => {
-                for page in 0..u64::from(count) {
-                    let va = va.wrapping_add(page * level.span());
-                    mmu.invalidate(&Invalidation::Page { va, pcid });
-                }
-            }
-            Flush::NonGlobal => mmu.invalidate(&Invalidation::Pcid(pcid)),
-            Flush::Everything => mmu.invalidate(&Invalidation::Everything),
-        }
+        self.flush_at(here_in_code(), flush);
     }
 
     fn shootdown(&self, flush: Flush, cpus: CpuSet) {
@@ -342,8 +317,9 @@ impl Platform for SimMachine {
 
     #[inline]
     fn life(&self, life: Life, frames: FrameRange) {
+        let site = here_in_code();
         if self.enter().is_some() {
-            self.record(Event::Life(life, frames));
+            self.record(site, Event::Life(life, frames));
         }
     }
 
@@ -393,6 +369,55 @@ impl Platform for SimMachine {
     }
 }
 
+/// The platform's calls that are recorded, with the code that made them.
+impl SimMachine {
+    fn write_entries_at(&self, site: u32, at: Gpa, write: &EntryWrite) {
+        let Some((_, cpu)) = self.enter() else { return };
+        let store = |index: u64, entry: Entry| {
+            self.entry_word(at.wrapping_add(8 * index)).store(entry.0, Release);
+            if index + 1 == u64::from(write.count) {
+                self.ram.versions.count(write);
+            }
+        };
+        let were_on = cpu.interrupts_off();
+        ring::write_entries(&self.ring(site), write, store);
+        cpu.interrupts_restore(were_on);
+    }
+
+    fn fill_table_at(&self, site: u32, fill: TableFill) {
+        if self.enter().is_none() {
+            return;
+        }
+        for index in 0..PAGE_SIZE / 8 {
+            let at = fill.table.wrapping_add(8 * index);
+            self.entry_word(at).store(fill.entry(index).0, Release);
+        }
+        self.record(site, Event::TableFill(fill));
+    }
+
+    fn flush_at(&self, site: u32, flush: Flush) {
+        let Some((_, cpu)) = self.enter() else { return };
+        self.record(site, Event::Flush(flush));
+        let mut mmu = cpu.mmu();
+        let pcid = self.space.pcid;
+        match flush {
+            Flush::Pages { va, count, level } => {
+                for page in 0..u64::from(count) {
+                    let va = va.wrapping_add(page * level.span());
+                    mmu.invalidate(&Invalidation::Page { va, pcid });
+                }
+            }
+            Flush::NonGlobal => mmu.invalidate(&Invalidation::Pcid(pcid)),
+            Flush::Everything => mmu.invalidate(&Invalidation::Everything),
+            Flush::PageOfPcid { va, pcid } => {
+                mmu.invalidate(&Invalidation::PageOfPcid { va, pcid });
+            }
+            Flush::Pcid(pcid) => mmu.invalidate(&Invalidation::Pcid(pcid)),
+            Flush::AllPcids => mmu.invalidate(&Invalidation::NonGlobal),
+        }
+    }
+}
+
 /// The CPU that runs, as shootdowns see it.
 struct Wire<'m>(&'m SimMachine);
 
@@ -423,7 +448,7 @@ impl Interrupts for Wire<'_> {
     }
 
     fn acknowledge(&self, number: u64) {
-        self.0.record(Event::ShootdownAck(number));
+        self.0.record(here_in_code(), Event::ShootdownAck(number));
     }
 
     fn relax(&self) {

@@ -172,7 +172,7 @@ impl Scene {
 
     fn record(&mut self, cpu: u8, event: Event) {
         self.seq += 1;
-        self.audit.event(&Record { seq: self.seq, cpu, event }, &self.machine);
+        self.audit.event(&Record { seq: self.seq, cpu, site: 0, event }, &self.machine);
     }
 
     /// Stores a run of entries of the boot root.

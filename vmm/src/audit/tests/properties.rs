@@ -130,7 +130,8 @@ impl Reference {
             *cpu != by
                 || match flush {
                     Flush::Everything => false,
-                    Flush::NonGlobal => *global,
+                    Flush::NonGlobal | Flush::Pcid(_) | Flush::AllPcids => *global,
+                    Flush::PageOfPcid { .. } => true,
                     Flush::Pages { .. } => !named.contains(&(va.0 >> 12)),
                 }
         });
@@ -193,7 +194,7 @@ fn hostile() -> impl Strategy<Value = Record> {
             Event::RootLoad { root: Gpa(root), pcid, no_flush }
         }),
     ];
-    (any::<u64>(), 0u8..4, event).prop_map(|(seq, cpu, event)| Record { seq, cpu, event })
+    (any::<u64>(), 0u8..4, event).prop_map(|(seq, cpu, event)| Record { seq, cpu, site: 0, event })
 }
 
 fn op() -> impl Strategy<Value = Op> {

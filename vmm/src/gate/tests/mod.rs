@@ -192,7 +192,7 @@ impl Guest {
     fn publish(&mut self, cpu: u8, seq: u64, event: Event) {
         let head = &mut self.ring_heads[usize::from(cpu)];
         *head += 1;
-        publish(&self.memory, cpu, *head, &Record { seq, cpu, event });
+        publish(&self.memory, cpu, *head, &Record { seq, cpu, site: 0, event });
     }
 
     /// Takes the first block out of the direct map, as a well-behaved guest does, or without the
@@ -559,7 +559,7 @@ fn mischief() -> impl Strategy<Value = Mischief> {
         (1..50u64, 0..3u8, 0..5000u64, 1..600u64).prop_map(|(seq, cpu, start, count)| {
             let frames = FrameRange::new(Gfn((4 << 18) + start), count).unwrap();
             let event = Event::Life(lacuna_abi::event::Life::PooledZero, frames);
-            Mischief::Record(Record { seq, cpu, event })
+            Mischief::Record(Record { seq, cpu, site: 0, event })
         }),
         (any::<u16>(), prop_oneof![small.clone(), (0..2048u64).prop_map(|f| f << 12 | 0x63)])
             .prop_map(|(at, value)| Mischief::Table(at, value)),

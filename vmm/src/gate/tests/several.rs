@@ -34,7 +34,7 @@ fn a_call_waits_for_the_record_of_a_number_that_was_taken_before_it() {
         scope.spawn(|| {
             std::thread::sleep(Duration::from_millis(30));
             assert!(!served.load(SeqCst), "the call did not wait");
-            publish(&memory, 1, 1, &Record { seq, cpu: 1, event: FLUSH });
+            publish(&memory, 1, 1, &Record { seq, cpu: 1, site: 0, event: FLUSH });
             set_busy(&memory, 1, false);
         });
         let block = guest.frames(0, 512);
@@ -132,7 +132,7 @@ fn a_complete_check_lets_a_cpu_that_owes_a_record_go_on_until_it_is_there() {
     let seq = guest.owe();
     let memory = Arc::clone(&guest.memory);
     // The checkpoint's own drain must not wait: the record is there, the ring's word is not.
-    publish(&memory, 1, 1, &Record { seq, cpu: 1, event: FLUSH });
+    publish(&memory, 1, 1, &Record { seq, cpu: 1, site: 0, event: FLUSH });
     guest.still.runnable = 0b10;
     guest.still.let_on = Some(Box::new(move || set_busy(&memory, 1, false)));
     guest.call(Call::Checkpoint);
