@@ -3,6 +3,7 @@
 mod alias;
 mod cached;
 mod properties;
+mod protocol;
 mod split;
 mod state;
 
