@@ -93,7 +93,7 @@ pub struct Request {
     pub migratetype: Migratetype,
     /// The pages are to be zero.
     pub zero: bool,
-    /// The caller must not wait for other CPUs: it holds a lock, or has interrupts off.
+    /// The caller must not wait for other CPUs. With interrupts off that goes without saying.
     pub noblock: bool,
 }
 
@@ -106,7 +106,7 @@ pub enum AllocError {
     /// Memory is free, but no pageblock is wholly free, so none can be flipped; for order 10, no
     /// two that lie together.
     NoBlock,
-    /// The pool is empty, and the caller must not wait for a flip.
+    /// The pool is empty, and the caller must not wait for a flip, or has interrupts off.
     WouldBlock,
     /// No order above 10 exists.
     BadOrder,
@@ -130,6 +130,7 @@ impl From<UseError> for AllocError {
             UseError::Window(error) => Self::Window(error),
             // Of the allocator's own use of whole allocations neither can come.
             UseError::OutOfRange | UseError::ReadOnly => Self::NoMemory,
+            UseError::WouldBlock => Self::WouldBlock,
         }
     }
 }
@@ -313,7 +314,8 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     /// Finds mapped pages where there are none at hand: on the lists of CPUs, then in secret
     /// pageblocks that nobody uses.
     fn take_mapped_slowly(&self, request: Request) -> Result<u32, AllocError> {
-        let Request { order, migratetype, noblock, .. } = request;
+        let Request { order, migratetype, .. } = request;
+        let noblock = request.noblock || !self.may_wait();
         let freetype = Freetype::mapped(migratetype);
         let floor = self.floor(noblock);
         if noblock {
@@ -336,7 +338,8 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     /// Finds secret pages where there are none at hand: freed ones that wait to be scrubbed, then by
     /// flipping pageblocks, at last after emptying the lists of CPUs and moving what can be moved.
     fn take_secret_slowly(&self, request: Request) -> Result<u32, AllocError> {
-        let Request { order, migratetype, noblock, .. } = request;
+        let Request { order, migratetype, .. } = request;
+        let noblock = request.noblock || !self.may_wait();
         let freetype = Freetype::unmapped(migratetype);
         let again = || self.zone().take(&self.map, order, freetype, 0);
         // Which CPU does not matter much, should this task be on another one by now.

@@ -46,13 +46,13 @@ const SCRUB_PAGES: u32 = 512;
 
 impl<P: Platform> PageAllocator<'_, P> {
     /// Work that allocations leave for later: fills the pool between its two marks, and brings
-    /// pageblocks back while the mapped side is short. For a caller that may wait for other CPUs;
-    /// costs next to nothing where there is nothing to do.
+    /// pageblocks back while the mapped side is short. With interrupts off it goes on being left for
+    /// later; costs next to nothing where there is nothing to do.
     ///
     /// # Errors
     /// A refusal of the host. That nothing can be done is none.
     pub fn balance(&self) -> Result<(), AllocError> {
-        if !self.wake.load(Relaxed) {
+        if !self.wake.load(Relaxed) || !self.may_wait() {
             return Ok(());
         }
         self.wake.store(false, Relaxed);
@@ -219,8 +219,12 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// not come back when they were freed.
     ///
     /// # Errors
-    /// The host's first refusal; what it concerns stays in the pool.
+    /// The host's first refusal; what it concerns stays in the pool. [`UseError::WouldBlock`] with
+    /// interrupts off; nothing was done.
     pub fn shrink(&self) -> Result<(), UseError> {
+        if !self.may_wait() {
+            return Err(UseError::WouldBlock);
+        }
         self.restore_parked()?;
         self.drain_all()?;
         while self.reclaim_batch()? {}

@@ -215,7 +215,7 @@ impl<P: Platform> PageAllocator<'_, P> {
 
     /// Whether other CPUs can be waited for: with interrupts off, two CPUs could wait for each
     /// other.
-    fn may_wait(&self) -> bool {
+    pub(crate) fn may_wait(&self) -> bool {
         let on = self.platform.interrupts_off();
         self.platform.interrupts_restore(on);
         on

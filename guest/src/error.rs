@@ -16,4 +16,6 @@ pub enum UseError {
     Unsealed(GateError),
     /// No window could be had.
     Window(MermapError),
+    /// Interrupts are off, so that other CPUs cannot be waited for.
+    WouldBlock,
 }

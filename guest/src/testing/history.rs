@@ -179,7 +179,9 @@ impl<'r, 'a> History<'r, 'a> {
                 }
             }
             Step::Forge(word) => self.forge(word),
-            Step::Balance | Step::Shrink if self.must_not_block() => {}
+            Step::Shrink if self.must_not_block() => {
+                assert_eq!(self.allocator.shrink(), Err(UseError::WouldBlock));
+            }
             Step::Balance => {
                 let (balanced, refused) = self.watch(|| self.allocator.balance());
                 assert!(balanced.is_ok() || refused, "balancing failed: {balanced:?}");
@@ -227,7 +229,6 @@ impl<'r, 'a> History<'r, 'a> {
     }
 
     fn alloc(&mut self, request: Request, secret: bool) {
-        let request = Request { noblock: request.noblock || self.must_not_block(), ..request };
         let allocator = self.allocator;
         let (result, refused) = self.watch(|| {
             if secret {
@@ -260,7 +261,8 @@ impl<'r, 'a> History<'r, 'a> {
 
     /// Judges a request that failed.
     fn denied(&self, request: Request, secret: bool, error: AllocError, refused: bool) {
-        let Request { order, noblock, .. } = request;
+        let Request { order, .. } = request;
+        let noblock = request.noblock || self.must_not_block();
         let allowed = match error {
             AllocError::BadOrder => order > MAX_ORDER,
             AllocError::Gate(_) => refused,
