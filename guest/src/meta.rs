@@ -8,7 +8,7 @@
 
 use crate::freetype::Freetype;
 use crate::sync::{AtomicU8, AtomicU32, AtomicU64};
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_ORDER, FrameRange, Gfn};
 use lacuna_abi::layout::{BLOCK_META_BYTES, Layout, PAGE_META_BYTES};
@@ -78,8 +78,8 @@ pub struct PageMeta {
     pins: AtomicU32,
     slot: AtomicU32,
     place: AtomicU32,
-    /// Of the slot: counts hand-outs and resolved handles, so that an old handle is told from a new
-    /// one.
+    /// Of the slot: odd while the allocation has an owner, even while a handle stands for one.
+    /// Counts up, so that an old handle is told from a new one.
     generation: AtomicU32,
     state: AtomicU8,
     order: AtomicU8,
@@ -145,10 +145,17 @@ impl PageMeta {
         self.generation.load(Relaxed)
     }
 
-    /// Moves on from `generation`; whether it was still the current one.
+    /// Moves on from `generation`; whether it was still the current one. Who resolves a handle sees
+    /// what was done before it was made.
     pub(crate) fn next_generation(&self, generation: u32) -> bool {
         let next = generation.wrapping_add(1);
-        self.generation.compare_exchange(generation, next, Relaxed, Relaxed).is_ok()
+        self.generation.compare_exchange(generation, next, AcqRel, Relaxed).is_ok()
+    }
+
+    /// The slot's allocation has an owner, whom no handle made: the next odd number. What is left out
+    /// is the handle that a former owner might have given, and never did.
+    pub(crate) fn own_anew(&self) {
+        self.generation.store(self.generation().wrapping_add(1) | 1, Relaxed);
     }
 
     /// Keeps the allocation where it is, until as many [`Self::unpin`]; `false` while it is being

@@ -503,12 +503,18 @@ impl<'r, 'a> History<'r, 'a> {
         self.forge(old);
     }
 
-    /// A word that is no handle now is refused.
+    /// All allocations have owners, so that no word is a handle: neither this one, nor what an owner
+    /// would give.
     fn forge(&self, word: u64) {
-        let known = self.held.iter().map(|held| held.owner.handle());
-        if known.chain(self.busy.iter().map(|busy| busy.handle)).all(|handle| handle != word) {
-            assert_eq!(MappedPages::from_raw(self.allocator, word).err(), Some(BadHandle(word)));
-            assert_eq!(SecretPages::from_raw(self.allocator, word).err(), Some(BadHandle(word)));
+        let owned = self
+            .held
+            .iter()
+            .map(|held| held.owner.handle())
+            .chain(self.busy.iter().map(|busy| busy.handle));
+        for word in owned.chain([word]) {
+            let mapped = MappedPages::from_raw(self.allocator, word).map(MappedPages::into_raw);
+            let secret = SecretPages::from_raw(self.allocator, word).map(SecretPages::into_raw);
+            assert_eq!([mapped, secret], [Err(BadHandle(word)); 2], "two owners");
         }
     }
 
@@ -629,6 +635,15 @@ mod tests {
         });
     }
 
+    /// A second owner of the first allocation, as if that one had been given up.
+    fn second_owner<'r, 'a>(history: &History<'r, 'a>) -> MappedPages<'r, 'a, Mock> {
+        let handle = history.held[0].owner.handle();
+        let slot = (handle & 0xffff_ffff) as u32 - 1;
+        let record = history.allocator.map.page(slot);
+        assert!(record.next_generation(record.generation()));
+        MappedPages::from_raw(history.allocator, handle).unwrap()
+    }
+
     #[test]
     fn a_history_without_a_slip_is_fine() {
         spoilt(|_| ());
@@ -659,8 +674,7 @@ mod tests {
     #[should_panic(expected = "the kind of")]
     fn twin_pages_that_are_freed_under_their_owner_are_missed() {
         spoilt(|history| {
-            let handle = history.held[0].owner.handle();
-            drop(MappedPages::from_raw(history.allocator, handle));
+            drop(second_owner(history));
         });
     }
 
@@ -668,8 +682,8 @@ mod tests {
     #[should_panic(expected = "overlap")]
     fn twin_two_owners_of_the_same_pages_are_seen() {
         spoilt(|history| {
-            let Held { owner, order, migratetype, pages, unsealed, converted } = &history.held[0];
-            let owner = MappedPages::from_raw(history.allocator, owner.handle()).unwrap();
+            let owner = second_owner(history);
+            let Held { order, migratetype, pages, unsealed, converted, .. } = &history.held[0];
             let twin = Held {
                 owner: Owner::Mapped(owner),
                 order: *order,
