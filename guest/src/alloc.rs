@@ -3,7 +3,7 @@
 use crate::balance::Watermarks;
 use crate::contents::OnFree;
 use crate::counters::Counts;
-use crate::error::UseError;
+use crate::error::{FirstFailure, UseError};
 use crate::freetype::{Freetype, Migratetype};
 use crate::handle::{Pin, Slot};
 use crate::lock::{IrqGuard, IrqLock};
@@ -312,31 +312,33 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     }
 
     /// Finds mapped pages where there are none at hand: on the lists of CPUs, then in secret
-    /// pageblocks that nobody uses.
+    /// pageblocks that nobody uses. What fails on the way is told only if nothing serves.
     fn take_mapped_slowly(&self, request: Request) -> Result<u32, AllocError> {
         let Request { order, migratetype, .. } = request;
         let noblock = request.noblock || !self.may_wait();
         let freetype = Freetype::mapped(migratetype);
         let floor = self.floor(noblock);
+        let mut failure = FirstFailure::default();
         if noblock {
             let (_, lists) = self.own_lists();
             lists.drain(&self.map, &mut self.zone(), 0);
         } else {
-            self.drain_all()?;
+            failure.note(self.drain_all());
         }
         loop {
             if let Some(taken) = self.zone().take(&self.map, order, freetype, floor) {
                 return Ok(self.taken(taken));
             }
-            if noblock || !self.reclaim(order, migratetype)? {
+            if noblock || !self.reclaim(order, migratetype, &mut failure) {
                 self.counts.alloc_fail.add(1);
-                return Err(AllocError::NoMemory);
+                return Err(failure.or(AllocError::NoMemory));
             }
         }
     }
 
     /// Finds secret pages where there are none at hand: freed ones that wait to be scrubbed, then by
     /// flipping pageblocks, at last after emptying the lists of CPUs and moving what can be moved.
+    /// What fails on the way is told only if nothing serves.
     fn take_secret_slowly(&self, request: Request) -> Result<u32, AllocError> {
         let Request { order, migratetype, .. } = request;
         let noblock = request.noblock || !self.may_wait();
@@ -344,20 +346,21 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
         let again = || self.zone().take(&self.map, order, freetype, 0);
         // Which CPU does not matter much, should this task be on another one by now.
         let cpu = self.own_lists().0;
-        self.scrub_freed(cpu)?;
+        let mut failure = FirstFailure::default();
+        failure.note(self.scrub_freed(cpu));
         self.drain(cpu, 0);
         if let Some(taken) = again() {
             return Ok(self.taken(taken));
         }
         if noblock {
             self.counts.alloc_fail_noblock.add(1);
-            return Err(AllocError::WouldBlock);
+            return Err(failure.or(AllocError::WouldBlock));
         }
         for attempt in 0..3 {
             match attempt {
                 0 => {}
                 1 => {
-                    self.drain_all()?;
+                    failure.note(self.drain_all());
                     if let Some(taken) = again() {
                         return Ok(self.taken(taken));
                     }
@@ -367,12 +370,13 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             }
             if self.config.flip {
                 match self.flip_to_unmapped(order, migratetype) {
+                    Ok(index) => return Ok(index),
                     Err(AllocError::NoBlock) => {}
-                    result => return result,
+                    Err(error) => return Err(failure.or(error)),
                 }
             }
         }
-        Err(self.no_pageblock(order))
+        Err(failure.or(self.no_pageblock(order)))
     }
 
     /// Why there is nothing to flip.

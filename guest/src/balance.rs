@@ -2,9 +2,9 @@
 //! CPUs keep to themselves.
 
 use crate::alloc::{AllocError, PageAllocator};
-use crate::error::UseError;
+use crate::error::{FirstFailure, UseError};
 use crate::meta::{Chunk, State};
-use crate::platform::Platform;
+use crate::platform::{Platform, gate_each};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK_PAGES, Zone};
 use core::sync::atomic::Ordering::Relaxed;
@@ -56,6 +56,7 @@ impl<P: Platform> PageAllocator<'_, P> {
             return Ok(());
         }
         self.wake.store(false, Relaxed);
+        let mut failure = FirstFailure::default();
         loop {
             let (mapped, pool) = {
                 let zone = self.zone();
@@ -63,18 +64,21 @@ impl<P: Platform> PageAllocator<'_, P> {
             };
             let progress = if mapped < self.marks.low {
                 self.counts.balance_reclaim.add(1);
-                self.reclaim(0, crate::freetype::Migratetype::Movable)?
+                self.reclaim(0, crate::freetype::Migratetype::Movable, &mut failure)
             } else if self.config.flip
                 && pool < self.config.pool_low
                 && mapped > self.marks.high + BLOCK_PAGES
             {
                 self.counts.balance_refill.add(1);
-                self.refill()?
+                match self.refill() {
+                    Ok(progress) => progress,
+                    Err(error) => return Err(failure.or(error)),
+                }
             } else {
-                return Ok(());
+                false
             };
             if !progress {
-                return Ok(());
+                return Ok(failure.result()?);
             }
         }
     }
@@ -94,14 +98,12 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// # Errors
     /// As [`Self::scrub_freed`].
     pub(crate) fn drain_all(&self) -> Result<(), UseError> {
-        let mut result = Ok(());
+        let mut failure = FirstFailure::default();
         // What is scrubbed goes onto the lists of this CPU.
-        for cpu in 0..self.platform.cpus() {
-            result = result.and(self.scrub_freed(cpu));
-        }
+        (0..self.platform.cpus()).for_each(|cpu| failure.note(self.scrub_freed(cpu)));
         (0..self.platform.cpus()).for_each(|cpu| self.drain(cpu, 0));
         self.counts.drains.add(1);
-        result
+        failure.result()
     }
 
     /// Empties the lists of `cpu` down to `keep` pages.
@@ -131,7 +133,7 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// The first failure. Pages that could not be zeroed are free and not known to be zero; what the
     /// host would not close is withheld.
     pub(crate) fn scrub_freed(&self, cpu: usize) -> Result<(), UseError> {
-        let mut result = Ok(());
+        let mut failure = FirstFailure::default();
         loop {
             let mut chunks = [Chunk::default(); SCRUB_CHUNKS];
             let mut count = 0;
@@ -145,11 +147,11 @@ impl<P: Platform> PageAllocator<'_, P> {
                 }
             }
             if count == 0 {
-                return result;
+                return failure.result();
             }
             let chunks = &mut chunks[..count];
             chunks.sort_unstable_by_key(|chunk| chunk.index);
-            result = result.and(self.scrub(chunks));
+            failure.note(self.scrub(chunks));
         }
     }
 
@@ -174,21 +176,18 @@ impl<P: Platform> PageAllocator<'_, P> {
         let ops = &mut ranges[..count];
         let refused = self.platform.gate(ops).err();
         let opened = refused.map_or(count, |error| (error.index as usize).min(count));
-        let mut result = refused.map_or(Ok(()), |error| Err(UseError::Gate(error)));
+        let mut failure = FirstFailure::default();
+        failure.note(refused.map_or(Ok(()), |error| Err(UseError::Gate(error))));
         for (_, frames) in &ops[..opened] {
             let zeroed = self.zero_unknown_open(*frames, Purpose::Scrub);
-            result = result.and(zeroed.map_err(UseError::Window));
+            failure.note(zeroed.map_err(UseError::Window));
         }
         ops.iter_mut().for_each(|op| op.0 = OpKind::Seal);
-        let mut next = 0;
-        while next < opened
-            && let Err(error) = self.platform.gate(&ops[next..opened])
-        {
-            result = result.and(Err(UseError::Unsealed(error)));
-            next += (error.index as usize).min(opened - next - 1);
-            self.mark_left_open(chunks, ops[next].1);
-            next += 1;
-        }
+        gate_each(self.platform, &ops[..opened], |number, error| {
+            failure.note(Err(UseError::Unsealed(error)));
+            self.mark_left_open(chunks, ops[number].1);
+        });
+        let result = failure.result();
         // One record for each range: it says as much as one for each page, and costs the guest and
         // the host less.
         let together = result.is_ok();
@@ -219,16 +218,17 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// not come back when they were freed.
     ///
     /// # Errors
-    /// The host's first refusal; what it concerns stays in the pool. [`UseError::WouldBlock`] with
+    /// The host's first refusal; all that it did not concern came back. [`UseError::WouldBlock`] with
     /// interrupts off; nothing was done.
     pub fn shrink(&self) -> Result<(), UseError> {
         if !self.may_wait() {
             return Err(UseError::WouldBlock);
         }
-        self.restore_parked()?;
-        self.drain_all()?;
-        while self.reclaim_batch()? {}
-        Ok(())
+        let mut failure = FirstFailure::default();
+        self.restore_parked(&mut failure);
+        failure.note(self.drain_all());
+        while self.reclaim_batch(&mut failure) {}
+        failure.result()
     }
 
     /// Reports pages as in the pool.

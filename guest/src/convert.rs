@@ -27,7 +27,7 @@
 //! wholly free, and only such a block flips, is whole again.
 
 use crate::alloc::PageAllocator;
-use crate::error::UseError;
+use crate::error::{FirstFailure, UseError};
 use crate::handle::Slot;
 use crate::meta::{BlockMeta, Chunk, State};
 use crate::platform::{CpuSet, GateError, Platform, planted};
@@ -95,7 +95,7 @@ impl<P: Platform> PageAllocator<'_, P> {
             return Err(ConvertError::WouldBlock);
         }
         // What cannot be given back now is tried again another time.
-        let _ = self.restore_parked();
+        self.restore_parked(&mut FirstFailure::default());
         let frames = self.map.frames(chunk);
         self.hide(chunk)?;
         if let Err(error) = self.platform.gate(&[(OpKind::Seal, frames)]) {
@@ -174,12 +174,9 @@ impl<P: Platform> PageAllocator<'_, P> {
         restored
     }
 
-    /// Tries once more to free pages that were parked; whether some were freed.
-    ///
-    /// # Errors
-    /// The last refusal; what it concerns is parked again.
-    pub(crate) fn restore_parked(&self) -> Result<bool, UseError> {
-        let mut result = Ok(());
+    /// Tries once more to free pages that were parked; whether some were freed. What the host refuses
+    /// is parked again.
+    pub(crate) fn restore_parked(&self, failure: &mut FirstFailure) -> bool {
         let mut freed = false;
         let mut next = self.parked.swap(0, Acquire).checked_sub(1);
         while let Some(index) = next {
@@ -191,12 +188,12 @@ impl<P: Platform> PageAllocator<'_, P> {
             page.set_head(State::Allocated, order);
             match self.free_converted(Chunk { index, order }) {
                 Ok(()) => freed = true,
-                Err(ConvertError::Use(error)) => result = Err(error),
+                Err(ConvertError::Use(error)) => failure.note(Err(error)),
                 // Who may not wait leaves them where they are.
                 Err(_) => {}
             }
         }
-        result.map(|()| freed)
+        freed
     }
 
     /// Nobody owns the pages any more, but they are not free.

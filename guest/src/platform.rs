@@ -140,6 +140,23 @@ pub trait Platform {
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool;
 }
 
+/// Carries out each of the operations, whatever becomes of the others, in as few gate calls as that
+/// takes: one more for each that the host refuses, whose number and error `refused` is told.
+pub(crate) fn gate_each<P: Platform>(
+    platform: &P,
+    ops: &[(OpKind, FrameRange)],
+    mut refused: impl FnMut(usize, GateError),
+) {
+    let mut next = 0;
+    while next < ops.len()
+        && let Err(error) = platform.gate(&ops[next..])
+    {
+        next += (error.index as usize).min(ops.len() - next - 1);
+        refused(next, error);
+        next += 1;
+    }
+}
+
 /// Whether `fault` is planted on `platform`; without the feature `faults` the question is not in
 /// the image.
 #[cfg(feature = "faults")]
