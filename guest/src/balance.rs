@@ -3,6 +3,7 @@
 
 use crate::alloc::{AllocError, PageAllocator};
 use crate::error::{FirstFailure, UseError};
+use crate::freetype::Migratetype;
 use crate::meta::{Chunk, State};
 use crate::platform::{Platform, gate_each};
 use crate::zeroing::Purpose;
@@ -46,36 +47,46 @@ const SCRUB_PAGES: u32 = 512;
 
 impl<P: Platform> PageAllocator<'_, P> {
     /// Work that allocations leave for later: fills the pool between its two marks, and brings
-    /// pageblocks back while the mapped side is short. With interrupts off it goes on being left for
-    /// later; costs next to nothing where there is nothing to do.
+    /// pageblocks back while the mapped side is short. What this CPU keeps to itself goes first, so
+    /// that no pageblock changes sides while pages only wait to be scrubbed. With interrupts off the
+    /// work goes on being left for later; costs next to nothing where there is nothing to do.
     ///
     /// # Errors
-    /// A refusal of the host. That nothing can be done is none.
+    /// The first refusal of the host. That nothing can be done is none.
     pub fn balance(&self) -> Result<(), AllocError> {
         if !self.wake.load(Relaxed) || !self.may_wait() {
             return Ok(());
         }
         self.wake.store(false, Relaxed);
         let mut failure = FirstFailure::default();
+        let (mut rising, mut tidied) = (false, false);
         loop {
             let (mapped, pool) = {
                 let zone = self.zone();
                 (zone.mapped_free(&self.map), zone.unmapped_free())
             };
-            let progress = if mapped < self.marks.low {
-                self.counts.balance_reclaim.add(1);
-                self.reclaim(0, crate::freetype::Migratetype::Movable, &mut failure)
-            } else if self.config.flip
+            // What began below the low mark goes on up to the high one.
+            rising = mapped < self.marks.low || rising && mapped < self.marks.high;
+            let refills = self.config.flip
                 && pool < self.config.pool_low
-                && mapped > self.marks.high + BLOCK_PAGES
-            {
+                && mapped > self.marks.high + BLOCK_PAGES;
+            let progress = if !rising && !refills {
+                false
+            } else if !tidied {
+                tidied = true;
+                let cpu = self.own_lists().0;
+                failure.note(self.scrub_freed(cpu));
+                self.drain(cpu, 0);
+                true
+            } else if rising {
+                self.counts.balance_reclaim.add(1);
+                self.reclaim(0, Migratetype::Movable, &mut failure)
+            } else {
                 self.counts.balance_refill.add(1);
                 match self.refill() {
                     Ok(progress) => progress,
                     Err(error) => return Err(failure.or(error)),
                 }
-            } else {
-                false
             };
             if !progress {
                 return Ok(failure.result()?);
