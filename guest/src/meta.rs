@@ -223,6 +223,9 @@ pub struct BlockMeta {
     converted: AtomicU32,
     /// Not 0 while a CPU changes how the block is mapped.
     lock: AtomicU32,
+    /// When the block became wholly free, by the clock of the zone: of two blocks that are free, the
+    /// one with the lower number has been so for longer. Changed under the zone lock.
+    free_since: AtomicU64,
 }
 
 const _: () = assert!(cfg!(loom) || size_of::<BlockMeta>() as u64 == BLOCK_META_BYTES);
@@ -312,6 +315,15 @@ impl BlockMeta {
         self.lock.store(0, Release);
     }
 
+    /// When the block last became wholly free.
+    pub(crate) fn free_since(&self) -> u64 {
+        self.free_since.load(Relaxed)
+    }
+
+    pub(crate) fn set_free_since(&self, time: u64) {
+        self.free_since.store(time, Relaxed);
+    }
+
     /// A window of `cpu`, in this generation, lies over the block.
     pub(crate) fn set_window(&self, cpu: usize, generation: u32) {
         self.windows[cpu].store(generation, Relaxed);
@@ -389,6 +401,11 @@ impl<'a> MemMap<'a> {
         let first = (chunk.index >> BLOCK_ORDER) as usize;
         let count = (chunk.pages() >> BLOCK_ORDER).max(1) as usize;
         &self.blocks[first..first + count]
+    }
+
+    /// When the first of the pageblocks of a free chunk became wholly free.
+    pub(crate) fn free_since(&self, chunk: Chunk) -> u64 {
+        self.blocks_of(chunk).iter().map(BlockMeta::free_since).min().unwrap_or(0)
     }
 
     /// The frames of a chunk of the zone.

@@ -250,6 +250,45 @@ fn the_blocks_that_were_free_for_longest_come_back_first() {
 }
 
 #[test]
+fn the_blocks_that_were_free_for_longest_come_back_first_whatever_their_migratetype() {
+    for [first, second] in [[0, 1], [1, 0], [0, 2], [2, 0], [1, 2], [2, 1]] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator();
+        let secret = |number: usize| {
+            let request = Request { migratetype: Migratetype::ALL[number], ..pages(9) };
+            (0..4).map(|_| allocator.alloc_secret(request).unwrap()).collect::<Vec<_>>()
+        };
+        let (mut early, mut late) = (secret(first), secret(second));
+        let [early_block, late_block] = [early.remove(0), late.remove(0)];
+        let expected = early_block.frames();
+        for block in [early_block, late_block] {
+            drop(block);
+            allocator.drain_all().unwrap();
+        }
+        let mapped = allocator.alloc_mapped(pages(9)).unwrap();
+        assert_eq!(mapped.frames(), expected, "migratetypes {first} and {second}");
+    }
+}
+
+#[test]
+fn a_block_that_was_free_for_longest_comes_back_first_also_out_of_a_pair() {
+    for [early, later] in [[0, 1], [1, 0]] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator();
+        let mut secret: Vec<_> =
+            (0..8).map(|_| Some(allocator.alloc_secret(pages(9)).unwrap())).collect();
+        secret.sort_by_key(|pages| pages.as_ref().unwrap().frames().start());
+        let expected = secret[early].as_ref().unwrap().frames();
+        for number in [early, 4, later] {
+            secret[number] = None;
+            allocator.drain_all().unwrap();
+        }
+        assert_eq!(allocator.alloc_mapped(pages(9)).unwrap().frames(), expected, "half {early}");
+        allocator.zone().check(&mock.map());
+    }
+}
+
+#[test]
 fn freed_pages_are_scrubbed_together() {
     let mock = Mock::new(16, 1);
     let allocator = mock.allocator();
