@@ -4,6 +4,7 @@
 //! behind [`Platform`]. Addresses that reach it are guest addresses: no Rust object lives there,
 //! and the platform refuses an address outside the memory that programs may touch.
 
+use core::marker::PhantomData;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
 use lacuna_abi::event::{EntryWrite, Flush, Life};
 use lacuna_abi::gate::{OpKind, Status};
@@ -174,17 +175,19 @@ macro_rules! planted {
 }
 pub(crate) use planted;
 
-/// Interrupts are off while this lives.
+/// Interrupts are off on this CPU while this lives. It stays there, and so does whatever holds it:
+/// dropped elsewhere it would turn on the interrupts of another CPU.
 #[must_use = "interrupts are on again when this is dropped"]
 pub struct InterruptsOff<'p, P: Platform> {
     platform: &'p P,
     were_on: bool,
+    _stays: PhantomData<*const ()>,
 }
 
 impl<'p, P: Platform> InterruptsOff<'p, P> {
     /// Turns interrupts off.
     pub fn new(platform: &'p P) -> Self {
-        Self { platform, were_on: platform.interrupts_off() }
+        Self { platform, were_on: platform.interrupts_off(), _stays: PhantomData }
     }
 }
 

@@ -2,9 +2,9 @@
 
 use crate::alloc::PageAllocator;
 use crate::handle::BadHandle;
-use crate::mapped::MappedPages;
-use crate::mermap::Protection;
-use crate::platform::Platform;
+use crate::mapped::{MappedPages, PinnedPages};
+use crate::mermap::{Mapping, Protection};
+use crate::platform::{InterruptsOff, Platform};
 use crate::secret::{Access, SecretPages, SecretWindow, UseError};
 use crate::testing::{Mock, Seen, pages, zero_pages};
 use lacuna_abi::addr::{FrameRange, PAGE_SIZE};
@@ -18,8 +18,23 @@ fn owners_cannot_be_copied_nor_dereferenced() {
     assert_owned!(
         SecretPages<'static, 'static, Mock>,
         SecretWindow<'static, 'static, Mock>,
-        MappedPages<'static, 'static, Mock>
+        MappedPages<'static, 'static, Mock>,
+        PinnedPages<'static, 'static, Mock>,
+        Mapping<'static, 'static, Mock>
     );
+}
+
+#[test]
+fn guards_of_a_cpu_stay_on_it() {
+    assert_stays!(
+        InterruptsOff<'static, Mock>,
+        Mapping<'static, 'static, Mock>,
+        SecretWindow<'static, 'static, Mock>
+    );
+    // Owners are for any CPU.
+    fn sent<T: Send>() {}
+    sent::<SecretPages<'_, '_, Mock>>();
+    sent::<MappedPages<'_, '_, Mock>>();
 }
 
 #[test]
