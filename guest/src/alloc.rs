@@ -10,6 +10,7 @@ use crate::lock::{IrqGuard, IrqLock};
 use crate::mapped::MappedPages;
 use crate::mermap::{Mermap, MermapError};
 use crate::meta::{Chunk, MAX_ORDER, MemMap, State};
+use crate::parked::Parked;
 use crate::pcp::{CpuLists, Held, Marks, pindex};
 use crate::platform::{GateError, InterruptsOff, Platform};
 #[cfg(feature = "unmapped")]
@@ -17,7 +18,7 @@ use crate::secret::SecretPages;
 use crate::tables::TablePages;
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, Taken, Zone};
-use core::sync::atomic::{AtomicBool, AtomicU32};
+use core::sync::atomic::AtomicBool;
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{Gfn, PAGE_SIZE};
 use lacuna_abi::boot::{
@@ -151,8 +152,8 @@ pub struct PageAllocator<'a, P: Platform> {
     pub(crate) wake: AtomicBool,
     /// Pages of the table pool that hold no table.
     pub(crate) table_pages: TablePages,
-    /// First of the parked allocations, as index plus one; 0 for none.
-    pub(crate) parked: AtomicU32,
+    /// Converted pages that were freed and could not come back yet.
+    pub(crate) parked: Parked,
 }
 
 impl<'a, P: Platform> PageAllocator<'a, P> {
@@ -172,7 +173,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             lists: core::array::from_fn(|_| CpuLists::default()),
             wake: AtomicBool::new(false),
             table_pages: TablePages::new(),
-            parked: AtomicU32::new(0),
+            parked: Parked::default(),
         }
     }
 

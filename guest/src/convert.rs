@@ -34,7 +34,6 @@ use crate::platform::{CpuSet, GateError, Platform, planted};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::BLOCK;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use lacuna_abi::addr::{BLOCK_SIZE, FrameRange, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::event::{Flush, Life};
 use lacuna_abi::gate::OpKind;
@@ -169,7 +168,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         } else if self.map.page(chunk.index).is_unsealed() {
             self.withhold(chunk, true);
         } else {
-            self.park(chunk);
+            self.parked.push(&self.map, chunk);
         }
         restored
     }
@@ -178,15 +177,9 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// is parked again.
     pub(crate) fn restore_parked(&self, failure: &mut FirstFailure) -> bool {
         let mut freed = false;
-        let mut next = self.parked.swap(0, Acquire).checked_sub(1);
-        while let Some(index) = next {
-            let page = self.map.page(index);
-            next = page.links().1;
-            let order = page.head(State::Parked).unwrap_or_else(|| {
-                panic!("page {index:#x} is on the list of parked pages, but is not parked")
-            });
-            page.set_head(State::Allocated, order);
-            match self.free_converted(Chunk { index, order }) {
+        for chunk in self.parked.take_all(&self.map) {
+            self.map.page(chunk.index).set_head(State::Allocated, chunk.order);
+            match self.free_converted(chunk) {
                 Ok(()) => freed = true,
                 Err(ConvertError::Use(error)) => failure.note(Err(error)),
                 // Who may not wait leaves them where they are.
@@ -194,20 +187,6 @@ impl<P: Platform> PageAllocator<'_, P> {
             }
         }
         freed
-    }
-
-    /// Nobody owns the pages any more, but they are not free.
-    fn park(&self, chunk: Chunk) {
-        let page = self.map.page(chunk.index);
-        page.set_head(State::Parked, chunk.order);
-        let mut first = self.parked.load(Relaxed);
-        loop {
-            page.set_next(first.checked_sub(1));
-            match self.parked.compare_exchange_weak(first, chunk.index + 1, Release, Relaxed) {
-                Ok(_) => return,
-                Err(now) => first = now,
-            }
-        }
     }
 
     /// Whether other CPUs can be waited for: with interrupts off, two CPUs could wait for each
