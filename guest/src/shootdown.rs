@@ -35,7 +35,8 @@ pub trait Interrupts {
     /// One turn of waiting for another CPU.
     fn relax(&self);
 
-    /// Called now and then while these CPUs have not answered shootdown `number` of this CPU.
+    /// Called now and then while these CPUs have not answered shootdown `number` of this CPU, before
+    /// their interrupt is sent again.
     fn unanswered(&self, number: u64, cpus: CpuSet);
 }
 
@@ -122,6 +123,8 @@ impl Shootdowns {
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(PATIENCE) {
                 on.unanswered(number, missing);
+                // An interrupt may be lost; one too many finds nothing to do.
+                on.send(missing);
             }
         }
     }
