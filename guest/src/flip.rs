@@ -255,6 +255,10 @@ impl<P: Platform> PageAllocator<'_, P> {
                 let run = self.direct_map_run(*chunk);
                 space::write(self.platform, run, self.platform.read_entry(run.at), Entry::EMPTY);
             }
+            if self.config.prezero && planted!(self.platform, OpenEarly) {
+                // So that zeroing overlaps with the shootdown; what is refused is zeroed later.
+                let _ = self.zero_unknown(self.map.frames(*chunk), Purpose::Flip);
+            }
         }
         if !planted!(self.platform, FlushBeforeUnmap) {
             self.flush_direct_map();

@@ -34,6 +34,9 @@ named_enum! {
         TableFreeStale = "table-free-stale",
         /// A pool block is never sealed.
         SkipSeal = "skip-seal",
+        /// A block is opened for zeroing as soon as its directory entry is cleared: before the batch's
+        /// shootdown, and before its seal.
+        OpenEarly = "open-early",
         /// Handed out as zero, not zeroed.
         SkipZero = "skip-zero",
         /// Released to the mapped side unscrubbed.
@@ -50,7 +53,8 @@ impl Fault {
             | Self::LocalOnlyFlipFlush
             | Self::Cr3FlipFlush
             | Self::FlushBeforeUnmap
-            | Self::SplitWithoutFlush => "stale-direct-map",
+            | Self::SplitWithoutFlush
+            | Self::OpenEarly => "stale-direct-map",
             Self::LeaveDirectMapAlias | Self::PartialBlockUnmap => "direct-map-alias",
             Self::GlobalWindow => "global-window",
             Self::WrongCpuWindow => "foreign-alias",
