@@ -6,7 +6,7 @@ use crate::contents::OnFree;
 use crate::error::UseError;
 use crate::freetype::{Freetype, Migratetype};
 use crate::meta::{Chunk, MAX_ORDER};
-use crate::platform::{CpuSet, GateError, Platform, planted};
+use crate::platform::{CpuSet, GateError, Platform, planted, slips};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, BLOCK_PAGES};
@@ -218,6 +218,9 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
         let chunks = batch.all();
         self.flush_windows(chunks);
+        if slips!(self.platform, MapBeforeRelease) {
+            chunks.iter().for_each(|chunk| self.add_to_direct_map(*chunk));
+        }
         let released = self.release(chunks);
         let done = released.map_or_else(|(done, _)| done, |()| chunks.len());
         for chunk in &chunks[..done] {
@@ -260,7 +263,11 @@ impl<P: Platform> PageAllocator<'_, P> {
                 let _ = self.zero_unknown(self.map.frames(*chunk), Purpose::Flip);
             }
         }
-        if !planted!(self.platform, FlushBeforeUnmap) {
+        if slips!(self.platform, FlushFirstBlock) {
+            let Run { va, level, .. } = self.direct_map_run(chunks[0]);
+            let first = Flush::Pages { va, count: 1, level };
+            self.platform.shootdown(first, CpuSet::first(self.platform.cpus()));
+        } else if !planted!(self.platform, FlushBeforeUnmap) {
             self.flush_direct_map();
         }
     }
@@ -370,7 +377,10 @@ impl<P: Platform> PageAllocator<'_, P> {
             return;
         }
         let frames = || chunks.iter().map(|chunk| self.map.frames(*chunk));
-        let cpus = frames().fold(CpuSet::NONE, |set, f| set.union(self.mermap.may_cache(f)));
+        let mut cpus = frames().fold(CpuSet::NONE, |set, f| set.union(self.mermap.may_cache(f)));
+        if slips!(self.platform, ReleaseFlushLocal) {
+            cpus = CpuSet::only(self.platform.cpu());
+        }
         if !cpus.is_empty() {
             self.counts.shootdowns.add(1);
             self.platform.shootdown(Flush::NonGlobal, cpus);

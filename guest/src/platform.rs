@@ -138,6 +138,13 @@ pub trait Platform {
     /// Whether this fault is planted.
     #[cfg(feature = "faults")]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool;
+
+    /// Whether this slip is planted: never, where no test plants any.
+    #[cfg(feature = "faults")]
+    fn slips(&self, slip: lacuna_abi::fault::Slip) -> bool {
+        let _ = slip;
+        false
+    }
 }
 
 /// Whether `fault` is planted on `platform`; without the feature `faults` the question is not in
@@ -155,7 +162,22 @@ macro_rules! planted {
         false
     }};
 }
-pub(crate) use planted;
+
+/// Whether the test's `slip` is planted, likewise.
+#[cfg(feature = "faults")]
+macro_rules! slips {
+    ($platform:expr, $slip:ident) => {
+        $crate::platform::Platform::slips($platform, lacuna_abi::fault::Slip::$slip)
+    };
+}
+#[cfg(not(feature = "faults"))]
+macro_rules! slips {
+    ($platform:expr, $slip:ident) => {{
+        let _ = &$platform;
+        false
+    }};
+}
+pub(crate) use {planted, slips};
 
 /// Interrupts are off while this lives.
 #[must_use = "interrupts are on again when this is dropped"]
