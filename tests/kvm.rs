@@ -83,6 +83,7 @@ const FAULTS: &[(&str, &str, &[&str])] = &[
     ("skip-window-flush", "stale-window", &["off"]),
     ("free-before-window-flush", "stale-window", &["off"]),
     ("skip-seal", "second-stage-open", &["guard", "memslot"]),
+    ("open-early", "stale-direct-map", &["guard", "memslot", "off"]),
     ("skip-zero", "residue", &["guard"]),
     ("skip-scrub-on-remap", "residue", &["guard", "memslot"]),
 ];

@@ -30,7 +30,7 @@ use crate::alloc::PageAllocator;
 use crate::error::{FirstFailure, UseError};
 use crate::handle::Slot;
 use crate::meta::{BlockMeta, Chunk, State};
-use crate::platform::{CpuSet, GateError, Platform, planted};
+use crate::platform::{CpuSet, GateError, Platform, planted, slips};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::BLOCK;
@@ -215,7 +215,10 @@ impl<P: Platform> PageAllocator<'_, P> {
         };
         if !(whole && planted!(self.platform, SplitWithoutFlush)) {
             let frames = self.map.frames(chunk);
-            let (va, count) = (direct_map(frames.start().gpa()), chunk.pages());
+            let (va, mut count) = (direct_map(frames.start().gpa()), chunk.pages());
+            if !whole && count > 1 && slips!(self.platform, FlushOnePageShort) {
+                count -= 1;
+            }
             let one_by_one = Flush::Pages { va, count, level: Level::Pt };
             let few = frames.count() <= TARGETED;
             self.flush_all_cpus(if few { one_by_one } else { Flush::Everything });
@@ -231,11 +234,14 @@ impl<P: Platform> PageAllocator<'_, P> {
             let _lock = BlockLock::take(block, self.platform);
             self.write_pages(chunk, Entry::new(self.map.frames(chunk).start(), FLAGS));
             block.remove_converted(chunk.pages());
-            (block.converted() == 0).then(|| self.merge(chunk))
+            let last = block.converted() == 0 || slips!(self.platform, MergeOverSecret);
+            last.then(|| self.merge(chunk))
         };
         // The lock is free by now. Who splits the block again meanwhile does so with another table.
         if let Some(table) = table {
-            if !planted!(self.platform, TableFreeStale) {
+            if slips!(self.platform, MergeFlushLocal) {
+                self.platform.shootdown(Flush::Everything, CpuSet::only(self.platform.cpu()));
+            } else if !planted!(self.platform, TableFreeStale) {
                 self.flush_all_cpus(Flush::Everything);
             }
             self.free_table(table);
@@ -294,7 +300,8 @@ impl<P: Platform> PageAllocator<'_, P> {
 
     fn flush_all_cpus(&self, flush: Flush) {
         self.counts.shootdowns.add(1);
-        self.platform.shootdown(flush, CpuSet::first(self.platform.cpus()));
+        let left_out = usize::from(slips!(self.platform, LastCpuLeftOut));
+        self.platform.shootdown(flush, CpuSet::first(self.platform.cpus() - left_out));
     }
 
     /// Has every CPU whose window may still be cached over the frames flush it. The pageblock goes

@@ -6,7 +6,7 @@ use crate::contents::OnFree;
 use crate::error::{FirstFailure, UseError};
 use crate::freetype::{Freetype, Migratetype};
 use crate::meta::{Chunk, MAX_ORDER};
-use crate::platform::{CpuSet, GateError, Platform, gate_each, planted};
+use crate::platform::{CpuSet, GateError, Platform, gate_each, planted, slips};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, BLOCK_PAGES};
@@ -223,6 +223,9 @@ impl<P: Platform> PageAllocator<'_, P> {
             return None;
         }
         self.flush_windows(batch.all());
+        if slips!(self.platform, MapBeforeRelease) {
+            batch.all().iter().for_each(|chunk| self.add_to_direct_map(*chunk));
+        }
         let fates = self.release(batch.all(), failure);
         let mut back = 0;
         for (chunk, fate) in batch.all().iter().zip(fates) {
@@ -260,8 +263,16 @@ impl<P: Platform> PageAllocator<'_, P> {
                 let run = self.direct_map_run(*chunk);
                 space::write(self.platform, run, self.platform.read_entry(run.at), Entry::EMPTY);
             }
+            if self.config.prezero && planted!(self.platform, OpenEarly) {
+                // So that zeroing overlaps with the shootdown; what is refused is zeroed later.
+                let _ = self.zero_unknown(self.map.frames(*chunk), Purpose::Flip);
+            }
         }
-        if !planted!(self.platform, FlushBeforeUnmap) {
+        if slips!(self.platform, FlushFirstBlock) {
+            let Run { va, level, .. } = self.direct_map_run(chunks[0]);
+            let first = Flush::Pages { va, count: 1, level };
+            self.platform.shootdown(first, CpuSet::first(self.platform.cpus()));
+        } else if !planted!(self.platform, FlushBeforeUnmap) {
             self.flush_direct_map();
         }
     }
@@ -360,7 +371,10 @@ impl<P: Platform> PageAllocator<'_, P> {
             return;
         }
         let frames = || chunks.iter().map(|chunk| self.map.frames(*chunk));
-        let cpus = frames().fold(CpuSet::NONE, |set, f| set.union(self.mermap.may_cache(f)));
+        let mut cpus = frames().fold(CpuSet::NONE, |set, f| set.union(self.mermap.may_cache(f)));
+        if slips!(self.platform, ReleaseFlushLocal) {
+            cpus = CpuSet::only(self.platform.cpu());
+        }
         if !cpus.is_empty() {
             self.counts.shootdowns.add(1);
             self.platform.shootdown(Flush::NonGlobal, cpus);

@@ -14,7 +14,7 @@ mod window;
 
 use crate::lock::{IrqGuard, IrqLock};
 use crate::meta::MemMap;
-use crate::platform::{CpuSet, InterruptsOff, Platform, planted};
+use crate::platform::{CpuSet, InterruptsOff, Platform, planted, slips};
 use crate::space::{self, Run};
 use core::array;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
@@ -184,7 +184,8 @@ impl<'a, P: Platform> Mermap<'a, P> {
         let whole_block =
             frames.count() == BLOCK_FRAMES && frames.start().block_start() == frames.start();
         let (part, run) = if whole_block {
-            let (slot, stale) = window.take_block()?;
+            let (slot, mut stale) = window.take_block()?;
+            stale &= !slips!(self.platform, LargeWindowUnflushed);
             (Part::Large(slot), self.clean(window.large_run(cpu, slot), stale))
         } else {
             let (slot, first, stale) = window.take_pages(frames.count())?;
@@ -210,7 +211,10 @@ impl<'a, P: Platform> Mermap<'a, P> {
         off: InterruptsOff<'a, P>,
     ) -> Result<Mapping<'_, 'a, P>, MermapError> {
         let frames = FrameRange::new(frame, 1).ok_or(MermapError::NotInZone)?;
-        let flags = self.admit(frames, protection)?;
+        let mut flags = self.admit(frames, protection)?;
+        if slips!(self.platform, ReserveGlobal) {
+            flags |= Entry::WRITABLE | Entry::GLOBAL;
+        }
         let cpu = self.platform.cpu();
         let mut window = self.lock(cpu)?;
         let stale = window.take_reserve()?;
@@ -344,7 +348,11 @@ impl<'a, P: Platform> Mermap<'a, P> {
     fn put(&self, mapping: &Mapping<'_, 'a, P>) {
         let cpu = mapping.cpu;
         let mut window = self.windows[cpu].lock(self.platform);
-        space::write(self.platform, mapping.run, mapping.entry, Entry::EMPTY);
+        let mut run = mapping.run;
+        if run.count > 1 && slips!(self.platform, WindowEntryLeft) {
+            run.count -= 1;
+        }
+        space::write(self.platform, run, mapping.entry, Entry::EMPTY);
         let generation = self.generations[cpu].load(Relaxed);
         for part in mapping.frames.by_block() {
             self.map.part(part).0.set_window(cpu, generation);

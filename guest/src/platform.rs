@@ -139,6 +139,13 @@ pub trait Platform {
     /// Whether this fault is planted.
     #[cfg(feature = "faults")]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool;
+
+    /// Whether this slip is planted: never, where no test plants any.
+    #[cfg(feature = "faults")]
+    fn slips(&self, slip: lacuna_abi::fault::Slip) -> bool {
+        let _ = slip;
+        false
+    }
 }
 
 /// Carries out each of the operations, whatever becomes of the others, in as few gate calls as that
@@ -173,7 +180,22 @@ macro_rules! planted {
         false
     }};
 }
-pub(crate) use planted;
+
+/// Whether the test's `slip` is planted, likewise.
+#[cfg(feature = "faults")]
+macro_rules! slips {
+    ($platform:expr, $slip:ident) => {
+        $crate::platform::Platform::slips($platform, lacuna_abi::fault::Slip::$slip)
+    };
+}
+#[cfg(not(feature = "faults"))]
+macro_rules! slips {
+    ($platform:expr, $slip:ident) => {{
+        let _ = &$platform;
+        false
+    }};
+}
+pub(crate) use {planted, slips};
 
 /// Interrupts are off on this CPU while this lives. It stays there, and so does whatever holds it:
 /// dropped elsewhere it would turn on the interrupts of another CPU.

@@ -4,7 +4,7 @@
 use crate::alloc::PageAllocator;
 use crate::error::UseError;
 use crate::mermap::{MermapError, Protection};
-use crate::platform::{GateError, InterruptsOff, Platform, planted};
+use crate::platform::{GateError, InterruptsOff, Platform, planted, slips};
 use lacuna_abi::addr::{FrameRange, Gfn, PAGE_SIZE};
 use lacuna_abi::gate::OpKind;
 
@@ -102,6 +102,8 @@ impl<P: Platform> PageAllocator<'_, P> {
 
     /// Seals frames that are open.
     pub(crate) fn seal_open(&self, frames: FrameRange) -> Result<(), UseError> {
+        let short = slips!(self.platform, SealOneFrameShort);
+        let frames = if short { all_but_the_last(frames) } else { frames };
         let sealed: Result<(), GateError> = self.platform.gate(&[(OpKind::Seal, frames)]);
         sealed.map_err(UseError::Unsealed)
     }
@@ -126,7 +128,8 @@ impl<P: Platform> PageAllocator<'_, P> {
             return Ok(());
         }
         for part in frames.by_block() {
-            self.zero_part(part)?;
+            let short = purpose == Purpose::Scrub && slips!(self.platform, ScrubOnePageShort);
+            self.zero_part(if short { all_but_the_last(part) } else { part })?;
             self.map.set_known(part, true);
             self.zeroed(purpose, part.count());
         }
@@ -156,4 +159,9 @@ impl<P: Platform> PageAllocator<'_, P> {
         };
         count.add(pages);
     }
+}
+
+/// The frames without the last of several.
+fn all_but_the_last(frames: FrameRange) -> FrameRange {
+    FrameRange::new(frames.start(), frames.count() - 1).unwrap_or(frames)
 }

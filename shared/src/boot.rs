@@ -55,7 +55,8 @@ words_struct! {
         root,
         /// Pages of the table pool that the VMM used; those behind are free and zero.
         pool_used,
-        /// Faults to plant, one bit each ([`crate::fault::Fault::bit`]); 0 in ordinary guests.
+        /// Faults and slips to plant, one bit each ([`crate::fault::Fault::bit`],
+        /// [`crate::fault::Slip::bit`]); 0 in ordinary guests.
         faults,
         /// Seed for whatever the guest draws at random.
         seed,

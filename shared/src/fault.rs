@@ -34,6 +34,9 @@ named_enum! {
         TableFreeStale = "table-free-stale",
         /// A pool block is never sealed.
         SkipSeal = "skip-seal",
+        /// A block is opened for zeroing as soon as its directory entry is cleared: before the batch's
+        /// shootdown, and before its seal.
+        OpenEarly = "open-early",
         /// Handed out as zero, not zeroed.
         SkipZero = "skip-zero",
         /// Released to the mapped side unscrubbed.
@@ -50,7 +53,8 @@ impl Fault {
             | Self::LocalOnlyFlipFlush
             | Self::Cr3FlipFlush
             | Self::FlushBeforeUnmap
-            | Self::SplitWithoutFlush => "stale-direct-map",
+            | Self::SplitWithoutFlush
+            | Self::OpenEarly => "stale-direct-map",
             Self::LeaveDirectMapAlias | Self::PartialBlockUnmap => "direct-map-alias",
             Self::GlobalWindow => "global-window",
             Self::WrongCpuWindow => "foreign-alias",
@@ -77,6 +81,73 @@ impl Fault {
     }
 }
 
+named_enum! {
+    /// A slip of the same kinds as [`Fault`]'s, at another place, in the same image. Only tests plant
+    /// them, by [`Slip::bit`]: they show that the rules find the class and not the spot.
+    #[derive(Hash)]
+    #[repr(u8)]
+    pub enum Slip {
+        /// A flip of several chunks of pageblocks flushes the first block only.
+        FlushFirstBlock = "flush-first-block",
+        /// The CPU that came online last is left out when pages were converted in place.
+        LastCpuLeftOut = "last-cpu-left-out",
+        /// The second range of a block that is converted in place: one INVLPG too few.
+        FlushOnePageShort = "flush-one-page-short",
+        /// Blocks are mapped again before they are released.
+        MapBeforeRelease = "map-before-release",
+        /// The large entry is written over a table while other pages of its block are converted.
+        MergeOverSecret = "merge-over-secret",
+        /// Merging back: only the own CPU forgets the table that is freed.
+        MergeFlushLocal = "merge-flush-local",
+        /// A mapping of the reserve is writable and global whatever was asked for.
+        ReserveGlobal = "reserve-global",
+        /// Taking a mapping down leaves its last entry.
+        WindowEntryLeft = "window-entry-left",
+        /// A slot of the 2 MiB part of a window is used again without a flush.
+        LargeWindowUnflushed = "large-window-unflushed",
+        /// Before blocks are released, only the own CPU's window is flushed.
+        ReleaseFlushLocal = "release-flush-local",
+        /// The end of a use seals all frames but the last.
+        SealOneFrameShort = "seal-one-frame-short",
+        /// A scrub of several pages leaves out the last.
+        ScrubOnePageShort = "scrub-one-page-short",
+    }
+}
+
+impl Slip {
+    /// The rule that must find it.
+    #[must_use]
+    pub const fn rule(self) -> &'static str {
+        match self {
+            Self::FlushFirstBlock | Self::LastCpuLeftOut | Self::FlushOnePageShort => {
+                "stale-direct-map"
+            }
+            Self::MapBeforeRelease | Self::MergeOverSecret => "direct-map-alias",
+            Self::MergeFlushLocal => "stale-table",
+            Self::ReserveGlobal => "global-window",
+            Self::WindowEntryLeft => "foreign-alias",
+            Self::LargeWindowUnflushed | Self::ReleaseFlushLocal => "stale-window",
+            Self::SealOneFrameShort => "second-stage-open",
+            Self::ScrubOnePageShort => "residue",
+        }
+    }
+
+    /// How many vCPUs a guest must have for the slip to be one.
+    #[must_use]
+    pub const fn vcpus(self) -> u8 {
+        match self {
+            Self::LastCpuLeftOut | Self::MergeFlushLocal | Self::ReleaseFlushLocal => 2,
+            _ => 1,
+        }
+    }
+
+    /// The slip's bit in the boot information, in the half that the command line cannot reach.
+    #[must_use]
+    pub const fn bit(self) -> u64 {
+        1 << (32 + self as u8)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,6 +159,11 @@ mod tests {
             assert_eq!(Fault::from_name(fault.name()), Some(*fault));
             assert_eq!(bits & fault.bit(), 0);
             bits |= fault.bit();
+        }
+        for slip in Slip::ALL {
+            assert_eq!(Fault::from_name(slip.name()), None);
+            assert_eq!(bits & slip.bit(), 0);
+            bits |= slip.bit();
         }
         assert_eq!(Fault::from_name("no-such-fault"), None);
     }

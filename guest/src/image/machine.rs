@@ -118,9 +118,17 @@ impl Platform for Machine {
         memory::store(va, value);
     }
 
+    // Functions of their own, so that tests see by their names whether an image asks.
     #[cfg(feature = "faults")]
+    #[inline(never)]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool {
         self.faults & fault.bit() != 0
+    }
+
+    #[cfg(feature = "faults")]
+    #[inline(never)]
+    fn slips(&self, slip: lacuna_abi::fault::Slip) -> bool {
+        self.faults & slip.bit() != 0
     }
 }
 

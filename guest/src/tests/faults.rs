@@ -74,6 +74,11 @@ fn flushes_that_are_missing_too_weak_or_too_early_leave_the_direct_map_stale() {
 }
 
 #[test]
+fn a_block_that_is_opened_before_its_flush_is_still_cached() {
+    assert_eq!(is_found(Fault::OpenEarly), None);
+}
+
+#[test]
 fn a_flush_on_one_cpu_leaves_the_direct_map_stale_on_the_other() {
     assert_eq!(is_found(Fault::LocalOnlyFlipFlush), None);
 }
@@ -142,5 +147,5 @@ fn pages_that_are_not_scrubbed_are_residue_when_they_are_released() {
 
 #[test]
 fn every_fault_that_can_be_planted_is_tried_here() {
-    assert_eq!(Fault::ALL.len(), 15);
+    assert_eq!(Fault::ALL.len(), 16);
 }

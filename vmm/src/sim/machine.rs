@@ -367,6 +367,11 @@ impl Platform for SimMachine {
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool {
         self.faults & fault.bit() != 0
     }
+
+    #[inline]
+    fn slips(&self, slip: lacuna_abi::fault::Slip) -> bool {
+        self.faults & slip.bit() != 0
+    }
 }
 
 /// The platform's calls that are recorded, with the code that made them.
