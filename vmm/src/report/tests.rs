@@ -4,7 +4,7 @@ use crate::config::{Audit, Expect};
 use serde_json::{Value, json};
 
 fn audit() -> Audit {
-    Audit { quiesce_every: 1000, require: Vec::new(), expect: Expect::default() }
+    Audit { quiesce_every: 1000, probes: 8, require: Vec::new(), expect: Expect::default() }
 }
 
 fn check(rule: Rule, checked: u64, not_checked: u64, violations: u64) -> Check {
