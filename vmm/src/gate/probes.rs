@@ -52,10 +52,7 @@ impl Gate {
 
     /// Puts another second stage in the place of the machine's own, before the guest starts: one
     /// that adds to it, or, for tests, one that fails to do what it says.
-    pub fn wrap_stage(
-        &mut self,
-        wrap: impl FnOnce(Box<dyn SecondStage>) -> Box<dyn SecondStage>,
-    ) {
+    pub fn wrap_stage(&mut self, wrap: impl FnOnce(Box<dyn SecondStage>) -> Box<dyn SecondStage>) {
         let own = std::mem::replace(&mut self.stage, Box::new(Off));
         self.stage = wrap(own);
     }

@@ -241,3 +241,124 @@ impl Drop for Opened<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_abi::walk::translate;
+
+    const FRAME: Gfn = Gfn(0x10_0005);
+
+    fn touch(kind: ProbeKind) -> Touch {
+        Touch::new(3, kind, FRAME.gpa().wrapping_add(0x128), 7)
+    }
+
+    /// The outcome when the vCPU leaves at the instruction that makes the access.
+    fn standing(kind: ProbeKind, exit: Exit) -> Touched {
+        let touch = touch(kind);
+        touch.outcome(&exit, &ProbeEnd { rip: touch.start().rip, rax: 7 })
+    }
+
+    fn is_failure(outcome: &Touched) -> bool {
+        matches!(outcome, Touched::Failed(_))
+    }
+
+    #[test]
+    fn each_way_in_which_kvm_stops_an_access_is_a_trap() {
+        use ProbeKind::{Fetch, Read, Write};
+        let gpa = FRAME.gpa().wrapping_add(0x128);
+        for (kind, exit) in [
+            (Read, Exit::MmioRead { gpa }),
+            (Write, Exit::MmioWrite { gpa }),
+            (Fetch, Exit::InternalError { suberror: 1 }),
+            (Read, Exit::Fault),
+            (Write, Exit::Fault),
+            (Fetch, Exit::Fault),
+            (Read, Exit::MemoryFault { gpa: FRAME.gpa() }),
+        ] {
+            assert_eq!(standing(kind, exit), Touched::Trapped, "{kind:?} {exit:?}");
+        }
+    }
+
+    #[test]
+    fn what_says_nothing_of_the_access_is_no_trap() {
+        use ProbeKind::{Fetch, Read, Write};
+        let gpa = FRAME.gpa().wrapping_add(0x130);
+        for (kind, exit) in [
+            (Read, Exit::MmioRead { gpa }),
+            (Read, Exit::MmioWrite { gpa: FRAME.gpa().wrapping_add(0x128) }),
+            (Write, Exit::MmioRead { gpa: FRAME.gpa().wrapping_add(0x128) }),
+            (Read, Exit::InternalError { suberror: 1 }),
+            (Fetch, Exit::InternalError { suberror: 3 }),
+            (Read, Exit::MemoryFault { gpa: PROBE_START }),
+            (Read, Exit::Shutdown),
+            (Fetch, Exit::Interrupted),
+            (Write, Exit::Error(22)),
+            (Write, Exit::Halt),
+        ] {
+            assert!(is_failure(&standing(kind, exit)), "{kind:?} {exit:?}");
+        }
+        // A fault elsewhere than at the access: the probe's own memory.
+        let elsewhere = touch(Read).outcome(&Exit::Fault, &ProbeEnd { rip: 0, rax: 7 });
+        assert!(is_failure(&elsewhere));
+    }
+
+    #[test]
+    fn what_reaches_the_out_behind_it_went_through() {
+        let exit = Exit::PortOut { port: PROBE_PORT, value: 7, len: 4 };
+        for kind in ProbeKind::ALL {
+            assert_eq!(standing(*kind, exit), Touched::WentThrough, "{kind:?}");
+        }
+        let other = touch(ProbeKind::Read).outcome(&exit, &ProbeEnd { rip: 0, rax: 8 });
+        assert!(is_failure(&other), "a read that saw something else");
+        let other = touch(ProbeKind::Fetch).outcome(&exit, &ProbeEnd { rip: 0, rax: 7 });
+        assert!(is_failure(&other), "an OUT that was executed elsewhere");
+        let port = Exit::PortOut { port: PROBE_PORT + 1, value: 7, len: 4 };
+        assert!(is_failure(&standing(ProbeKind::Read, port)));
+    }
+
+    #[test]
+    fn the_tables_lead_to_code_control_page_and_each_frame_and_nowhere_else() {
+        let memory = ProbeMemory::new().unwrap();
+        let frames = [FRAME, Gfn(0x20_0000), FRAME];
+        drop(memory.open(&frames).unwrap());
+        let read = |at: Gpa| {
+            let offset = at.offset_from(PROBE_START)?;
+            Some(Entry(
+                memory.words().words(offset, 1)?[0].load(std::sync::atomic::Ordering::Acquire),
+            ))
+        };
+        let own = |page| PROBE_START.wrapping_add(page * PAGE_SIZE).frame();
+        let mapped = [own(CODE), own(CONTROL)].into_iter().chain(frames);
+        for (index, frame) in (0..).zip(mapped) {
+            let leaf = translate(&read, PROBE_START, page(index)).unwrap();
+            assert_eq!((leaf.frame(), leaf.level), (frame, Level::Pt));
+            assert!(leaf.writable && leaf.executable && !leaf.user && !leaf.global());
+        }
+        assert!(translate(&read, PROBE_START, page(5)).is_err());
+        let third = Touch::new(2, ProbeKind::Read, FRAME.gpa().wrapping_add(8), 0);
+        assert_eq!(third.va, page(4).wrapping_add(8));
+        assert!(memory.open(&[FRAME; MAX_TOUCHES + 1]).is_err());
+    }
+
+    #[test]
+    fn what_a_guest_left_there_is_gone_in_the_next_round() {
+        let memory = ProbeMemory::new().unwrap();
+        drop(memory.open(&[FRAME; 4]).unwrap());
+        let copy = || -> Vec<u64> {
+            let count = usize::try_from(PROBE_BYTES / 8).unwrap();
+            let words = memory.words().words(0, count).unwrap();
+            words.iter().map(|word| word.load(std::sync::atomic::Ordering::Acquire)).collect()
+        };
+        let fresh = copy();
+        let count = usize::try_from(PROBE_BYTES / 8).unwrap();
+        memory
+            .words()
+            .words(0, count)
+            .unwrap()
+            .iter()
+            .for_each(|word| word.store(u64::MAX, Release));
+        drop(memory.open(&[FRAME; 4]).unwrap());
+        assert_eq!(copy(), fresh);
+    }
+}

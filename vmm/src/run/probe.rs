@@ -27,7 +27,7 @@ const KICK_AGAIN: Duration = Duration::from_millis(1);
 /// Longest that it is kicked before it is given up.
 const GIVE_UP: Duration = Duration::from_secs(2);
 
-/// Touches frames with a vCPU of its own.
+/// Touches frames with a vCPU of its own, on a thread of its own.
 pub(super) struct VcpuProber {
     rounds: Option<Sender<Vec<Probe>>>,
     results: Receiver<Vec<Touched>>,
@@ -35,6 +35,7 @@ pub(super) struct VcpuProber {
     /// The round has taken too long: nothing more is touched in it.
     late: Arc<AtomicBool>,
     limit: Duration,
+    give_up: Duration,
 }
 
 impl VcpuProber {
@@ -45,16 +46,25 @@ impl VcpuProber {
     pub(super) fn start(vcpu: ProbeVcpu, memory: Arc<Memory>) -> io::Result<Self> {
         let late = Arc::new(AtomicBool::new(false));
         let mut hand = Hand { vcpu, memory, late: Arc::clone(&late) };
+        Self::spawn(late, move |probes| hand.round(probes))
+    }
+
+    /// Starts a thread that makes each round by `round`, which ends soon once `late` is set.
+    fn spawn(
+        late: Arc<AtomicBool>,
+        mut round: impl FnMut(&[Probe]) -> Vec<Touched> + Send + 'static,
+    ) -> io::Result<Self> {
         let (rounds, todo) = channel::<Vec<Probe>>();
         let (done, results) = channel();
         let thread = std::thread::Builder::new().name("probe".into()).spawn(move || {
             while let Ok(probes) = todo.recv() {
-                if done.send(hand.round(&probes)).is_err() {
+                if done.send(round(&probes)).is_err() {
                     break;
                 }
             }
         })?;
-        Ok(Self { rounds: Some(rounds), results, thread: Some(thread), late, limit: ROUND })
+        let (rounds, thread) = (Some(rounds), Some(thread));
+        Ok(Self { rounds, results, thread, late, limit: ROUND, give_up: GIVE_UP })
     }
 
     /// The results of a round, waited for and kicked for; why there are none.
@@ -65,7 +75,7 @@ impl VcpuProber {
             Err(RecvTimeoutError::Disconnected) => return Err(GONE),
             Err(RecvTimeoutError::Timeout) => self.late.store(true, Ordering::Release),
         }
-        let deadline = Instant::now() + GIVE_UP;
+        let deadline = Instant::now() + self.give_up;
         while Instant::now() < deadline {
             if let Some(thread) = &self.thread {
                 // A thread that has just ended needs no kick.
@@ -137,7 +147,8 @@ impl Hand {
         if let Err(KvmError { what, error }) = self.vcpu.reset() {
             return failed(&format!("KVM cannot {what}: {error}"), probes.len());
         }
-        for kind in ProbeKind::ALL {
+        let used = |kind: &&ProbeKind| probes.iter().any(|probe| probe.kind == **kind);
+        for kind in ProbeKind::ALL.iter().filter(used) {
             let control = self.make(&Touch::control(*kind));
             if control != Touched::WentThrough {
                 let why = format!("a {} of its own memory ended with {control:?}", kind.name());
@@ -192,4 +203,74 @@ fn failed(why: &str, count: usize) -> Vec<Touched> {
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use crate::run::threads::register_kick;
+
+    fn probes(count: usize) -> Vec<Probe> {
+        vec![Probe { frame: Gfn(1), offset: 0, kind: ProbeKind::Read }; count]
+    }
+
+    fn prober(
+        round: impl FnMut(&[Probe], &AtomicBool) -> Vec<Touched> + Send + 'static,
+    ) -> VcpuProber {
+        register_kick().unwrap();
+        let (late, mut round) = (Arc::new(AtomicBool::new(false)), round);
+        let shared = Arc::clone(&late);
+        let mut prober = VcpuProber::spawn(late, move |probes| round(probes, &shared)).unwrap();
+        (prober.limit, prober.give_up) = (Duration::from_millis(20), Duration::from_millis(100));
+        prober
+    }
+
+    #[test]
+    fn more_touches_than_a_table_maps_take_several_rounds() {
+        let (sizes, seen) = channel();
+        let mut prober = prober(move |probes, _| {
+            sizes.send(probes.len()).unwrap();
+            vec![Touched::Trapped; probes.len()]
+        });
+        let touched = prober.touch(&probes(MAX_TOUCHES + 3));
+        assert_eq!(touched, vec![Touched::Trapped; MAX_TOUCHES + 3]);
+        drop(prober);
+        assert_eq!(seen.iter().collect::<Vec<_>>(), [MAX_TOUCHES, 3]);
+    }
+
+    #[test]
+    fn a_round_that_takes_too_long_is_told_so_and_the_next_is_made() {
+        let mut slow = true;
+        let mut prober = prober(move |probes, late| {
+            while std::mem::replace(&mut slow, false) && !late.load(Ordering::Acquire) {
+                slow = true;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let outcome = match late.load(Ordering::Acquire) {
+                true => Touched::Failed("late".into()),
+                false => Touched::WentThrough,
+            };
+            vec![outcome; probes.len()]
+        });
+        assert_eq!(prober.touch(&probes(2)), failed("late", 2));
+        assert_eq!(prober.touch(&probes(1)), [Touched::WentThrough]);
+    }
+
+    #[test]
+    fn a_probe_that_never_comes_back_is_given_up_and_nothing_hangs() {
+        let (release, wait) = channel::<()>();
+        let mut prober = prober(move |_, _| {
+            let _ = wait.recv();
+            Vec::new()
+        });
+        let gone = prober.touch(&probes(1));
+        assert_eq!(gone, failed("the probe vCPU does not come out of KVM_RUN", 1));
+        assert_eq!(prober.touch(&probes(2)), failed("the probe vCPU was given up", 2));
+        drop(prober);
+        drop(release);
+    }
+
+    #[test]
+    fn a_thread_that_panics_fails_its_round() {
+        let mut prober = prober(|_, _| std::panic::resume_unwind(Box::new(())));
+        let gone = failed("the thread of the probe vCPU has ended", 1);
+        assert_eq!(prober.touch(&probes(1)), gone);
+    }
+}
