@@ -17,6 +17,7 @@
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
 //! | `quiesce` | the complete check |
+//! | `probe` | frames that are touched on purpose |
 #![forbid(unsafe_code)]
 #![warn(clippy::cast_possible_truncation)]
 
@@ -31,6 +32,7 @@ mod index;
 mod life;
 mod mappings;
 mod obligations;
+mod probe;
 mod quiesce;
 mod stale_tables;
 #[cfg(test)]
@@ -40,6 +42,7 @@ mod writes;
 
 pub use finding::{AuditResult, Finding, Rule, Tally};
 pub use frames::Frames;
+pub use probe::{Probe, ProbeKind, ProbeTally, Touched};
 pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, World};
 
 use cpus::Cpus;
@@ -77,6 +80,7 @@ pub struct Audit {
     ledger: Ledger,
     last_seq: u64,
     link_work: usize,
+    probes: ProbeTally,
 }
 
 impl Audit {
@@ -95,6 +99,7 @@ impl Audit {
             ledger: Ledger::new(config.max_findings),
             last_seq: 0,
             link_work: 0,
+            probes: ProbeTally::default(),
             config,
         };
         if audit.register_root(config.boot_root, 0, world).is_err() {

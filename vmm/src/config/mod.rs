@@ -200,6 +200,8 @@ pub struct SecondStage {
 pub struct Audit {
     /// Events between complete checks.
     pub quiesce_every: u64,
+    /// Frames that are touched at each of them.
+    pub probes: u64,
     /// Rules that the run must exercise; one that it did not makes the run inconclusive.
     #[serde(serialize_with = "names::rules")]
     pub require: Vec<Rule>,

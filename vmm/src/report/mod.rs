@@ -102,6 +102,32 @@ pub struct SecondStage {
     pub granule: u64,
     /// How the back end works, in a few words.
     pub detail: String,
+    /// Frames that were touched on purpose, to see whether that is so.
+    #[serde(default)]
+    pub probes: Probes,
+}
+
+/// Touches of frames, made by a CPU that is not the guest's.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Probes {
+    /// Which frames are touched, where and how follows from it.
+    pub seed: u64,
+    /// Touches at each complete check.
+    pub each: u64,
+    /// Touches that the second stage stopped.
+    pub trapped: u64,
+    /// Touches that were carried out.
+    pub went_through: u64,
+    /// Touches from which nothing follows; the run is inconclusive.
+    pub failed: u64,
+    /// Touches left out because the frame was held open by its granule.
+    pub held_open: u64,
+    /// Touches left out because the seal is off.
+    pub seal_off: u64,
+    /// Complete checks without any touch.
+    pub without: u64,
+    /// Why there were such checks.
+    pub why: Option<String>,
 }
 
 /// The guest.

@@ -4,7 +4,7 @@ use crate::config::{Audit, Expect};
 use serde_json::{Value, json};
 
 fn audit() -> Audit {
-    Audit { quiesce_every: 1000, require: Vec::new(), expect: Expect::default() }
+    Audit { quiesce_every: 1000, probes: 8, require: Vec::new(), expect: Expect::default() }
 }
 
 fn check(rule: Rule, checked: u64, not_checked: u64, violations: u64) -> Check {
@@ -48,8 +48,13 @@ fn clean() -> Report {
         cpu: "AMD EPYC".into(),
         simulation: None,
     };
-    report.second_stage =
-        SecondStage { backend: "guard".into(), granule: 4096, detail: "madvise guards".into() };
+    let probes = Probes { seed: 7, each: 8, trapped: 60, went_through: 20, ..Probes::default() };
+    report.second_stage = SecondStage {
+        backend: "guard".into(),
+        granule: 4096,
+        detail: "madvise guards".into(),
+        probes,
+    };
     report.guest = Guest {
         vcpus: 1,
         memory_mib: 64,
@@ -104,7 +109,13 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
             "kind": "kvm", "translation": "NPT", "mediation": "trace", "kernel": "6.18.0",
             "cpu": "AMD EPYC", "simulation": null,
         },
-        "second_stage": {"backend": "guard", "granule": 4096, "detail": "madvise guards"},
+        "second_stage": {
+            "backend": "guard", "granule": 4096, "detail": "madvise guards",
+            "probes": {
+                "seed": 7, "each": 8, "trapped": 60, "went_through": 20, "failed": 0,
+                "held_open": 0, "seal_off": 0, "without": 0, "why": null,
+            },
+        },
         "guest": {
             "vcpus": 1, "memory_mib": 64, "program": "replay", "boot_us": 12345,
             "work_us": 6_120_000, "work": 2500, "us_per_event": 2448.0,
@@ -277,6 +288,19 @@ fn a_second_stage_that_closes_nothing_is_warned_of() {
     report.second_stage = SecondStage { backend: "off".into(), ..SecondStage::default() };
     let text = report.to_text();
     assert!(text.contains("WARNING        nothing is closed"), "{text}");
+}
+
+#[test]
+fn what_was_touched_is_said_and_why_it_was_not() {
+    let mut report = clean();
+    let text = report.to_text();
+    let line = "probes         60 trapped, 20 went through (8 a check, drawn from seed 7)\n";
+    assert!(text.contains(line), "{text}");
+    let why = Some("[audit] probes is 0".to_owned());
+    report.second_stage.probes = Probes { without: 3, held_open: 2, why, ..Probes::default() };
+    let text = report.to_text();
+    let says = "2 held open by their granule; 3 checks without: [audit] probes is 0";
+    assert!(text.replace("\n               ", " ").contains(says), "{text}");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 pub(crate) mod crew;
 mod end;
 mod plan;
+mod probe;
 mod report;
 mod stage;
 mod station;
@@ -22,8 +23,9 @@ use crate::gate::{Gate, GateFailure, GateSetup, Observer};
 use crate::image::Image;
 use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
-use crate::machine::kvm::{Interrupts, KvmError, Vcpu, Vm};
+use crate::machine::kvm::{Interrupts, KvmError, ProbeVcpu, Vcpu, Vm};
 use crate::machine::memory::{Memory, MemoryError};
+use crate::second_stage::SecondStage;
 use crate::sim::{Frames, Prepared, Schedule, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
 use crew::Crew;
@@ -31,8 +33,9 @@ use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::layout::{Layout, LayoutError, Needs};
+use probe::VcpuProber;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 use threads::Threads;
 use zeroize::Zeroize;
@@ -100,7 +103,8 @@ impl Host {
 
 /// The CPUs of a machine that has not started.
 enum Cpus {
-    Kvm(Vec<Vcpu>, Interrupts),
+    /// With the probe vCPU, if frames are to be touched and KVM makes one.
+    Kvm(Vec<Vcpu>, Interrupts, Option<ProbeVcpu>),
     Sim(Box<Prepared>),
 }
 
@@ -160,6 +164,7 @@ impl Machine {
         plan.input.zeroize();
         let root = Gpa(info.root);
         let stop = Arc::new(Stop::default());
+        let mut why_no_prober = None;
         let (cpus, stage) = match host {
             Host::Kvm(kvm) => {
                 let vm = Vm::new(kvm, Arc::clone(&memory))?;
@@ -167,7 +172,12 @@ impl Machine {
                 let stage = stage::second_stage(&plan, &vm, &memory)?;
                 let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
                 let vcpus = vcpus.collect::<Result<_, _>>()?;
-                (Cpus::Kvm(vcpus, vm.interrupts()), stage)
+                let wanted = plan.probes > 0 && stage.closes();
+                let probe = wanted.then(|| vm.probe_vcpu()).transpose().unwrap_or_else(|error| {
+                    why_no_prober = Some(format!("there is no probe vCPU: {error}"));
+                    None
+                });
+                (Cpus::Kvm(vcpus, vm.interrupts(), probe), stage)
             }
             Host::Sim(schedule) => {
                 let frames = Arc::new(Frames::new(layout.zone_frames()));
@@ -179,17 +189,22 @@ impl Machine {
                 (Cpus::Sim(Box::new(sim)), stage)
             }
         };
-        let gate = Gate::new(GateSetup {
+        let mut gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
             boot_root: root,
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
+            probes: plan.probes,
+            seed: plan.seed,
             shootdown_limit: plan.shootdown_limit,
             scanner,
             stop: Arc::clone(&stop),
             observers,
         });
+        if let Some(why) = why_no_prober {
+            gate.lacks_prober(why);
+        }
         let gate = Arc::new(Mutex::new(gate));
         let image = Arc::new(plan.image);
         let timeout = plan.timeout;
@@ -206,6 +221,17 @@ impl Machine {
         self
     }
 
+    /// Has frames closed by another second stage, made from the machine's own: one that adds to it, or,
+    /// for tests, one that fails to do what it says.
+    #[must_use]
+    pub fn with_stage(
+        self,
+        wrap: impl FnOnce(Box<dyn SecondStage>) -> Box<dyn SecondStage>,
+    ) -> Self {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner).wrap_stage(wrap);
+        self
+    }
+
     /// Starts the threads of all CPUs, and with its thread CPU 0. The guest starts the others.
     ///
     /// # Errors
@@ -215,8 +241,8 @@ impl Machine {
         let threads = Arc::new(Threads::default());
         let started = Instant::now();
         let deadline = started + timeout;
-        let (vcpus, interrupts) = match cpus {
-            Cpus::Kvm(vcpus, interrupts) => (vcpus, interrupts),
+        let (vcpus, interrupts, probe) = match cpus {
+            Cpus::Kvm(vcpus, interrupts, probe) => (vcpus, interrupts, probe),
             Cpus::Sim(sim) => {
                 let shared = Arc::clone(&gate);
                 let run = move || sim.run(&shared).into();
@@ -235,6 +261,11 @@ impl Machine {
             }
         };
         threads::register_kick().map_err(OpenError::Signal)?;
+        if let Some(vcpu) = probe {
+            let prober = VcpuProber::start(vcpu, Arc::clone(&memory)).map_err(OpenError::Thread)?;
+            let mut gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+            gate.attach_prober(Box::new(prober));
+        }
         let crew = Arc::new(Crew::new(vcpus.len()));
         // vCPU 0 comes last: before it nothing runs.
         for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
@@ -340,7 +371,7 @@ impl Running {
     fn give_up(self, why: Stopped) -> Outcome {
         let Self { gate, opened, started, .. } = self;
         let reason = "a simulated CPU runs on, because it never calls its platform";
-        let mut locked = gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut locked = gate.lock().unwrap_or_else(PoisonError::into_inner);
         locked.inconclusive(reason.into());
         drop(locked);
         Outcome {
@@ -387,7 +418,7 @@ impl Outcome {
     /// Looks at the gate, and with it the audit.
     pub fn with_gate<R>(&self, f: impl FnOnce(&mut Gate) -> R) -> R {
         // A panic under the lock has ended the run; what the gate holds can still be read.
-        f(&mut self.gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        f(&mut self.gate.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

@@ -80,6 +80,8 @@ pub struct Plan {
     pub vma_budget: Option<u32>,
     /// Events between two complete checks.
     pub quiesce_every: u64,
+    /// Frames that are touched at each complete check, to see what the second stage does.
+    pub probes: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
     /// Longest that a CPU may take to answer a shootdown.
@@ -147,6 +149,7 @@ impl Plan {
             guard: config.second_stage.guard,
             vma_budget: config.second_stage.vma_budget,
             quiesce_every: config.audit.quiesce_every,
+            probes: config.audit.probes,
             max_findings: MAX_FINDINGS,
             shootdown_limit: Duration::from_secs(config.limits.shootdown_s),
             timeout: Duration::from_secs(config.limits.timeout_s),

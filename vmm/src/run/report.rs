@@ -2,7 +2,9 @@
 
 use super::Outcome;
 use super::end::{End, Place};
+use crate::audit::ProbeTally;
 use crate::config::Config;
+use crate::gate::ProbeSummary;
 use crate::machine::decode::SealedAccess;
 use crate::report::{self, Address, Check, Frame, GuestError, Report, Violation};
 use crate::sim::Statistics;
@@ -45,6 +47,13 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
         report.second_stage.backend = stage.name().to_owned();
         report.second_stage.granule = stage.granule();
         report.second_stage.detail = stage.detail();
+        report.second_stage.probes = probes(gate.probe_summary());
+        if let Some(why) = report.second_stage.probes.why.as_ref().filter(|_| stage.closes()) {
+            warnings.push(format!(
+                "no frame is touched to see whether the seal holds: {why}; second-stage-open rests \
+                 on what the second stage says of itself"
+            ));
+        }
         if !stage.closes() {
             warnings.push(
                 "the seal is off: secret frames are not closed, and second-stage-open is not checked".into(),
@@ -171,6 +180,14 @@ fn sealed(access: &SealedAccess, place: &Place) -> report::SealedAccess {
         symbol: place.symbol.clone(),
         expected: false,
     }
+}
+
+fn probes(summary: ProbeSummary) -> report::Probes {
+    let ProbeSummary { seed, each, tally, why_none } = summary;
+    let ProbeTally { trapped, went_through, failed, held_open, seal_off, without } = tally;
+    let turned_off = || (each == 0).then(|| "[audit] probes is 0".to_owned());
+    let why = why_none.or_else(turned_off).filter(|_| without > 0);
+    report::Probes { seed, each, trapped, went_through, failed, held_open, seal_off, without, why }
 }
 
 fn simulation(statistics: Statistics) -> report::Simulation {

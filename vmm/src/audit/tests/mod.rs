@@ -2,6 +2,7 @@
 
 mod alias;
 mod cached;
+mod probe;
 mod properties;
 mod protocol;
 mod split;

@@ -63,7 +63,7 @@ fn everything_but_the_program_has_a_default() {
     assert_eq!(config.guest, guest);
     assert_eq!(config.workload, Workload::Idle);
     assert_eq!(config.second_stage.seal, Seal::Auto);
-    assert_eq!(config.audit.quiesce_every, 1000);
+    assert_eq!((config.audit.quiesce_every, config.audit.probes), (1000, 16));
     assert_eq!(
         config.limits,
         Limits { timeout_s: 60, shootdown_s: 10, guest_log_kib: 1024, events_mib: 64 }
