@@ -11,6 +11,7 @@ mod stage;
 mod station;
 mod threads;
 mod vcpu;
+mod violations;
 
 pub use end::{End, GuestEnd, Place};
 pub use plan::{Plan, PlanError};
@@ -24,6 +25,7 @@ use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::{Interrupts, KvmError, Vcpu, Vm};
 use crate::machine::memory::{Memory, MemoryError};
+use crate::names::Names;
 use crate::sim::{Frames, Prepared, Schedule, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
 use crew::Crew;
@@ -221,11 +223,12 @@ impl Machine {
                 let shared = Arc::clone(&gate);
                 let run = move || sim.run(&shared).into();
                 threads.spawn(0, run).map_err(OpenError::Thread)?;
-                let crew = None;
+                let (crew, names) = (None, Names::Program);
                 return Ok(Running {
                     threads,
                     crew,
                     gate,
+                    names,
                     memory,
                     stop,
                     deadline,
@@ -255,8 +258,8 @@ impl Machine {
                 return Err(OpenError::Thread(error));
             }
         }
-        let crew = Some(crew);
-        Ok(Running { threads, crew, gate, memory, stop, deadline, opened, started })
+        let (crew, names) = (Some(crew), Names::Image(image));
+        Ok(Running { threads, crew, gate, names, memory, stop, deadline, opened, started })
     }
 }
 
@@ -266,6 +269,7 @@ pub struct Running {
     /// Of vCPUs, which are kicked out of the guest; a simulated CPU looks by itself.
     crew: Option<Arc<Crew<vcpu::Report>>>,
     gate: Arc<Mutex<Gate>>,
+    names: Names,
     memory: Arc<Memory>,
     stop: Arc<Stop>,
     deadline: Instant,
@@ -319,13 +323,14 @@ impl Running {
             }
         }
         let ended = Instant::now();
-        let Self { threads, gate, opened, started, .. } = self;
+        let Self { threads, gate, names, opened, started, .. } = self;
         let finished = threads.join();
         Outcome {
             end: finished.end.unwrap_or_else(|| {
                 End::Host("a vCPU's thread of the VMM panicked; this is a fault of the VMM".into())
             }),
             gate,
+            names,
             opening: started - opened,
             running: ended - started,
             in_guest: finished.in_guest,
@@ -338,7 +343,7 @@ impl Running {
     /// A simulated guest loops without ever calling its platform: its threads are left behind, and
     /// end with the process.
     fn give_up(self, why: Stopped) -> Outcome {
-        let Self { gate, opened, started, .. } = self;
+        let Self { gate, names, opened, started, .. } = self;
         let reason = "a simulated CPU runs on, because it never calls its platform";
         let mut locked = gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         locked.inconclusive(reason.into());
@@ -346,6 +351,7 @@ impl Running {
         Outcome {
             end: End::Stopped(why, Box::default()),
             gate,
+            names,
             opening: started - opened,
             running: started.elapsed(),
             in_guest: Duration::ZERO,
@@ -368,6 +374,7 @@ pub struct Outcome {
     /// Why.
     pub end: End,
     gate: Arc<Mutex<Gate>>,
+    names: Names,
     /// Time from the start of opening to the first instruction.
     pub opening: Duration,
     /// Time from the first instruction to the end.
