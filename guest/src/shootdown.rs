@@ -95,6 +95,8 @@ impl Shootdowns {
     /// # Panics
     /// With interrupts off: two CPUs that wait for each other could never answer, and who holds a
     /// lock might wait for its next owner.
+    // Part of the code that asks, so that the sites of records name that.
+    #[inline(always)]
     pub fn run(&self, on: &impl Interrupts, flush: Flush, cpus: CpuSet) {
         assert!(on.interrupts_are_on(), "a shootdown with interrupts off, or a lock held");
         let own = CpuSet::only(on.cpu());

@@ -191,6 +191,11 @@ impl Frames {
         self.update(frame, |flags| *flags |= COMPLETE);
     }
 
+    /// Whether the second stage denies the frame since its last seal completed.
+    pub(super) fn is_complete(&self, frame: Gfn) -> bool {
+        self.has(frame, COMPLETE)
+    }
+
     /// Makes the frame ordinary again.
     pub(super) fn release(&mut self, frame: Gfn) {
         self.update(frame, |flags| *flags &= !(SECRET | COMPLETE | FIRST_OPEN));

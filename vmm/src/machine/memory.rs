@@ -290,6 +290,15 @@ impl Memory {
         self.inspect(frame.gpa(), &mut page).then(|| zero(&page))
     }
 
+    /// Offset of the first byte of a frame of the zone that is not zero; `None` if there is none, or
+    /// the frame cannot be read.
+    #[must_use]
+    pub fn first_nonzero(&self, frame: Gfn) -> Option<u64> {
+        let mut page = [0_u8; PAGE_SIZE as usize];
+        let read = self.layout.zone.contains(frame.gpa()) && self.inspect(frame.gpa(), &mut page);
+        (0..).zip(page).find(|(_, byte)| read && *byte != 0).map(|(offset, _)| offset)
+    }
+
     /// Bytes of guest memory that were ever written: what the host really spends on the guest.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 mod address;
 mod judge;
 pub(crate) mod layout;
+mod story;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -198,8 +199,27 @@ pub struct Violation {
     pub seq: u64,
     /// What is wrong, and what would have been right.
     pub detail: String,
+    /// How it came to that, in order.
+    #[serde(default)]
+    pub story: Vec<StoryStep>,
     /// Whether the configuration expects it; [`Report::judge`] sets it.
     pub expected: bool,
+}
+
+/// One step of the story of a violation.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StoryStep {
+    /// Number of the event; `null` for what has none.
+    pub seq: Option<u64>,
+    /// The CPU.
+    pub cpu: Option<u8>,
+    /// `made`, `revoked`, `flush`, `mattered`, `right` and others
+    /// ([`What`](crate::audit::What)).
+    pub what: String,
+    /// The guest's function that recorded it, as far as it is known.
+    pub function: Option<String>,
+    /// What happened.
+    pub text: String,
 }
 
 /// How the guest failed.

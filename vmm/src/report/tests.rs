@@ -20,6 +20,13 @@ fn violation(rule: Rule) -> Violation {
         root: Some(Address(0x40_0000)),
         seq: 1234,
         detail: "the block's directory entry is still present; clear it before the seal".to_owned(),
+        story: vec![StoryStep {
+            seq: Some(3),
+            cpu: Some(1),
+            what: "made".into(),
+            function: Some("convert::PageAllocator::show".into()),
+            text: "mapped it".into(),
+        }],
         expected: false,
     }
 }
@@ -136,6 +143,10 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
             "rule": "direct-map-alias", "frame": "0x100200000", "va": "0xffff888100200000",
             "vcpu": 0, "root": "0x400000", "seq": 1234,
             "detail": "the block's directory entry is still present; clear it before the seal",
+            "story": [{
+                "seq": 3, "cpu": 1, "what": "made", "function": "convert::PageAllocator::show",
+                "text": "mapped it",
+            }],
             "expected": false,
         }],
         "inconclusive": [],
@@ -327,6 +338,13 @@ fn what_a_guest_says_can_neither_widen_nor_colour_the_text() {
         backtrace: vec![Frame { rip: Address(u64::MAX), symbol: Some(hostile.clone()) }; 3],
     });
     report.violations[0].detail = hostile.clone();
+    report.violations[0].story.push(StoryStep {
+        seq: Some(u64::MAX),
+        cpu: Some(u8::MAX),
+        what: hostile.clone(),
+        function: Some(hostile.clone()),
+        text: hostile.clone(),
+    });
     report.inconclusive.push(hostile.clone());
     report.warnings.push(hostile.clone());
     report.sealed_accesses.push(SealedAccess { symbol: Some(hostile), ..access() });

@@ -1,6 +1,7 @@
 //! The text form of a report.
 
 use super::layout::{grouped, labelled, milliseconds, paragraph};
+use super::story::story;
 use super::{Address, Probes, Report, Simulation, Verdict};
 use std::fmt::{Display, Write};
 
@@ -244,6 +245,7 @@ fn findings(out: &mut String, report: &Report) {
         .collect();
         paragraph(out, 2, &facts.join(", "));
         paragraph(out, 2, &violation.detail);
+        story(out, &violation.story);
         out.push('\n');
     }
     // The list itself may be cut short; the counts are exact.

@@ -12,6 +12,7 @@ mod stage;
 mod station;
 mod threads;
 mod vcpu;
+mod violations;
 
 pub use end::{End, GuestEnd, Place};
 pub use plan::{Plan, PlanError};
@@ -25,6 +26,7 @@ use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::{Interrupts, KvmError, ProbeVcpu, Vcpu, Vm};
 use crate::machine::memory::{Memory, MemoryError};
+use crate::names::Names;
 use crate::second_stage::SecondStage;
 use crate::sim::{Frames, Prepared, Schedule, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
@@ -104,7 +106,7 @@ impl Host {
 /// The CPUs of a machine that has not started.
 enum Cpus {
     /// With the probe vCPU, if frames are to be touched and KVM makes one.
-    Kvm(Vec<Vcpu>, Interrupts, Option<ProbeVcpu>),
+    Kvm(Vec<Vcpu>, Interrupts, Option<Box<ProbeVcpu>>),
     Sim(Box<Prepared>),
 }
 
@@ -177,7 +179,7 @@ impl Machine {
                     why_no_prober = Some(format!("there is no probe vCPU: {error}"));
                     None
                 });
-                (Cpus::Kvm(vcpus, vm.interrupts(), probe), stage)
+                (Cpus::Kvm(vcpus, vm.interrupts(), probe.map(Box::new)), stage)
             }
             Host::Sim(schedule) => {
                 let frames = Arc::new(Frames::new(layout.zone_frames()));
@@ -247,11 +249,12 @@ impl Machine {
                 let shared = Arc::clone(&gate);
                 let run = move || sim.run(&shared).into();
                 threads.spawn(0, run).map_err(OpenError::Thread)?;
-                let crew = None;
+                let (crew, names) = (None, Names::Program);
                 return Ok(Running {
                     threads,
                     crew,
                     gate,
+                    names,
                     memory,
                     stop,
                     deadline,
@@ -262,7 +265,8 @@ impl Machine {
         };
         threads::register_kick().map_err(OpenError::Signal)?;
         if let Some(vcpu) = probe {
-            let prober = VcpuProber::start(vcpu, Arc::clone(&memory)).map_err(OpenError::Thread)?;
+            let prober =
+                VcpuProber::start(*vcpu, Arc::clone(&memory)).map_err(OpenError::Thread)?;
             let mut gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
             gate.attach_prober(Box::new(prober));
         }
@@ -286,8 +290,8 @@ impl Machine {
                 return Err(OpenError::Thread(error));
             }
         }
-        let crew = Some(crew);
-        Ok(Running { threads, crew, gate, memory, stop, deadline, opened, started })
+        let (crew, names) = (Some(crew), Names::Image(image));
+        Ok(Running { threads, crew, gate, names, memory, stop, deadline, opened, started })
     }
 }
 
@@ -297,6 +301,7 @@ pub struct Running {
     /// Of vCPUs, which are kicked out of the guest; a simulated CPU looks by itself.
     crew: Option<Arc<Crew<vcpu::Report>>>,
     gate: Arc<Mutex<Gate>>,
+    names: Names,
     memory: Arc<Memory>,
     stop: Arc<Stop>,
     deadline: Instant,
@@ -350,13 +355,14 @@ impl Running {
             }
         }
         let ended = Instant::now();
-        let Self { threads, gate, opened, started, .. } = self;
+        let Self { threads, gate, names, opened, started, .. } = self;
         let finished = threads.join();
         Outcome {
             end: finished.end.unwrap_or_else(|| {
                 End::Host("a vCPU's thread of the VMM panicked; this is a fault of the VMM".into())
             }),
             gate,
+            names,
             opening: started - opened,
             running: ended - started,
             in_guest: finished.in_guest,
@@ -369,7 +375,7 @@ impl Running {
     /// A simulated guest loops without ever calling its platform: its threads are left behind, and
     /// end with the process.
     fn give_up(self, why: Stopped) -> Outcome {
-        let Self { gate, opened, started, .. } = self;
+        let Self { gate, names, opened, started, .. } = self;
         let reason = "a simulated CPU runs on, because it never calls its platform";
         let mut locked = gate.lock().unwrap_or_else(PoisonError::into_inner);
         locked.inconclusive(reason.into());
@@ -377,6 +383,7 @@ impl Running {
         Outcome {
             end: End::Stopped(why, Box::default()),
             gate,
+            names,
             opening: started - opened,
             running: started.elapsed(),
             in_guest: Duration::ZERO,
@@ -399,6 +406,7 @@ pub struct Outcome {
     /// Why.
     pub end: End,
     gate: Arc<Mutex<Gate>>,
+    names: Names,
     /// Time from the start of opening to the first instruction.
     pub opening: Duration,
     /// Time from the first instruction to the end.

@@ -2,11 +2,12 @@
 
 use super::Outcome;
 use super::end::{End, Place};
+use super::violations::violations;
 use crate::audit::ProbeTally;
 use crate::config::Config;
 use crate::gate::ProbeSummary;
 use crate::machine::decode::SealedAccess;
-use crate::report::{self, Address, Check, Frame, GuestError, Report, Violation};
+use crate::report::{self, Address, Check, Frame, GuestError, Report};
 use crate::sim::Statistics;
 use crate::stop::Stopped;
 use lacuna_abi::counter::Counters;
@@ -85,20 +86,7 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
                 violations: tally.violations,
             })
             .collect();
-        report.violations = result
-            .findings
-            .into_iter()
-            .map(|finding| Violation {
-                rule: finding.rule.name().to_owned(),
-                frame: finding.frame.map(|frame| Address(frame.gpa().0)),
-                va: finding.va.map(|va| Address(va.0)),
-                vcpu: finding.cpu,
-                root: finding.root.map(|root| Address(root.0)),
-                seq: finding.seq,
-                detail: finding.detail,
-                expected: false,
-            })
-            .collect();
+        report.violations = violations(result.findings, &outcome.names);
         report.inconclusive = result.inconclusive;
         report.inconclusive.extend(inconclusive);
         if gate.input_is_outstanding() && matches!(outcome.end, End::Exit(0, _)) {
