@@ -169,6 +169,7 @@ impl<P: Platform> PageAllocator<'_, P> {
             self.withhold(chunk, true);
         } else {
             self.parked.push(&self.map, chunk);
+            self.counts.parked.add(1);
         }
         restored
     }

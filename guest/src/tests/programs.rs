@@ -424,3 +424,5 @@ fn random_requests_on_two_cpus_find_every_page_as_it_should_be() {
         assert!(counters.tags_checked > 5000 && counters.flip_to_mapped > 0, "{counters:?}");
     }
 }
+        assert!(counters.parked > 0 && counters.scrubs_atomic > 0, "{counters:?}");
+        assert!(counters.converted > 0 && counters.alloc_fail_noblock > 0, "{counters:?}");
