@@ -97,16 +97,18 @@ pub(super) fn freetype_idx() {
 
 /// Allocations that are alive at once.
 const HELD: u64 = 256;
-/// Operations.
+/// Operations where nobody says how many. The original makes ten million; so many are for simulated
+/// machines.
 const OPS: u64 = 3000;
 
 /// Random allocations of order 0 to 3, mapped and secret, and frees: no page is had twice, every
 /// page keeps what its owner stored.
-pub(super) fn stress_interleaved<P: Platform>(bench: &Bench<'_, '_, P>) {
+pub(super) fn stress_interleaved<P: Platform>(bench: &Bench<'_, '_, P>, operations: u64) {
+    let operations = if operations == 0 { OPS } else { operations };
     let Bench { allocator, platform, .. } = *bench;
     let mut random = Random(0x1ac);
     let mut allocated = 0;
-    for number in 0..OPS {
+    for number in 0..operations {
         let slot = random.below(HELD);
         let handle = platform.load(scratch(2 * slot));
         if handle != 0 {
@@ -153,6 +155,7 @@ pub(super) fn stress_interleaved<P: Platform>(bench: &Bench<'_, '_, P>) {
         if number % 512 == 0 {
             check_counts(bench, allocated);
         }
+        allocator.count_work();
     }
     for slot in 0..HELD {
         let handle = platform.load(scratch(2 * slot));
