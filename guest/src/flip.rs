@@ -222,7 +222,10 @@ impl<P: Platform> PageAllocator<'_, P> {
         if tried == 0 {
             return None;
         }
-        self.flush_windows(batch.all());
+        let frames = || batch.all().iter().map(|chunk| self.map.frames(*chunk));
+        self.flush_windows(frames());
+        // Nobody else uses pages of these blocks.
+        frames().for_each(|frames| self.mermap.forget(frames));
         let fates = self.release(batch.all(), failure);
         let mut back = 0;
         for (chunk, fate) in batch.all().iter().zip(fates) {
@@ -278,8 +281,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         } else {
             CpuSet::first(self.platform.cpus())
         };
-        self.counts.shootdowns.add(1);
-        self.platform.shootdown(flush, cpus);
+        self.shootdown(flush, cpus);
     }
 
     /// Writes the directory entries of pageblocks. Nothing is flushed: what is not present is not
@@ -351,21 +353,6 @@ impl<P: Platform> PageAllocator<'_, P> {
             return Ok(());
         }
         self.zero_unknown(frames, Purpose::Scrub)
-    }
-
-    /// Has every CPU whose window may still be cached over the chunks flush it: one shootdown for
-    /// all.
-    fn flush_windows(&self, chunks: &[Chunk]) {
-        if planted!(self.platform, FreeBeforeWindowFlush) {
-            return;
-        }
-        let frames = || chunks.iter().map(|chunk| self.map.frames(*chunk));
-        let cpus = frames().fold(CpuSet::NONE, |set, f| set.union(self.mermap.may_cache(f)));
-        if !cpus.is_empty() {
-            self.counts.shootdowns.add(1);
-            self.platform.shootdown(Flush::NonGlobal, cpus);
-        }
-        frames().for_each(|frames| self.mermap.forget(frames));
     }
 
     /// Makes the chunks ordinary memory, in one gate call unless the host refuses some, which stay

@@ -71,13 +71,17 @@ pub(super) fn pindex_helpers() {
     let mut used = [false; LISTS];
     for order in 0..=u8::MAX {
         for freetype in (0..FREETYPES).filter_map(Freetype::from_index) {
-            let Some(index) = pindex(order, freetype) else { continue };
+            let Some(index) = pindex(order, freetype) else {
+                assert!(order > 3, "order {order} has no list");
+                continue;
+            };
             assert!(!used[index], "order {order}, {freetype:?}");
             used[index] = true;
             assert_eq!(order_and_freetype(index), Some((order, freetype)));
         }
     }
     assert!(used.iter().all(|used| *used));
+    assert_eq!(order_and_freetype(LISTS), None);
 }
 
 /// Every migratetype and flag has a number of its own, all numbers are used and lead back.
@@ -109,6 +113,7 @@ pub(super) fn stress_interleaved<P: Platform>(bench: &Bench<'_, '_, P>, operatio
     let mut random = Random(0x1ac);
     let mut allocated = 0;
     for number in 0..operations {
+        allocator.count_work();
         let slot = random.below(HELD);
         let handle = platform.load(scratch(2 * slot));
         if handle != 0 {
@@ -155,7 +160,6 @@ pub(super) fn stress_interleaved<P: Platform>(bench: &Bench<'_, '_, P>, operatio
         if number % 512 == 0 {
             check_counts(bench, allocated);
         }
-        allocator.count_work();
     }
     for slot in 0..HELD {
         let handle = platform.load(scratch(2 * slot));
