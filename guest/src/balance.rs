@@ -169,6 +169,7 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// Scrubs chunks in ascending order, then frees them.
     fn scrub(&self, chunks: &[Chunk]) -> Result<(), UseError> {
         self.counts.scrubs.add(1);
+        self.counts.scrubs_atomic.add((!self.may_wait()).into());
         let mut ranges = [(OpKind::Open, FrameRange::single(Gfn(0))); SCRUB_CHUNKS];
         let mut count = 0;
         for chunk in chunks {

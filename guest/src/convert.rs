@@ -142,7 +142,8 @@ impl<P: Platform> PageAllocator<'_, P> {
             }
             return Err(ConvertError::Use(error));
         }
-        self.flush_windows_over(frames);
+        // The pageblock goes on remembering windows: others of its pages may be in use in them.
+        self.flush_windows(core::iter::once(frames));
         let released = self.platform.gate(&[(OpKind::Release, frames)]);
         released.map_err(|error| ConvertError::Use(UseError::Gate(error)))?;
         // Only of secret pages does the bitmap say something: the next owner writes freely.
@@ -168,6 +169,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         } else if self.map.page(chunk.index).is_unsealed() {
             self.withhold(chunk, true);
         } else {
+            self.counts.parked.add(1);
             self.parked.push(&self.map, chunk);
         }
         restored
@@ -299,22 +301,8 @@ impl<P: Platform> PageAllocator<'_, P> {
     }
 
     fn flush_all_cpus(&self, flush: Flush) {
-        self.counts.shootdowns.add(1);
         let left_out = usize::from(slips!(self.platform, LastCpuLeftOut));
-        self.platform.shootdown(flush, CpuSet::first(self.platform.cpus() - left_out));
-    }
-
-    /// Has every CPU whose window may still be cached over the frames flush it. The pageblock goes
-    /// on remembering those windows: others of its pages may be in use in them.
-    fn flush_windows_over(&self, frames: FrameRange) {
-        if planted!(self.platform, FreeBeforeWindowFlush) {
-            return;
-        }
-        let cpus = self.mermap.may_cache(frames);
-        if !cpus.is_empty() {
-            self.counts.shootdowns.add(1);
-            self.platform.shootdown(Flush::NonGlobal, cpus);
-        }
+        self.shootdown(flush, CpuSet::first(self.platform.cpus() - left_out));
     }
 
     /// Takes a page of the table pool.

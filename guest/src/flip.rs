@@ -222,7 +222,10 @@ impl<P: Platform> PageAllocator<'_, P> {
         if tried == 0 {
             return None;
         }
-        self.flush_windows(batch.all());
+        let frames = || batch.all().iter().map(|chunk| self.map.frames(*chunk));
+        self.flush_windows(frames());
+        // Nobody else uses pages of these blocks.
+        frames().for_each(|frames| self.mermap.forget(frames));
         if slips!(self.platform, MapBeforeRelease) {
             batch.all().iter().for_each(|chunk| self.add_to_direct_map(*chunk));
         }
@@ -289,8 +292,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         } else {
             CpuSet::first(self.platform.cpus())
         };
-        self.counts.shootdowns.add(1);
-        self.platform.shootdown(flush, cpus);
+        self.shootdown(flush, cpus);
     }
 
     /// Writes the directory entries of pageblocks. Nothing is flushed: what is not present is not
@@ -362,24 +364,6 @@ impl<P: Platform> PageAllocator<'_, P> {
             return Ok(());
         }
         self.zero_unknown(frames, Purpose::Scrub)
-    }
-
-    /// Has every CPU whose window may still be cached over the chunks flush it: one shootdown for
-    /// all.
-    fn flush_windows(&self, chunks: &[Chunk]) {
-        if planted!(self.platform, FreeBeforeWindowFlush) {
-            return;
-        }
-        let frames = || chunks.iter().map(|chunk| self.map.frames(*chunk));
-        let mut cpus = frames().fold(CpuSet::NONE, |set, f| set.union(self.mermap.may_cache(f)));
-        if slips!(self.platform, ReleaseFlushLocal) {
-            cpus = CpuSet::only(self.platform.cpu());
-        }
-        if !cpus.is_empty() {
-            self.counts.shootdowns.add(1);
-            self.platform.shootdown(Flush::NonGlobal, cpus);
-        }
-        frames().for_each(|frames| self.mermap.forget(frames));
     }
 
     /// Makes the chunks ordinary memory, in one gate call unless the host refuses some, which stay

@@ -4,11 +4,12 @@
 //! the request when it has flushed. No lock is taken, so that any number of CPUs may be initiators
 //! at once, and a CPU that waits for others serves theirs meanwhile: its interrupts are on.
 
-use crate::platform::CpuSet;
+use crate::alloc::PageAllocator;
+use crate::platform::{CpuSet, Platform, planted, slips};
 use crate::sync::{AtomicU8, AtomicU64};
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use lacuna_abi::MAX_CPUS;
-use lacuna_abi::addr::Gva;
+use lacuna_abi::addr::{FrameRange, Gva};
 use lacuna_abi::event::Flush;
 use lacuna_abi::paging::Level;
 
@@ -145,6 +146,30 @@ impl Shootdowns {
             // The request may be filled in anew as soon as the last bit is gone.
             request.missing.fetch_and(!own.0, AcqRel);
         }
+    }
+}
+
+impl<P: Platform> PageAllocator<'_, P> {
+    /// Sends a flush to a set of CPUs, if there are any in it, and counts that.
+    pub(crate) fn shootdown(&self, flush: Flush, cpus: CpuSet) {
+        if !cpus.is_empty() {
+            self.counts.shootdowns.add(1);
+            self.platform.shootdown(flush, cpus);
+        }
+    }
+
+    /// Has every CPU whose window may still be cached over the frames flush it: one shootdown for
+    /// all.
+    pub(crate) fn flush_windows(&self, frames: impl Iterator<Item = FrameRange>) {
+        if planted!(self.platform, FreeBeforeWindowFlush) {
+            return;
+        }
+        let mut cpus =
+            frames.fold(CpuSet::NONE, |set, each| set.union(self.mermap.may_cache(each)));
+        if slips!(self.platform, ReleaseFlushLocal) {
+            cpus = CpuSet::only(self.platform.cpu());
+        }
+        self.shootdown(Flush::NonGlobal, cpus);
     }
 }
 

@@ -3,8 +3,8 @@
 use super::flip::steps;
 use crate::alloc::{AllocConfig, AllocError, Request};
 use crate::balance::Watermarks;
-use crate::freetype::{FREETYPES, Freetype, Migratetype};
-use crate::pcp::{LISTS, Marks, order_and_freetype, pindex};
+use crate::freetype::Migratetype;
+use crate::pcp::Marks;
 use crate::secret::{Access, SecretPages};
 use crate::testing::{EAGER, Mock, Seen, pages, zero_pages};
 use lacuna_abi::event::Life;
@@ -16,24 +16,6 @@ fn spoil(pages: &SecretPages<'_, '_, Mock>) {
     let window = pages.open(0, 1, Access::Write).unwrap();
     window.store(0, 1).unwrap();
     window.close().unwrap();
-}
-
-#[test]
-fn pindex_helpers() {
-    let mut used = [false; LISTS];
-    for order in 0..=u8::MAX {
-        for freetype in (0..FREETYPES).filter_map(Freetype::from_index) {
-            let Some(index) = pindex(order, freetype) else {
-                assert!(!matches!(order, 0..=3 | 9), "order {order} has a list");
-                continue;
-            };
-            assert!(!used[index], "{order} {freetype:?}");
-            used[index] = true;
-            assert_eq!(order_and_freetype(index), Some((order, freetype)));
-        }
-    }
-    assert!(used.iter().all(|used| *used));
-    assert_eq!(order_and_freetype(LISTS), None);
 }
 
 #[test]

@@ -70,7 +70,11 @@ pub const FIELDS: &[Field] = &[
         "\"user\", \"all\", \"none\" or a list of flag names such as [\"GFP_HIGHUSER\"]",
     ),
     of(&[Program::Replay], "in_place", "a percentage from 0 to 100"),
-    of(&[Program::Stress], "operations", "a number of operations on each CPU, at least 1"),
+    of(
+        &[Program::Stress, Program::Selftest],
+        "operations",
+        "a number of operations on each CPU, at least 1",
+    ),
     of(&[Program::Stress], "max_order", "an order from 0 to 10"),
     of(
         &[Program::Selftest],

@@ -127,6 +127,8 @@ pub enum Workload {
         /// The test.
         #[serde(serialize_with = "names::selftest")]
         test: Selftest,
+        /// Operations of a test that counts such; its own number if `None`.
+        operations: Option<u64>,
     },
     /// Measures.
     Bench {

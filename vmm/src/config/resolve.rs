@@ -135,7 +135,7 @@ impl Resolver<'_> {
             Workload::Crash { crash } => {
                 (format!("crash = \"{}\"", crash.name()), crash.vcpus().into())
             }
-            Workload::Selftest { test } => (format!("test = \"{}\"", test.name()), test.cpus()),
+            Workload::Selftest { test, .. } => (format!("test = \"{}\"", test.name()), test.cpus()),
             _ => return Ok(()),
         };
         if usize::from(vcpus) >= needed {

@@ -40,7 +40,15 @@ const GROUPS: &[(&str, &[&str])] = &[
     ),
     (
         "in place",
-        &["converted", "converted_pages", "restored", "splits", "merges", "nr_table_pages"],
+        &[
+            "converted",
+            "converted_pages",
+            "restored",
+            "parked",
+            "splits",
+            "merges",
+            "nr_table_pages",
+        ],
     ),
     (
         "background",
@@ -48,6 +56,7 @@ const GROUPS: &[(&str, &[&str])] = &[
             "balance_refill",
             "balance_reclaim",
             "scrubs",
+            "scrubs_atomic",
             "drains",
             "compact_success",
             "compact_fail",

@@ -167,8 +167,8 @@ fn work(config: &Config) -> Result<Work, PlanError> {
             scratch: u64::from(config.guest.vcpus) * STRESS_CPU_WORDS * 8,
             ..nothing
         },
-        Workload::Selftest { test } => Work {
-            args: [*test as u64, 0, 0],
+        Workload::Selftest { test, operations } => Work {
+            args: [*test as u64, operations.unwrap_or(0), 0],
             scratch: selftest_scratch(config.guest.memory_mib << 8),
             ..nothing
         },
