@@ -104,7 +104,7 @@ impl Host {
 /// The CPUs of a machine that has not started.
 enum Cpus {
     /// With the probe vCPU, if frames are to be touched and KVM makes one.
-    Kvm(Vec<Vcpu>, Interrupts, Option<ProbeVcpu>),
+    Kvm(Vec<Vcpu>, Interrupts, Option<Box<ProbeVcpu>>),
     Sim(Box<Prepared>),
 }
 
@@ -173,10 +173,13 @@ impl Machine {
                 let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
                 let vcpus = vcpus.collect::<Result<_, _>>()?;
                 let wanted = plan.probes > 0 && stage.closes();
-                let probe = wanted.then(|| vm.probe_vcpu()).transpose().unwrap_or_else(|error| {
-                    why_no_prober = Some(format!("there is no probe vCPU: {error}"));
-                    None
-                });
+                let probe = wanted
+                    .then(|| vm.probe_vcpu().map(Box::new))
+                    .transpose()
+                    .unwrap_or_else(|error| {
+                        why_no_prober = Some(format!("there is no probe vCPU: {error}"));
+                        None
+                    });
                 (Cpus::Kvm(vcpus, vm.interrupts(), probe), stage)
             }
             Host::Sim(schedule) => {
@@ -262,7 +265,8 @@ impl Machine {
         };
         threads::register_kick().map_err(OpenError::Signal)?;
         if let Some(vcpu) = probe {
-            let prober = VcpuProber::start(vcpu, Arc::clone(&memory)).map_err(OpenError::Thread)?;
+            let prober =
+                VcpuProber::start(*vcpu, Arc::clone(&memory)).map_err(OpenError::Thread)?;
             let mut gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
             gate.attach_prober(Box::new(prober));
         }
