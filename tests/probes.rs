@@ -2,6 +2,8 @@
 //! stages that do something else than they say. On the simulated machine, and on `/dev/kvm`, where
 //! tests are ignored or required as those in `kvm.rs`.
 
+#[path = "probes/rig.rs"]
+mod rig;
 #[expect(dead_code, reason = "other tests use the rest")]
 mod support;
 
@@ -20,8 +22,11 @@ use std::sync::{Arc, Mutex};
 use support::{Check, EVENTS, Run, dirty, ensure, lacuna, replay, trial};
 
 fn main() {
-    let (sim, kvm) = (trials(MachineKind::Sim), support::needing_kvm(trials(MachineKind::Kvm)));
-    support::run([sim, kvm].into_iter().flatten().collect(), false);
+    let mut kvm = trials(MachineKind::Kvm);
+    kvm.extend(rig::trials());
+    let mut all = trials(MachineKind::Sim);
+    all.extend(support::needing_kvm(kvm));
+    support::run(all, false);
 }
 
 /// How frames are closed: `--seal`, and `[second_stage] guard`.
