@@ -132,7 +132,7 @@ fn parts(path: &str, depth: usize) -> Vec<String> {
             return parts(inner, depth.checked_sub(1)?).pop();
         }
         let name = part.split('<').next().unwrap_or(part);
-        let is_name = !name.is_empty() && !name.starts_with('{');
+        let is_name = name.starts_with(|char: char| char.is_alphabetic() || char == '_');
         is_name.then(|| name.to_owned())
     };
     split(path, "::").into_iter().filter_map(name).collect()
@@ -188,7 +188,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_name_can_be_shortened(name in any::<String>(), path in "[<>:{}a-c ]{0,5000}") {
+        fn any_name_can_be_shortened(name in any::<String>(), path in "[<>:{}a-c ]{0,300}") {
             prop_assert!(short(&name).len() <= name.len().max(200));
             prop_assert!(short(&path).len() <= path.len().max(200));
         }
