@@ -21,6 +21,8 @@ const PROGRAM: &str = "/proc/self/exe";
 /// Longest name that is taken apart, and deepest nesting in it: images are their authors'.
 const MAX_NAME: usize = 4096;
 const MAX_DEPTH: usize = 8;
+/// How the name of code that drops a value starts.
+const DROP: &str = "core::ptr::drop_in_place<";
 /// Parts of a path that are shown: module, type, function.
 const PARTS: usize = 3;
 
@@ -115,6 +117,14 @@ pub fn short(name: &str) -> String {
     if name.len() > MAX_NAME {
         return name.chars().take(60).chain("…".chars()).collect();
     }
+    if let Some(dropped) = name.strip_prefix(DROP).and_then(|rest| rest.strip_suffix('>')) {
+        // Where a guard's own code became part of the code that drops it.
+        return format!("drop of {}", last_parts(dropped));
+    }
+    last_parts(name)
+}
+
+fn last_parts(name: &str) -> String {
     let parts = parts(name, MAX_DEPTH);
     let shown = parts.len().saturating_sub(PARTS);
     if parts.is_empty() { name.to_owned() } else { parts[shown..].join("::") }
@@ -177,7 +187,11 @@ mod tests {
             ("<guest::machine::Machine as guest::platform::Platform>::life", "Machine::life"),
             ("<a::b::Alloc<c::Machine>>::hide::{closure#0}", "Alloc::hide"),
             ("a::b::Rig<P,S>::flip", "b::Rig::flip"),
-            ("core::ptr::drop_in_place<fn(a::B) -> c::D>", "core::ptr::drop_in_place"),
+            (
+                "core::ptr::drop_in_place<a::mermap::Mapping<b::Machine>>",
+                "drop of a::mermap::Mapping",
+            ),
+            ("core::ptr::read<fn(a::B) -> c::D>", "core::ptr::read"),
             ("lacuna_start", "lacuna_start"),
             ("<impl a::Trait for b::Type>::f", "Type::f"),
             ("<(a::B, c::D) as e::F>::g", "g"),
