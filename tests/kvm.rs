@@ -4,6 +4,7 @@
 //! Where `/dev/kvm` cannot be used, every test here is listed as ignored and counted; with
 //! `LACUNA_REQUIRE_KVM=1` it runs and fails instead.
 
+mod stories;
 mod support;
 
 use lacuna_abi::workload::Selftest;
@@ -12,6 +13,7 @@ use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use stories::{STORIES, story_is_told};
 use support::{
     Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
     selftest, trial,
@@ -50,6 +52,10 @@ fn trials() -> Vec<Trial> {
             let name = format!("{fault}_is_found_under_{seal}");
             trials.push(trial(&name, move || planted(fault, rule, seal)));
         }
+    }
+    for story in STORIES {
+        let name = format!("{}_tells_its_story", story.fault);
+        trials.push(trial(&name, || story_is_told(story, &[])));
     }
     for test in Selftest::ALL.iter().filter(|test| test.cpus() == 1) {
         trials.push(trial(&format!("selftest::{}", test.name()), move || {

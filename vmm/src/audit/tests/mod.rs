@@ -7,6 +7,7 @@ mod properties;
 mod protocol;
 mod split;
 mod state;
+mod story;
 
 use super::*;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_SIZE, FrameRange, Gva};
@@ -17,6 +18,8 @@ use lacuna_abi::paging::{Entry, Level};
 use lacuna_abi::walk::{Tables, entry_address, locate};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Record `n` is made by the code at this and `n`.
+const SITES: u32 = 0x8000_0000;
 const BLOCK_ENTRY: u64 = Entry::DATA | Entry::PAGE_SIZE;
 
 struct Machine {
@@ -41,6 +44,9 @@ impl Tables for Machine {
 impl World for Machine {
     fn content_is_zero(&self, frame: Gfn) -> Option<bool> {
         (!self.hidden.contains(&frame)).then(|| !self.dirty.contains(&frame))
+    }
+    fn first_nonzero(&self, frame: Gfn) -> Option<u64> {
+        self.dirty.contains(&frame).then_some(0x123)
     }
     fn denial(&self, frame: Gfn) -> Denial {
         self.denials.get(&frame).copied().unwrap_or(Denial::Open)
@@ -174,7 +180,8 @@ impl Scene {
 
     fn record(&mut self, cpu: u8, event: Event) {
         self.seq += 1;
-        self.audit.event(&Record { seq: self.seq, cpu, site: 0, event }, &self.machine);
+        let site = u32::try_from(self.seq).unwrap() + SITES;
+        self.audit.event(&Record { seq: self.seq, cpu, site, event }, &self.machine);
     }
 
     /// Stores a run of entries of the boot root.
