@@ -3,7 +3,7 @@
 use super::Audit;
 use super::finding::{Finding, Rule};
 use super::frames::runs;
-use super::obligations::cpu_list;
+use super::tlb::{cpu_list, members};
 use lacuna_abi::addr::{FrameRange, Gfn};
 use lacuna_abi::event::Life;
 
@@ -66,14 +66,14 @@ impl Audit {
     }
 
     pub(super) fn judge_table_page(&mut self, frame: Gfn, seq: u64) {
-        for duty in self.table_duties.of_table(frame, &self.epochs) {
+        for duty in self.tlb.of_table(frame) {
             let detail = format!(
                 "{} may still walk through the table, unlinked by event {}; an INVLPG, a root \
                  load or a PGE change there in between would have discharged it",
                 cpu_list(duty.cpus),
                 duty.seq
             );
-            let cpu = super::epochs::members(duty.cpus).next();
+            let cpu = members(duty.cpus).next();
             let (va, root) = (Some(duty.va), Some(duty.root));
             let finding = Finding::new(Rule::StaleTable, seq, detail);
             self.ledger.violation(Finding { frame: Some(frame), va, cpu, root, ..finding });
