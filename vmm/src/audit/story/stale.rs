@@ -2,9 +2,8 @@
 //! flush since did not remove them.
 
 use super::{Finding, Maker, Origin, Rule, Step, Teller, What, ends, note, old_at, step, words};
-use crate::audit::epochs::only;
 use crate::audit::finding::Revoke;
-use crate::audit::obligations::cpu_list;
+use crate::audit::tlb::{cpu_list, only};
 use lacuna_abi::addr::{Gfn, Gva};
 use lacuna_abi::event::{Event, Flush, HostAct, Record};
 use lacuna_abi::layout::Place;

@@ -11,7 +11,7 @@ mod story;
 
 use super::*;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_SIZE, FrameRange, Gva};
-use lacuna_abi::event::{EntryWrite, Life};
+use lacuna_abi::event::{EntryWrite, Flush, Life};
 use lacuna_abi::gate::{Op, OpKind};
 use lacuna_abi::layout::{IMAGE, Layout, Needs, POOL, direct_map, window};
 use lacuna_abi::paging::{Entry, Level};
@@ -152,7 +152,8 @@ struct Scene {
 fn config(machine: &Machine, seal_closes: bool) -> AuditConfig {
     let control = ControlPolicy::default();
     let (layout, boot_root) = (machine.layout, machine.root);
-    AuditConfig { layout, boot_root, seal_closes, control, max_findings: 100 }
+    let profile = Profile::Intel;
+    AuditConfig { layout, boot_root, seal_closes, control, profile, max_findings: 100 }
 }
 
 impl Scene {
@@ -230,7 +231,7 @@ impl Scene {
     }
 
     fn flush_all(&mut self, flush: Flush) {
-        for cpu in self.audit.cpus.numbers() {
+        for cpu in self.audit.running() {
             self.flush(cpu, flush);
         }
     }

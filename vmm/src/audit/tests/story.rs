@@ -432,7 +432,7 @@ fn whatever_sites_and_entries_a_guest_records_every_story_is_bounded() {
     let block = scene.block(1);
     let root = scene.machine.root;
     for round in 0..3000_u64 {
-        let site = u32::try_from(round * 0x9e37_79b1 & 0xffff_ffff).unwrap();
+        let site = u32::try_from((round * 0x9e37_79b1) & 0xffff_ffff).unwrap();
         let frame = block.start().wrapping_add(round % 512);
         let va = direct_map(frame.gpa());
         let write = EntryWrite {
