@@ -101,8 +101,8 @@ pub(super) fn freetype_idx() {
 
 /// Allocations that are alive at once.
 const HELD: u64 = 256;
-/// Operations where nobody says how many. The original makes ten million; so many are for simulated
-/// machines.
+/// Operations where nobody says how many. The original makes ten million; large numbers are for
+/// simulated machines.
 const OPS: u64 = 3000;
 
 /// Random allocations of order 0 to 3, mapped and secret, and frees: no page is had twice, every
