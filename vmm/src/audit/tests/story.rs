@@ -427,12 +427,30 @@ fn a_leak_tells_the_life_of_its_frame() {
 }
 
 #[test]
+fn the_documentation_explains_every_rule_and_every_kind_of_step() {
+    let rules = include_str!("../../../../docs/how-it-checks.md");
+    for rule in Rule::ALL {
+        let section = format!("\n### `{}`\n\n    ", rule.name());
+        assert!(
+            rules.contains(&section),
+            "{} has no section that starts with a picture",
+            rule.name()
+        );
+    }
+    let report = include_str!("../../../../docs/report.md");
+    for what in What::ALL {
+        let name = format!("`{}`", what.name());
+        assert!(rules.contains(&name) && report.contains(&name), "{name} is not explained");
+    }
+}
+
+#[test]
 fn whatever_sites_and_entries_a_guest_records_every_story_is_bounded() {
     let mut scene = Scene::new(2);
     let block = scene.block(1);
     let root = scene.machine.root;
     for round in 0..3000_u64 {
-        let site = u32::try_from(round * 0x9e37_79b1 & 0xffff_ffff).unwrap();
+        let site = u32::try_from((round * 0x9e37_79b1) & 0xffff_ffff).unwrap();
         let frame = block.start().wrapping_add(round % 512);
         let va = direct_map(frame.gpa());
         let write = EntryWrite {
