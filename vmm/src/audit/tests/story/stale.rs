@@ -199,8 +199,13 @@ fn a_table_freed_while_it_is_linked_names_its_link() {
     let va = direct_map(scene.block(1).start().gpa());
     let table = scene.machine.new_table();
     scene.write(0, va, Level::Pd, 1, Entry::new(table.frame(), Entry::TABLE));
+    // It had been linked there before.
+    scene.write(0, va, Level::Pd, 1, Entry::new(scene.block(1).start(), GLOBAL_BLOCK));
+    scene.flush(0, Flush::Everything);
+    scene.write(0, va, Level::Pd, 1, Entry::new(table.frame(), Entry::TABLE));
     scene.life(Life::TableFreed, FrameRange::single(table.frame()));
     let steps = story(&scene, Rule::StaleTable);
-    assert_eq!(outline(&steps)[0], (Some(1), What::Made));
+    let kinds = [(Some(4), What::Made), (Some(5), What::Mattered), (None, What::Right)];
+    assert_eq!(outline(&steps), kinds);
     assert_says(&steps, What::Mattered, &["an entry still leads to the table"]);
 }
