@@ -74,7 +74,7 @@ impl Teller<'_> {
         let mut steps = vec![self.made(&maker, va, old.entry)];
         let shortly = seq.saturating_sub(SHORTLY);
         let shortly = maker.origin().map_or(shortly, |made| shortly.max(made.record.seq));
-        let early = self.flushes(shortly..seq, cpu).last();
+        let early = self.flushes(shortly..seq, cpu).next_back();
         steps.extend(early.map(|record| self.flush(record, &old, true)));
         steps.push(match revoked {
             Some(record) => step(record, What::Revoked, revoked_text(record, &old)),
@@ -126,6 +126,10 @@ impl Teller<'_> {
         let linked = |entry: Entry, level: Level| {
             table.is_none_or(|table| !entry.is_leaf(level) && entry.frame(level) == table)
         };
+        let newest = self.writes(finding.root, va, end.saturating_add(1)).next();
+        if table.is_some() && newest.is_some_and(|(_, entry, level)| linked(entry, level)) {
+            return None;
+        }
         let record = self.history.back().filter(|record| record.seq <= end).find(|record| {
             let Event::EntryWrite(write) = &record.event else { return false };
             finding.root.is_none_or(|root| root == write.root)
