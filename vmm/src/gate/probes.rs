@@ -2,7 +2,7 @@
 //! the audit what came of it.
 
 use super::{Gate, Prober};
-use crate::audit::ProbeTally;
+use crate::audit::{ProbeTally, Touched};
 use crate::second_stage::{Off, SecondStage};
 use crate::sim::Random;
 
@@ -77,8 +77,10 @@ impl Gate {
             return;
         }
         let Some(prober) = &mut self.probes.prober else { return };
-        let touched = prober.touch(&probes);
-        let touched: Vec<_> = probes.into_iter().zip(touched).collect();
+        let mut said = prober.touch(&probes).into_iter();
+        let silent = || Touched::Failed("nothing was said of it".into());
+        let touched = probes.into_iter().map(|probe| (probe, said.next().unwrap_or_else(silent)));
+        let touched: Vec<_> = touched.collect();
         self.with_audit(|audit, _| audit.judge_probes(&touched, seq));
     }
 }

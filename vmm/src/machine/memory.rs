@@ -263,15 +263,13 @@ impl Memory {
         }
     }
 
-    /// Puts `byte` into the zone, sealed or not; the byte that was there. `None` outside the zone or
-    /// where it cannot be reached.
+    /// Puts `byte` into the zone, sealed or not; what was there. `None` where it cannot be reached.
     #[must_use]
     pub fn swap_byte(&self, at: Gpa, byte: u8) -> Option<u8> {
         let offset = at.offset_from(self.layout.zone.gpa)?;
         let mut was = [0];
         self.zone_file.read_exact_at(&mut was, offset).ok()?;
-        self.zone_file.write_all_at(&[byte], offset).ok()?;
-        Some(was[0])
+        self.zone_file.write_all_at(&[byte], offset).ok().map(|()| was[0])
     }
 
     /// Writes into the zone as a guest would.

@@ -3,6 +3,7 @@
 //! Nothing here is global: several machines may run in one process. A machine can be followed
 //! (observers), looked at while it runs (progress) and cancelled.
 
+mod cpus;
 pub(crate) mod crew;
 mod end;
 mod plan;
@@ -24,18 +25,18 @@ use crate::gate::{Gate, GateFailure, GateSetup, Observer};
 use crate::image::Image;
 use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
-use crate::machine::kvm::{Interrupts, KvmError, ProbeVcpu, Vcpu, Vm};
+use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
 use crate::names::Names;
 use crate::second_stage::SecondStage;
 use crate::sim::{Frames, Prepared, Schedule, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
+use cpus::Cpus;
 use crew::Crew;
 use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::layout::{Layout, LayoutError, Needs};
-use probe::VcpuProber;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -103,13 +104,6 @@ impl Host {
     }
 }
 
-/// The CPUs of a machine that has not started.
-enum Cpus {
-    /// With the probe vCPU, if frames are to be touched and KVM makes one.
-    Kvm(Vec<Vcpu>, Interrupts, Option<Box<ProbeVcpu>>),
-    Sim(Box<Prepared>),
-}
-
 /// A machine with everything open that it will need, not yet started: the point at which a jail
 /// can drop privileges.
 pub struct Machine {
@@ -166,24 +160,8 @@ impl Machine {
         plan.input.zeroize();
         let root = Gpa(info.root);
         let stop = Arc::new(Stop::default());
-        let mut why_no_prober = None;
         let (cpus, stage) = match host {
-            Host::Kvm(kvm) => {
-                let vm = Vm::new(kvm, Arc::clone(&memory))?;
-                vm.require()?;
-                let stage = stage::second_stage(&plan, &vm, &memory)?;
-                let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
-                let vcpus = vcpus.collect::<Result<_, _>>()?;
-                let wanted = plan.probes > 0 && stage.closes();
-                let probe = wanted
-                    .then(|| vm.probe_vcpu().map(Box::new))
-                    .transpose()
-                    .unwrap_or_else(|error| {
-                        why_no_prober = Some(format!("there is no probe vCPU: {error}"));
-                        None
-                    });
-                (Cpus::Kvm(vcpus, vm.interrupts(), probe), stage)
-            }
+            Host::Kvm(kvm) => cpus::on_kvm(kvm, &plan, &memory, root)?,
             Host::Sim(schedule) => {
                 let frames = Arc::new(Frames::new(layout.zone_frames()));
                 observers.push(Box::new(Secrecy(Arc::clone(&frames))));
@@ -194,7 +172,7 @@ impl Machine {
                 (Cpus::Sim(Box::new(sim)), stage)
             }
         };
-        let mut gate = Gate::new(GateSetup {
+        let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
             boot_root: root,
@@ -207,9 +185,6 @@ impl Machine {
             stop: Arc::clone(&stop),
             observers,
         });
-        if let Some(why) = why_no_prober {
-            gate.lacks_prober(why);
-        }
         let gate = Arc::new(Mutex::new(gate));
         let image = Arc::new(plan.image);
         let timeout = plan.timeout;
@@ -267,12 +242,7 @@ impl Machine {
             }
         };
         threads::register_kick().map_err(OpenError::Signal)?;
-        if let Some(vcpu) = probe {
-            let prober =
-                VcpuProber::start(*vcpu, Arc::clone(&memory)).map_err(OpenError::Thread)?;
-            let mut gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
-            gate.attach_prober(Box::new(prober));
-        }
+        probe::attach(probe, &memory, &gate).map_err(OpenError::Thread)?;
         let crew = Arc::new(Crew::new(vcpus.len()));
         // vCPU 0 comes last: before it nothing runs.
         for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {

@@ -4,17 +4,18 @@
 //! A touch that does not come back is kicked out of `KVM_RUN` as a vCPU of the guest is. If even that
 //! does not help, the thread is given up, and no further touch is made.
 
+use super::cpus;
 use crate::audit::{Probe, ProbeKind, Touched};
-use crate::gate::Prober;
+use crate::gate::{Gate, Prober};
 use crate::machine::exit::Exit;
 use crate::machine::kvm::{KvmError, ProbeVcpu};
 use crate::machine::memory::Memory;
 use crate::machine::probe::{MAX_TOUCHES, OUT, Touch};
 use lacuna_abi::addr::Gfn;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{Killable, SIGRTMIN};
@@ -27,8 +28,30 @@ const KICK_AGAIN: Duration = Duration::from_millis(1);
 /// Longest that it is kicked before it is given up.
 const GIVE_UP: Duration = Duration::from_secs(2);
 
+/// Has the gate touch frames with this vCPU, or tells it why there is none. Kicks must have been
+/// registered.
+///
+/// # Errors
+/// What the kernel says of its thread.
+pub(super) fn attach(
+    probe: cpus::Probe,
+    memory: &Arc<Memory>,
+    gate: &Mutex<Gate>,
+) -> io::Result<()> {
+    let mut gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+    match probe {
+        None => {}
+        Some(Ok(vcpu)) => {
+            let prober = VcpuProber::start(*vcpu, Arc::clone(memory))?;
+            gate.attach_prober(Box::new(prober));
+        }
+        Some(Err(error)) => gate.lacks_prober(format!("there is no probe vCPU: {error}")),
+    }
+    Ok(())
+}
+
 /// Touches frames with a vCPU of its own, on a thread of its own.
-pub(super) struct VcpuProber {
+struct VcpuProber {
     rounds: Option<Sender<Vec<Probe>>>,
     results: Receiver<Vec<Touched>>,
     thread: Option<JoinHandle<()>>,
@@ -39,11 +62,8 @@ pub(super) struct VcpuProber {
 }
 
 impl VcpuProber {
-    /// Starts the thread of the probe vCPU. Kicks must have been registered.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    pub(super) fn start(vcpu: ProbeVcpu, memory: Arc<Memory>) -> io::Result<Self> {
+    /// Starts the thread of the probe vCPU.
+    fn start(vcpu: ProbeVcpu, memory: Arc<Memory>) -> io::Result<Self> {
         let late = Arc::new(AtomicBool::new(false));
         let mut hand = Hand { vcpu, memory, late: Arc::clone(&late) };
         Self::spawn(late, move |probes| hand.round(probes))

@@ -102,3 +102,57 @@ impl Prober for MmuProber {
         probes.chunks(MAX_TOUCHES).flat_map(|round| self.round(round)).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::ram::tests::booted;
+    use super::*;
+    use lacuna_abi::addr::FrameRange;
+
+    fn touches(frame: Gfn) -> Vec<Probe> {
+        KINDS.iter().map(|kind| Probe { frame, offset: 0x40, kind: *kind }).collect()
+    }
+
+    #[test]
+    fn closed_frames_trap_and_open_ones_do_not_and_nothing_changes() {
+        let (memory, ram, _) = booted(1);
+        let mut prober = MmuProber::new(Arc::clone(&memory), Arc::clone(&ram.frames), 1).unwrap();
+        let first = memory.layout().zone_frames().start();
+        let next = first.wrapping_add(1);
+        memory.write_zone_for_test(first.gpa(), &[0xa5; 8192]);
+        let mut expect = |frame, outcome: Touched| {
+            assert_eq!(prober.touch(&touches(frame)), [outcome.clone(), outcome], "{frame}");
+        };
+        expect(first, Touched::WentThrough);
+        ram.frames.set(FrameRange::single(first), true);
+        expect(first, Touched::Trapped);
+        expect(next, Touched::WentThrough);
+        ram.frames.set(FrameRange::single(first), false);
+        expect(first, Touched::WentThrough);
+        let mut bytes = [0; 8192];
+        assert!(memory.inspect(first.gpa(), &mut bytes));
+        assert!(bytes.iter().all(|byte| *byte == 0xa5));
+    }
+
+    #[test]
+    fn its_own_memory_is_not_that_of_the_guests_cpus() {
+        let (memory, ram, _) = booted(1);
+        assert!(ram.word(PROBE_START).is_none());
+        let own = Ram::new(memory, Arc::clone(&ram.frames)).unwrap().with_probe_memory();
+        assert!(own.word(PROBE_START).is_some());
+    }
+
+    #[test]
+    fn a_frame_outside_memory_and_a_fetch_fail_with_a_reason() {
+        let (memory, ram, _) = booted(1);
+        let mut prober = MmuProber::new(Arc::clone(&memory), ram.frames, 1).unwrap();
+        let frame = memory.layout().zone_frames().start();
+        for probe in [
+            Probe { frame: memory.layout().zone_frames().end(), offset: 0, kind: ProbeKind::Read },
+            Probe { frame, offset: 0, kind: ProbeKind::Fetch },
+        ] {
+            let touched = prober.touch(&[probe]);
+            assert!(matches!(&touched[..], [Touched::Failed(_)]), "{touched:?}");
+        }
+    }
+}

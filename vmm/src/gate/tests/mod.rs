@@ -1,5 +1,6 @@
 //! The gate with guests made by hand: no KVM, the words of a call page and of a ring.
 
+mod probes;
 mod several;
 
 use super::*;
