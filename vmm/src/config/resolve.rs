@@ -8,7 +8,8 @@ use super::raw::{self, Number, Raw};
 use super::source::Source;
 use super::{
     Allocator, Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, OnFree,
-    Output, Overrides, ReportFormat, Seal, SecondStage, Shootdown, Workload, flags, input,
+    Output, Overrides, ProfileChoice, ReportFormat, Seal, SecondStage, Shootdown, Workload, flags,
+    input,
 };
 use crate::audit::Rule;
 use std::ops::{Range, RangeInclusive};
@@ -176,7 +177,11 @@ impl Resolver<'_> {
         for name in &raw.require {
             self.add_rule("require", name, &mut require)?;
         }
-        Ok(Audit { quiesce_every: every.unwrap_or(1000), require, expect })
+        let profile = match &raw.profile {
+            Some(profile) => self.named(("audit", "profile"), profile, ProfileChoice::from_name)?,
+            None => ProfileChoice::Auto,
+        };
+        Ok(Audit { profile, quiesce_every: every.unwrap_or(1000), require, expect })
     }
 
     fn add_rule(

@@ -15,7 +15,7 @@ mod world;
 
 pub use types::{GateCounters, GateFailure, GateSetup, Observer, Served, Vcpus};
 
-use crate::audit::{Audit, AuditConfig, ControlPolicy, Profile};
+use crate::audit::{Audit, AuditConfig, ControlPolicy};
 use crate::events::{RingReader, Sequencer, Standing};
 use crate::leak::LeakScanner;
 use crate::machine::memory::Memory;
@@ -82,6 +82,7 @@ impl Gate {
             memory,
             stage,
             boot_root,
+            profile,
             quiesce_every,
             max_findings,
             shootdown_limit,
@@ -95,7 +96,7 @@ impl Gate {
             boot_root,
             seal_closes: stage.closes(),
             control: ControlPolicy::default(),
-            profile: Profile::Intel,
+            profile,
             max_findings,
         };
         let cpus = vec![None; layout.cpus];

@@ -13,7 +13,7 @@ mod threads;
 mod vcpu;
 
 pub use end::{End, GuestEnd, Place};
-pub use plan::{Plan, PlanError};
+pub use plan::{Plan, PlanError, profile};
 pub use report::{Surroundings, report};
 
 use crate::config::MachineKind;
@@ -183,6 +183,7 @@ impl Machine {
             memory: Arc::clone(&memory),
             stage,
             boot_root: root,
+            profile: plan.profile,
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
             shootdown_limit: plan.shootdown_limit,

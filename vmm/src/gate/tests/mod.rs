@@ -3,7 +3,7 @@
 mod several;
 
 use super::*;
-use crate::audit::Rule;
+use crate::audit::{Profile, Rule};
 use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
@@ -135,6 +135,7 @@ impl Guest {
             memory: Arc::clone(&memory),
             stage,
             boot_root: root,
+            profile: Profile::Intel,
             quiesce_every: 1000,
             max_findings: 10,
             shootdown_limit: Duration::ZERO,
