@@ -6,7 +6,7 @@ use crate::doctor::{Flavour, HostFacts, ThisHost};
 use crate::events::EventFile;
 use crate::gate::Observer;
 use crate::report::{self as reports, Report};
-use crate::run::{Host, Machine, Outcome, Plan, Surroundings, report};
+use crate::run::{Host, Machine, Outcome, Plan, Surroundings, profile, report};
 use lacuna_abi::event::Record;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -117,6 +117,7 @@ fn describe_machine(config: &Config) -> reports::Machine {
         translation: translation.to_owned(),
         mediation: config.mediation.name().to_owned(),
         kernel: facts.kernel.unwrap_or_else(unknown),
+        profile: profile(config).name().to_owned(),
         cpu: facts.cpu_model.or(facts.cpu_vendor).unwrap_or_else(unknown),
         simulation: None,
     }

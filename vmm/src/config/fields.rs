@@ -111,6 +111,7 @@ pub const FIELDS: &[Field] = &[
     field("second_stage", "vma_budget", "a number from 1 to 4294967295"),
     field("audit", "quiesce_every", "a number of events, at least 1"),
     field("audit", "probes", "a number from 0 to 256"),
+    field("audit", "profile", "\"auto\", \"amd\", \"intel\" or \"intel-invlpg-erratum\""),
     field("audit", "require", "a list of rules"),
     field("audit", "expect", "a list of rules and \"sealed-access\""),
     field("limits", "timeout_s", "a number of seconds from 1 to 86400"),

@@ -18,7 +18,9 @@ mod workload;
 
 pub use error::{ConfigError, Place};
 pub use fields::{FIELDS, Field};
-pub use names::{GuardChoice, MachineKind, Mediation, OnFree, ReportFormat, Seal, Shootdown};
+pub use names::{
+    GuardChoice, MachineKind, Mediation, OnFree, ProfileChoice, ReportFormat, Seal, Shootdown,
+};
 
 use crate::audit::Rule;
 use crate::trace::Secret;
@@ -200,6 +202,8 @@ pub struct SecondStage {
 /// Section `[audit]`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Audit {
+    /// How the processor invalidates translations.
+    pub profile: ProfileChoice,
     /// Events between complete checks.
     pub quiesce_every: u64,
     /// Frames that are touched at each of them.

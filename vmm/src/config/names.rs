@@ -1,6 +1,6 @@
 //! Settings that are one of a few names, and how named values are serialised.
 
-use crate::audit::Rule;
+use crate::audit::{Profile, Rule};
 use lacuna_abi::fault::Fault;
 use lacuna_abi::named_enum;
 use lacuna_abi::workload::{Bench, Crash, Selftest, Touch};
@@ -71,6 +71,35 @@ named_enum! {
         Zero = "zero",
         /// They are filled with a pattern, which is checked when they are handed out.
         Poison = "poison",
+    }
+}
+
+named_enum! {
+    /// How the audit takes the processor to invalidate translations.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    pub enum ProfileChoice {
+        /// As the host's processor does; as the manual says on a simulated machine.
+        Auto = "auto",
+        /// As AMD's do.
+        Amd = "amd",
+        /// As Intel's do.
+        Intel = "intel",
+        /// As those of Intel's do on which INVLPG may leave global translations.
+        IntelInvlpgErratum = "intel-invlpg-erratum",
+    }
+}
+
+impl ProfileChoice {
+    /// The profile chosen, if one is.
+    #[must_use]
+    pub const fn profile(self) -> Option<Profile> {
+        match self {
+            Self::Auto => None,
+            Self::Amd => Some(Profile::Amd),
+            Self::Intel => Some(Profile::Intel),
+            Self::IntelInvlpgErratum => Some(Profile::IntelInvlpgErratum),
+        }
     }
 }
 

@@ -79,6 +79,7 @@ pub(super) struct SecondStage {
 pub(super) struct Audit {
     pub quiesce_every: Number,
     pub probes: Number,
+    pub profile: Text,
     pub require: Vec<Spanned<String>>,
     pub expect: Vec<Spanned<String>>,
 }

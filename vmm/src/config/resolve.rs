@@ -9,7 +9,8 @@ use super::raw::{self, Number, Raw};
 use super::source::Source;
 use super::{
     Allocator, Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, OnFree,
-    Output, Overrides, ReportFormat, Seal, SecondStage, Shootdown, Workload, flags, input,
+    Output, Overrides, ProfileChoice, ReportFormat, Seal, SecondStage, Shootdown, Workload, flags,
+    input,
 };
 use crate::audit::Rule;
 use std::ops::{Range, RangeInclusive};
@@ -178,7 +179,12 @@ impl Resolver<'_> {
             self.add_rule("require", name, &mut require)?;
         }
         let probes = self.number(("audit", "probes"), &raw.probes, PROBES)?.unwrap_or(16);
-        Ok(Audit { quiesce_every: every.unwrap_or(1000), probes, require, expect })
+        let profile = match &raw.profile {
+            Some(profile) => self.named(("audit", "profile"), profile, ProfileChoice::from_name)?,
+            None => ProfileChoice::Auto,
+        };
+        let quiesce_every = every.unwrap_or(1000);
+        Ok(Audit { profile, quiesce_every, probes, require, expect })
     }
 
     fn add_rule(

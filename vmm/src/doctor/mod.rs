@@ -14,7 +14,8 @@ pub use flavour::{Flavour, Translation};
 pub use host::{Host, ThisHost};
 pub use kvm::{CAPABILITIES, Capability, DEVICE, KvmFacts, open_kvm, require};
 
-use serde::Serialize;
+use crate::audit::Profile;
+use serde::{Serialize, Serializer};
 
 /// Version of the JSON form.
 pub const SCHEMA: u32 = 1;
@@ -83,6 +84,9 @@ pub struct HostFacts {
     pub cpu_vendor: Option<String>,
     /// Model of the processor.
     pub cpu_model: Option<String>,
+    /// How the processor invalidates translations, as the audit takes it (`[audit] profile`).
+    #[serde(serialize_with = "profile_name")]
+    pub profile: Profile,
     /// Those of the processor's flags that concern virtualisation.
     pub cpu_flags: Vec<String>,
     /// Most mappings of one process.
@@ -177,6 +181,7 @@ impl HostFacts {
         Self {
             guards_by_version: kernel.as_deref().and_then(release).map(|r| r >= GUARD_RELEASE),
             kernel,
+            profile: profile(&cpu),
             cpu_vendor: value(&cpu, "vendor_id").map(str::to_owned),
             cpu_model: value(&cpu, "model name").map(str::to_owned),
             cpu_flags: flags.split(' ').filter(of_interest).map(str::to_owned).collect(),
@@ -187,6 +192,17 @@ impl HostFacts {
             available_mib: mib("MemAvailable"),
         }
     }
+}
+
+/// The profile of the first processor of `/proc/cpuinfo`.
+fn profile(cpu: &str) -> Profile {
+    let number = |name| value(cpu, name).and_then(|number| number.parse().ok()).unwrap_or(0);
+    let vendor = value(cpu, "vendor_id").unwrap_or_default();
+    Profile::of(vendor, number("cpu family"), number("model"))
+}
+
+fn profile_name<S: Serializer>(profile: &Profile, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(profile.name())
 }
 
 fn notes(facts: &HostFacts, flavour: &Flavour) -> Vec<String> {

@@ -40,7 +40,7 @@ fn good() -> Made {
         ("/proc/sys/kernel/osrelease", "6.18.44-generic\n"),
         (
             "/proc/cpuinfo",
-            "vendor_id\t: GenuineIntel\nmodel name\t: Xeon\nflags\t\t: fpu vmx ept\n",
+            "vendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 151\nmodel name\t: Xeon\nflags\t\t: fpu vmx ept\n",
         ),
         ("/proc/sys/vm/max_map_count", "65530\n"),
         ("/proc/meminfo", "MemTotal:       24684092 kB\nMemAvailable:   24453080 kB\n"),
@@ -63,6 +63,7 @@ fn a_good_host_can_run_guests() {
         guards_by_version: Some(true),
         cpu_vendor: Some("GenuineIntel".into()),
         cpu_model: Some("Xeon".into()),
+        profile: Profile::IntelInvlpgErratum,
         cpu_flags: vec!["vmx".into(), "ept".into()],
         max_map_count: Some(65_530),
         memory_mib: Some(24_105),
@@ -74,6 +75,8 @@ fn a_good_host_can_run_guests() {
     let kernel =
         "6.18.44-generic, guards for shared mappings by its version (checked for real when";
     assert!(text.contains(kernel), "{text}");
+    assert!(text.contains("invalidation profile intel-invlpg-erratum"), "{text}");
+    assert!(doctor.to_json().unwrap().contains("\"profile\": \"intel-invlpg-erratum\""));
 }
 
 #[test]

@@ -47,6 +47,7 @@ fn host(out: &mut String, doctor: &Doctor) {
     if !host.cpu_flags.is_empty() {
         _ = write!(cpu, ", flags {}", host.cpu_flags.join(" "));
     }
+    _ = write!(cpu, "; invalidation profile {}", host.profile.name());
     line(out, "processor", &cpu);
     let guards = match host.guards_by_version {
         Some(true) => "guards for shared mappings by its version",

@@ -17,7 +17,7 @@ mod world;
 pub use probes::ProbeSummary;
 pub use types::{GateCounters, GateFailure, GateSetup, Observer, Prober, Served, Vcpus};
 
-use crate::audit::{Audit, AuditConfig, ControlPolicy, Profile};
+use crate::audit::{Audit, AuditConfig, ControlPolicy};
 use crate::events::{RingReader, Sequencer, Standing};
 use crate::leak::LeakScanner;
 use crate::machine::memory::Memory;
@@ -86,6 +86,7 @@ impl Gate {
             memory,
             stage,
             boot_root,
+            profile,
             quiesce_every,
             max_findings,
             probes,
@@ -101,7 +102,7 @@ impl Gate {
             boot_root,
             seal_closes: stage.closes(),
             control: ControlPolicy::default(),
-            profile: Profile::Intel,
+            profile,
             max_findings,
         };
         let cpus = vec![None; layout.cpus];

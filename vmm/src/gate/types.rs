@@ -1,6 +1,6 @@
 //! What goes into a gate and what comes out of it.
 
-use crate::audit::{Probe, ProbeKind, Touched};
+use crate::audit::{Probe, ProbeKind, Profile, Touched};
 use crate::leak::LeakScanner;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
@@ -134,6 +134,8 @@ pub struct GateSetup {
     pub stage: Box<dyn SecondStage>,
     /// Root that every CPU starts with; CPU 0 runs from the start.
     pub boot_root: Gpa,
+    /// How the CPUs invalidate translations.
+    pub profile: Profile,
     /// Events between two complete checks.
     pub quiesce_every: u64,
     /// Most findings that are kept in words.

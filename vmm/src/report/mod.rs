@@ -70,6 +70,9 @@ pub struct Machine {
     pub kernel: String,
     /// The host's processor.
     pub cpu: String,
+    /// How CPUs invalidate translations, as the audit took it: `amd`, `intel` or
+    /// `intel-invlpg-erratum`.
+    pub profile: String,
     /// What a simulated machine adds; `null` for others.
     pub simulation: Option<Simulation>,
 }

@@ -1,10 +1,16 @@
 use super::*;
 use crate::audit::Rule;
-use crate::config::{Audit, Expect};
+use crate::config::{Audit, Expect, ProfileChoice};
 use serde_json::{Value, json};
 
 fn audit() -> Audit {
-    Audit { quiesce_every: 1000, probes: 8, require: Vec::new(), expect: Expect::default() }
+    Audit {
+        profile: ProfileChoice::Auto,
+        quiesce_every: 1000,
+        probes: 8,
+        require: Vec::new(),
+        expect: Expect::default(),
+    }
 }
 
 fn check(rule: Rule, checked: u64, not_checked: u64, violations: u64) -> Check {
@@ -51,6 +57,7 @@ fn clean() -> Report {
         kind: "kvm".into(),
         translation: "NPT".into(),
         mediation: "trace".into(),
+        profile: "amd".into(),
         kernel: "6.18.0".into(),
         cpu: "AMD EPYC".into(),
         simulation: None,
@@ -114,6 +121,7 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
         "inject": ["leave-direct-map-alias"],
         "machine": {
             "kind": "kvm", "translation": "NPT", "mediation": "trace", "kernel": "6.18.0",
+            "profile": "amd",
             "cpu": "AMD EPYC", "simulation": null,
         },
         "second_stage": {
@@ -238,7 +246,8 @@ fn the_text_form_says_what_matters() {
     for part in [
         "PASS: every rule that was exercised holds\n",
         "config         configs/quickstart.toml\n",
-        "machine        kvm, NPT translation, Linux 6.18.0, AMD EPYC; mediation: trace\n",
+        "machine        kvm, NPT translation, Linux 6.18.0, AMD EPYC; invalidation profile amd; mediation:\n",
+        "               trace\n",
         "second stage   guard, granule 4,096 bytes: madvise guards\n",
         "guest          program replay, 64 MiB, 1 vCPU; allocator ready after 12.3 ms\n",
         "work           2,500 trace events in 6,120.0 ms, 2448.00 us each\n",

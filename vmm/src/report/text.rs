@@ -129,8 +129,8 @@ fn setting(out: &mut String, report: &Report) {
         out,
         "machine",
         &format!(
-            "{}, {} translation, Linux {}, {cpu}; mediation: {}",
-            machine.kind, machine.translation, machine.kernel, machine.mediation
+            "{}, {} translation, Linux {}, {cpu}; invalidation profile {}; mediation: {}",
+            machine.kind, machine.translation, machine.kernel, machine.profile, machine.mediation
         ),
     );
     if let Some(simulation) = &machine.simulation {

@@ -16,7 +16,7 @@ mod vcpu;
 mod violations;
 
 pub use end::{End, GuestEnd, Place};
-pub use plan::{Plan, PlanError};
+pub use plan::{Plan, PlanError, profile};
 pub use report::{Surroundings, report};
 
 use crate::config::MachineKind;
@@ -176,6 +176,7 @@ impl Machine {
             memory: Arc::clone(&memory),
             stage,
             boot_root: root,
+            profile: plan.profile,
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
             probes: plan.probes,

@@ -1,6 +1,8 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
-use crate::config::{Config, GuardChoice, OnFree, Seal, Shootdown, Workload};
+use crate::audit::Profile;
+use crate::config::{Config, GuardChoice, MachineKind, OnFree, Seal, Shootdown, Workload};
+use crate::doctor::{HostFacts, ThisHost};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
@@ -78,6 +80,8 @@ pub struct Plan {
     pub guard: GuardChoice,
     /// Borders between closed and open memory that `mprotect` may make.
     pub vma_budget: Option<u32>,
+    /// How the CPUs invalidate translations.
+    pub profile: Profile,
     /// Events between two complete checks.
     pub quiesce_every: u64,
     /// Frames that are touched at each complete check, to see what the second stage does.
@@ -148,6 +152,7 @@ impl Plan {
             seal: config.second_stage.seal,
             guard: config.second_stage.guard,
             vma_budget: config.second_stage.vma_budget,
+            profile: profile(config),
             quiesce_every: config.audit.quiesce_every,
             probes: config.audit.probes,
             max_findings: MAX_FINDINGS,
@@ -156,6 +161,16 @@ impl Plan {
         };
         Ok((plan, work.warnings))
     }
+}
+
+/// How the CPUs of this configuration invalidate translations: as it says, or as the processor that
+/// they run on does. Simulated ones do what the manual says.
+#[must_use]
+pub fn profile(config: &Config) -> Profile {
+    config.audit.profile.profile().unwrap_or_else(|| match config.machine {
+        MachineKind::Kvm => HostFacts::read(&ThisHost).profile,
+        MachineKind::Sim => Profile::Intel,
+    })
 }
 
 fn work(config: &Config) -> Result<Work, PlanError> {

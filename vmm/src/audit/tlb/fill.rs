@@ -25,6 +25,21 @@ pub(super) enum Healed {
 }
 
 impl Healed {
+    /// Whether a newer one adds nothing to this.
+    fn says(&self, newer: &Self) -> bool {
+        match (self, newer) {
+            (Self::Frames(old), Self::Frames(new)) => old.contains_range(*new),
+            (
+                Self::Pages { flush: old, leaves, paths },
+                Self::Pages { flush: new, leaves: new_leaves, paths: new_paths },
+            ) => {
+                let like = PageFlush { seq: old.seq, ..*new } == *old;
+                like && leaves == new_leaves && paths == new_paths
+            }
+            _ => false,
+        }
+    }
+
     pub(super) fn cuts_paths(&self) -> bool {
         matches!(self, Self::Pages { paths: true, .. })
     }
@@ -96,7 +111,8 @@ impl Fill {
     }
 
     pub(super) fn heal(&mut self, healed: Healed) {
-        if self.healed.last() == Some(&healed) {
+        // Nothing came back in between, so that the older of two like ones says it all.
+        if self.healed.iter().any(|old| old.says(&healed)) {
             return;
         }
         if self.healed.len() >= MAX_HEALED {

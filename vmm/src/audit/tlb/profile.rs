@@ -3,7 +3,9 @@
 use lacuna_abi::named_enum;
 
 named_enum! {
-    /// How a processor invalidates, where processors differ.
+    /// How a processor invalidates, where processors differ. By default as the one that promises
+    /// least.
+    #[derive(Default)]
     pub enum Profile {
         /// AMD: with EFER.TCE set, INVLPG drops only the cached paths that lead to its address (AMD
         /// APM volume 2, "Extended Feature Enable Register (EFER)").
@@ -12,6 +14,7 @@ named_enum! {
         Intel = "intel",
         /// Intel processors on which INVLPG may leave global translations while CR4.PCIDE is set
         /// (Linux, commit ce0b15d11ad8, "x86/mm: Avoid incomplete Global INVLPG flushes").
+        #[default]
         IntelInvlpgErratum = "intel-invlpg-erratum",
     }
 }
@@ -21,17 +24,14 @@ named_enum! {
 const ERRATUM: [u32; 6] = [0x97, 0x9a, 0xbe, 0xb7, 0xba, 0xbf];
 
 impl Profile {
-    /// The profile of a processor with this vendor string and family, model and stepping as leaf 1 of
-    /// CPUID gives them in EAX. What is not AMD's is taken for Intel's.
+    /// The profile of a processor, by vendor, family and model as CPUID gives them. One that is
+    /// neither AMD's nor Intel's gets the profile that promises least.
     #[must_use]
-    pub fn of_cpuid(vendor: &[u8; 12], signature: u32) -> Self {
-        let family = (signature >> 8 & 0xf)
-            + if signature >> 8 & 0xf == 0xf { signature >> 20 & 0xff } else { 0 };
-        let model = (signature >> 4 & 0xf) | (signature >> 12 & 0xf0);
+    pub fn of(vendor: &str, family: u32, model: u32) -> Self {
         match vendor {
-            b"AuthenticAMD" | b"HygonGenuine" => Self::Amd,
-            b"GenuineIntel" if family == 6 && ERRATUM.contains(&model) => Self::IntelInvlpgErratum,
-            _ => Self::Intel,
+            "AuthenticAMD" | "HygonGenuine" => Self::Amd,
+            "GenuineIntel" if family != 6 || !ERRATUM.contains(&model) => Self::Intel,
+            _ => Self::IntelInvlpgErratum,
         }
     }
 }
@@ -42,13 +42,13 @@ mod tests {
 
     #[test]
     fn profiles_follow_vendor_family_and_model() {
-        let intel = |signature| Profile::of_cpuid(b"GenuineIntel", signature);
-        assert_eq!(intel(0x0009_0672), Profile::IntelInvlpgErratum, "Alder Lake");
-        assert_eq!(intel(0x000b_06a2), Profile::IntelInvlpgErratum, "Raptor Lake-P");
-        assert_eq!(intel(0x0003_06c3), Profile::Intel, "Haswell");
-        assert_eq!(intel(0x0080_0f12), Profile::Intel, "another family");
-        assert_eq!(Profile::of_cpuid(b"AuthenticAMD", 0x00a2_0f12), Profile::Amd);
-        assert_eq!(Profile::of_cpuid(b"HygonGenuine", 0x0090_0f01), Profile::Amd);
-        assert_eq!(Profile::of_cpuid(b"CentaurHauls", 0), Profile::Intel);
+        let intel = |family, model| Profile::of("GenuineIntel", family, model);
+        assert_eq!(intel(6, 0x97), Profile::IntelInvlpgErratum, "Alder Lake");
+        assert_eq!(intel(6, 0xba), Profile::IntelInvlpgErratum, "Raptor Lake-P");
+        assert_eq!(intel(6, 0x3c), Profile::Intel, "Haswell");
+        assert_eq!(intel(15, 0x97), Profile::Intel, "another family");
+        assert_eq!(Profile::of("AuthenticAMD", 25, 0x21), Profile::Amd);
+        assert_eq!(Profile::of("HygonGenuine", 24, 0), Profile::Amd);
+        assert_eq!(Profile::of("CentaurHauls", 6, 0), Profile::IntelInvlpgErratum);
     }
 }

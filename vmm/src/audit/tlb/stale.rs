@@ -270,6 +270,12 @@ impl StaleTables {
         all
     }
 
+    /// Every table, what it holds, and its paths.
+    #[cfg(test)]
+    pub(super) fn all(&self) -> impl Iterator<Item = (Gfn, &[Run], &[StalePath])> {
+        self.tables.iter().map(|(table, known)| (*table, &*known.leaves, &*known.paths))
+    }
+
     fn of_cpu(&mut self, cpu: u8) -> impl Iterator<Item = &mut StalePath> {
         let paths = self.tables.values_mut().flat_map(|known| &mut known.paths);
         paths.filter(move |path| path.cpu == cpu)

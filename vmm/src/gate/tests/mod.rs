@@ -4,7 +4,7 @@ mod probes;
 mod several;
 
 use super::*;
-use crate::audit::Rule;
+use crate::audit::{Profile, Rule};
 use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
@@ -136,6 +136,7 @@ impl Guest {
             memory: Arc::clone(&memory),
             stage,
             boot_root: root,
+            profile: Profile::Intel,
             quiesce_every: 1000,
             max_findings: 10,
             probes: 8,
