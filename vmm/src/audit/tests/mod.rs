@@ -3,6 +3,7 @@
 mod alias;
 mod cached;
 mod properties;
+mod rules;
 mod split;
 mod state;
 
