@@ -6,7 +6,8 @@
 
 mod support;
 
-use lacuna_abi::fault::Fault;
+use lacuna::config::MachineKind;
+use lacuna_abi::fault::{Fault, Slip};
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 use support::matrix::{SEALS, Twin, seals};
 use support::{
     Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
-    selftest, trial,
+    selftest, slips, trial,
 };
 
 fn main() {
@@ -57,6 +58,15 @@ fn trials() -> Vec<Trial> {
             trials.push(trial(&name, move || fault_is_found(&config, *fault, &["--seal", seal])));
         }
     }
+    for slip in Slip::ALL.iter().filter(|slip| slip.vcpus() == 1) {
+        let seal = slips::seals(*slip)[0];
+        let name = format!("slip_{}_is_found_under_{seal}", slip.name());
+        let found = move || slips::is_found(*slip, MachineKind::Kvm, 1, seal);
+        trials.push(trial(&name, found));
+    }
+    trials.push(trial("the_ordinary_image_does_not_listen_for_faults", || {
+        slips::the_ordinary_image_does_not_listen(MachineKind::Kvm)
+    }));
     for test in Selftest::ALL.iter().filter(|test| test.cpus() == 1) {
         trials.push(trial(&format!("selftest::{}", test.name()), move || {
             lacuna(&selftest(*test), &[])?.clean()

@@ -6,7 +6,6 @@ mod support;
 use lacuna::config::{Config, MachineKind, Overrides};
 use lacuna::run::{End, Host, Machine, Plan};
 use lacuna::stop::Stopped;
-use lacuna_abi::fault::Fault;
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -14,10 +13,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::matrix::{SEALS, Twin, seals};
+use support::matrix::SEALS;
 use support::{
-    Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
-    selftest, trial,
+    Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest, trial,
 };
 
 fn main() {
@@ -45,26 +43,6 @@ fn trials() -> Vec<Trial> {
             let name = format!("quickstart_is_clean_on_{cpus}_cpus_under_{seal}");
             trials.push(trial(&name, move || quickstart(cpus, seal)));
         }
-    }
-    for cpus in [1, 2, 4] {
-        for twin in Twin::ALL {
-            for seal in SEALS {
-                let name = format!("{}_is_clean_on_{cpus}_cpus_under_{seal}", twin.name());
-                trials.push(trial(&name, move || clean_twin(twin, cpus, seal)));
-            }
-        }
-        for fault in Fault::ALL.iter().filter(|fault| fault.vcpus() <= cpus) {
-            for seal in seals(*fault) {
-                let name = format!("{}_is_found_on_{cpus}_cpus_under_{seal}", fault.name());
-                let args = ["--machine", "sim", "--seal", *seal];
-                let config = Twin::of(*fault).config(cpus);
-                trials.push(trial(&name, move || fault_is_found(&config, *fault, &args)));
-            }
-        }
-    }
-    for fault in [Fault::SkipWindowFlush, Fault::FreeBeforeWindowFlush] {
-        let name = format!("a_completed_seal_makes_up_for_{}", fault.name());
-        trials.push(trial(&name, move || healed(fault)));
     }
     for test in Selftest::ALL {
         trials.push(trial(test.name(), move || sim(&selftest(*test), &[])?.clean()));
@@ -223,20 +201,6 @@ fn stale_use() -> Check {
         }
     }
     Err("twenty seeds, and no CPU used a stale translation of a secret frame".into())
-}
-
-/// The twin of the faults that have this configuration.
-fn clean_twin(twin: Twin, cpus: u8, seal: &str) -> Check {
-    let run = sim(&twin.config(cpus), &["--seal", seal])?;
-    run.clean()?;
-    ensure(run.report["inconclusive"] == serde_json::json!([]), "something is doubtful")?;
-    ensure(twin != Twin::Wrapping || run.counter("window_flushes") > 0, "no window wrapped")
-}
-
-/// With a page's own granule every seal completes at once, and discharges what the slip left.
-fn healed(fault: Fault) -> Check {
-    let config = Twin::of(fault).config(1);
-    sim(&config, &["--seal", "guard", "--inject", fault.name()])?.clean()
 }
 
 fn sealed_touch(touch: &str, seal: &str) -> Check {

@@ -2,10 +2,11 @@
 
 mod support;
 
+use lacuna::config::MachineKind;
 use lacuna::machine::kvm::Vm;
 use lacuna::machine::memory::Memory;
 use lacuna_abi::addr::{Gpa, Gva};
-use lacuna_abi::fault::Fault;
+use lacuna_abi::fault::{Fault, Slip};
 use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use lacuna_abi::layout::{Layout, Needs};
 use lacuna_abi::workload::Selftest;
@@ -15,7 +16,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::matrix::{Twin, seals};
-use support::{Check, EVENTS, Run, dirty, ensure, fault_is_found, lacuna, replay, selftest, trial};
+use support::{
+    Check, EVENTS, Run, dirty, ensure, fault_is_found, lacuna, replay, selftest, slips, trial,
+};
 
 fn main() {
     support::run(trials(), true);
@@ -53,6 +56,11 @@ fn trials() -> Vec<Trial> {
             trials
                 .push(trial(&name, move || lacuna(&twin.config(cpus), &["--seal", seal])?.clean()));
         }
+    }
+    for slip in Slip::ALL.iter().filter(|slip| slip.vcpus() == 2) {
+        let seal = slips::seals(*slip)[0];
+        let name = format!("slip_{}_is_found_on_2_vcpus_under_{seal}", slip.name());
+        trials.push(trial(&name, move || slips::is_found(*slip, MachineKind::Kvm, 2, seal)));
     }
     for fault in Fault::ALL {
         for (cpus, seal) in places(*fault) {

@@ -1,7 +1,11 @@
 //! Calls `lacuna run` and reads its JSON report.
 
+#![allow(dead_code, reason = "each test program uses its part")]
+
 #[path = "support/matrix.rs"]
 pub mod matrix;
+#[path = "support/slips.rs"]
+pub mod slips;
 #[path = "support/witness.rs"]
 pub mod witness;
 

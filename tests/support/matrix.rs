@@ -1,8 +1,6 @@
 //! What each fault is tried on: workload, seals, numbers of CPUs. One table for all machines;
 //! `docs/faults.md` is held against it.
 
-#![allow(dead_code, reason = "each test program uses its part")]
-
 use super::{EVENTS, dirty, replay};
 use lacuna_abi::fault::Fault;
 

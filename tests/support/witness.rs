@@ -124,14 +124,22 @@ impl Witness {
         })
     }
 
-    /// Whether the CPU has the frame open: more opens than seals of it.
+    /// Whether the CPU has the frame open: more opens than seals of it. The finding may be about a
+    /// seal on its arrival, which the host notes later.
     fn is_open(&self, seen: &Seen, cpu: u8) -> bool {
         let mut opens = 0;
-        for record in self.0.iter().take_while(|record| record.seq < seen.seq) {
-            match host_act(record, seen.frame).filter(|_| record.cpu == cpu) {
-                Some(HostAct::Opened) => opens += 1,
-                Some(HostAct::Sealed | HostAct::HeldOpen) => opens = i32::max(opens - 1, 0),
+        for record in &self.0 {
+            let Some(act) = host_act(record, seen.frame) else { continue };
+            let late = record.seq > seen.seq;
+            match act {
+                HostAct::Opened if record.cpu == cpu && !late => opens += 1,
+                HostAct::Sealed | HostAct::HeldOpen if record.cpu == cpu => {
+                    opens = i32::max(opens - 1, 0);
+                }
                 _ => {}
+            }
+            if late {
+                break;
             }
         }
         opens > 0
