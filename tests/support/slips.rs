@@ -63,11 +63,14 @@ pub fn seals(slip: Slip) -> &'static [&'static str] {
 
 /// The workload that takes the path with the slip.
 fn config(slip: Slip, cpus: u8, seal: &str) -> String {
+    let seal = format!("[second_stage]\nseal = \"{seal}\"\n");
     let (twin, allocator) = match slip {
-        Slip::LastCpuLeftOut
-        | Slip::FlushOnePageShort
-        | Slip::MergeOverSecret
-        | Slip::MergeFlushLocal => (Twin::InPlace, ""),
+        // The start of the recording converts single pages only.
+        Slip::FlushOnePageShort => {
+            let stress = "program = \"stress\"\noperations = 200\nmax_order = 3\n";
+            return format!("[guest]\nmemory_mib = 16\nvcpus = {cpus}\n[workload]\n{stress}{seal}");
+        }
+        Slip::LastCpuLeftOut | Slip::MergeOverSecret | Slip::MergeFlushLocal => (Twin::InPlace, ""),
         // Several blocks under one shootdown, more of them than the window has places.
         Slip::FlushFirstBlock | Slip::LargeWindowUnflushed => {
             (Twin::Replay, "[allocator]\npool_high_kib = 14336\n")
@@ -76,7 +79,7 @@ fn config(slip: Slip, cpus: u8, seal: &str) -> String {
         Slip::ReserveGlobal => (Twin::Replay, "[allocator]\ncheck_zero = true\n"),
         _ => (Twin::Replay, ""),
     };
-    format!("{}{allocator}[second_stage]\nseal = \"{seal}\"\n", twin.config(cpus))
+    format!("{}{allocator}{seal}", twin.config(cpus))
 }
 
 /// The twin without the slip is clean; with it, the rule finds it, in frames and on CPUs for which
