@@ -140,7 +140,8 @@ fn stress(cpus: u8) -> Check {
     for seed in ["1", "2", "3"] {
         let run = sim(&on_cpus(cpus, config), &["--seed", seed])?;
         run.clean()?;
-        for counter in ["alloc_secret", "flip_to_unmapped", "tags_checked", "poison_checked"] {
+        let secret = ["alloc_secret", "flip_to_unmapped", "converted", "parked", "scrubs_atomic"];
+        for counter in secret.into_iter().chain(["tags_checked", "poison_checked"]) {
             ensure(run.counter(counter) > 0, &format!("{counter} is 0"))?;
         }
         ensure(simulation(&run, "stale_secret_uses") == 0, "a secret was used while stale")?;

@@ -3,13 +3,14 @@
 use crate::balance::Watermarks;
 use crate::contents::OnFree;
 use crate::counters::Counts;
-use crate::error::UseError;
+use crate::error::{FirstFailure, UseError};
 use crate::freetype::{Freetype, Migratetype};
 use crate::handle::{Pin, Slot};
 use crate::lock::{IrqGuard, IrqLock};
 use crate::mapped::MappedPages;
 use crate::mermap::{Mermap, MermapError};
 use crate::meta::{Chunk, MAX_ORDER, MemMap, State};
+use crate::parked::Parked;
 use crate::pcp::{CpuLists, Held, Marks, pindex};
 use crate::platform::{GateError, InterruptsOff, Platform};
 #[cfg(feature = "unmapped")]
@@ -17,7 +18,7 @@ use crate::secret::SecretPages;
 use crate::tables::TablePages;
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, Taken, Zone};
-use core::sync::atomic::{AtomicBool, AtomicU32};
+use core::sync::atomic::AtomicBool;
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{Gfn, PAGE_SIZE};
 use lacuna_abi::boot::{
@@ -93,7 +94,7 @@ pub struct Request {
     pub migratetype: Migratetype,
     /// The pages are to be zero.
     pub zero: bool,
-    /// The caller must not wait for other CPUs: it holds a lock, or has interrupts off.
+    /// The caller must not wait for other CPUs. With interrupts off that goes without saying.
     pub noblock: bool,
 }
 
@@ -106,7 +107,7 @@ pub enum AllocError {
     /// Memory is free, but no pageblock is wholly free, so none can be flipped; for order 10, no
     /// two that lie together.
     NoBlock,
-    /// The pool is empty, and the caller must not wait for a flip.
+    /// The pool is empty, and the caller must not wait for a flip, or has interrupts off.
     WouldBlock,
     /// No order above 10 exists.
     BadOrder,
@@ -130,6 +131,7 @@ impl From<UseError> for AllocError {
             UseError::Window(error) => Self::Window(error),
             // Of the allocator's own use of whole allocations neither can come.
             UseError::OutOfRange | UseError::ReadOnly => Self::NoMemory,
+            UseError::WouldBlock => Self::WouldBlock,
         }
     }
 }
@@ -150,8 +152,8 @@ pub struct PageAllocator<'a, P: Platform> {
     pub(crate) wake: AtomicBool,
     /// Pages of the table pool that hold no table.
     pub(crate) table_pages: TablePages,
-    /// First of the parked allocations, as index plus one; 0 for none.
-    pub(crate) parked: AtomicU32,
+    /// Converted pages that were freed and could not come back yet.
+    pub(crate) parked: Parked,
 }
 
 impl<'a, P: Platform> PageAllocator<'a, P> {
@@ -171,7 +173,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             lists: core::array::from_fn(|_| CpuLists::default()),
             wake: AtomicBool::new(false),
             table_pages: TablePages::new(),
-            parked: AtomicU32::new(0),
+            parked: Parked::default(),
         }
     }
 
@@ -311,50 +313,55 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     }
 
     /// Finds mapped pages where there are none at hand: on the lists of CPUs, then in secret
-    /// pageblocks that nobody uses.
+    /// pageblocks that nobody uses. What fails on the way is told only if nothing serves.
     fn take_mapped_slowly(&self, request: Request) -> Result<u32, AllocError> {
-        let Request { order, migratetype, noblock, .. } = request;
+        let Request { order, migratetype, .. } = request;
+        let noblock = request.noblock || !self.may_wait();
         let freetype = Freetype::mapped(migratetype);
         let floor = self.floor(noblock);
+        let mut failure = FirstFailure::default();
         if noblock {
             let (_, lists) = self.own_lists();
             lists.drain(&self.map, &mut self.zone(), 0);
         } else {
-            self.drain_all()?;
+            failure.note(self.drain_all());
         }
         loop {
             if let Some(taken) = self.zone().take(&self.map, order, freetype, floor) {
                 return Ok(self.taken(taken));
             }
-            if noblock || !self.reclaim(order, migratetype)? {
+            if noblock || !self.reclaim(order, migratetype, &mut failure) {
                 self.counts.alloc_fail.add(1);
-                return Err(AllocError::NoMemory);
+                return Err(failure.or(AllocError::NoMemory));
             }
         }
     }
 
     /// Finds secret pages where there are none at hand: freed ones that wait to be scrubbed, then by
     /// flipping pageblocks, at last after emptying the lists of CPUs and moving what can be moved.
+    /// What fails on the way is told only if nothing serves.
     fn take_secret_slowly(&self, request: Request) -> Result<u32, AllocError> {
-        let Request { order, migratetype, noblock, .. } = request;
+        let Request { order, migratetype, .. } = request;
+        let noblock = request.noblock || !self.may_wait();
         let freetype = Freetype::unmapped(migratetype);
         let again = || self.zone().take(&self.map, order, freetype, 0);
         // Which CPU does not matter much, should this task be on another one by now.
         let cpu = self.own_lists().0;
-        self.scrub_freed(cpu)?;
+        let mut failure = FirstFailure::default();
+        failure.note(self.scrub_freed(cpu));
         self.drain(cpu, 0);
         if let Some(taken) = again() {
             return Ok(self.taken(taken));
         }
         if noblock {
             self.counts.alloc_fail_noblock.add(1);
-            return Err(AllocError::WouldBlock);
+            return Err(failure.or(AllocError::WouldBlock));
         }
         for attempt in 0..3 {
             match attempt {
                 0 => {}
                 1 => {
-                    self.drain_all()?;
+                    failure.note(self.drain_all());
                     if let Some(taken) = again() {
                         return Ok(self.taken(taken));
                     }
@@ -364,12 +371,13 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             }
             if self.config.flip {
                 match self.flip_to_unmapped(order, migratetype) {
+                    Ok(index) => return Ok(index),
                     Err(AllocError::NoBlock) => {}
-                    result => return result,
+                    Err(error) => return Err(failure.or(error)),
                 }
             }
         }
-        Err(self.no_pageblock(order))
+        Err(failure.or(self.no_pageblock(order)))
     }
 
     /// Why there is nothing to flip.

@@ -2,9 +2,10 @@
 //! CPUs keep to themselves.
 
 use crate::alloc::{AllocError, PageAllocator};
-use crate::error::UseError;
+use crate::error::{FirstFailure, UseError};
+use crate::freetype::Migratetype;
 use crate::meta::{Chunk, State};
-use crate::platform::Platform;
+use crate::platform::{Platform, gate_each};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK_PAGES, Zone};
 use core::sync::atomic::Ordering::Relaxed;
@@ -46,35 +47,49 @@ const SCRUB_PAGES: u32 = 512;
 
 impl<P: Platform> PageAllocator<'_, P> {
     /// Work that allocations leave for later: fills the pool between its two marks, and brings
-    /// pageblocks back while the mapped side is short. For a caller that may wait for other CPUs;
-    /// costs next to nothing where there is nothing to do.
+    /// pageblocks back while the mapped side is short. What this CPU keeps to itself goes first, so
+    /// that no pageblock changes sides while pages only wait to be scrubbed. With interrupts off the
+    /// work goes on being left for later; costs next to nothing where there is nothing to do.
     ///
     /// # Errors
-    /// A refusal of the host. That nothing can be done is none.
+    /// The first refusal of the host. That nothing can be done is none.
     pub fn balance(&self) -> Result<(), AllocError> {
-        if !self.wake.load(Relaxed) {
+        if !self.wake.load(Relaxed) || !self.may_wait() {
             return Ok(());
         }
         self.wake.store(false, Relaxed);
+        let mut failure = FirstFailure::default();
+        let (mut rising, mut tidied) = (false, false);
         loop {
             let (mapped, pool) = {
                 let zone = self.zone();
                 (zone.mapped_free(&self.map), zone.unmapped_free())
             };
-            let progress = if mapped < self.marks.low {
-                self.counts.balance_reclaim.add(1);
-                self.reclaim(0, crate::freetype::Migratetype::Movable)?
-            } else if self.config.flip
+            // What began below the low mark goes on up to the high one.
+            rising = mapped < self.marks.low || rising && mapped < self.marks.high;
+            let refills = self.config.flip
                 && pool < self.config.pool_low
-                && mapped > self.marks.high + BLOCK_PAGES
-            {
-                self.counts.balance_refill.add(1);
-                self.refill()?
+                && mapped > self.marks.high + BLOCK_PAGES;
+            let progress = if !rising && !refills {
+                false
+            } else if !tidied {
+                tidied = true;
+                let cpu = self.own_lists().0;
+                failure.note(self.scrub_freed(cpu));
+                self.drain(cpu, 0);
+                true
+            } else if rising {
+                self.counts.balance_reclaim.add(1);
+                self.reclaim(0, Migratetype::Movable, &mut failure)
             } else {
-                return Ok(());
+                self.counts.balance_refill.add(1);
+                match self.refill() {
+                    Ok(progress) => progress,
+                    Err(error) => return Err(failure.or(error)),
+                }
             };
             if !progress {
-                return Ok(());
+                return Ok(failure.result()?);
             }
         }
     }
@@ -94,14 +109,12 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// # Errors
     /// As [`Self::scrub_freed`].
     pub(crate) fn drain_all(&self) -> Result<(), UseError> {
-        let mut result = Ok(());
+        let mut failure = FirstFailure::default();
         // What is scrubbed goes onto the lists of this CPU.
-        for cpu in 0..self.platform.cpus() {
-            result = result.and(self.scrub_freed(cpu));
-        }
+        (0..self.platform.cpus()).for_each(|cpu| failure.note(self.scrub_freed(cpu)));
         (0..self.platform.cpus()).for_each(|cpu| self.drain(cpu, 0));
         self.counts.drains.add(1);
-        result
+        failure.result()
     }
 
     /// Empties the lists of `cpu` down to `keep` pages.
@@ -131,7 +144,7 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// The first failure. Pages that could not be zeroed are free and not known to be zero; what the
     /// host would not close is withheld.
     pub(crate) fn scrub_freed(&self, cpu: usize) -> Result<(), UseError> {
-        let mut result = Ok(());
+        let mut failure = FirstFailure::default();
         loop {
             let mut chunks = [Chunk::default(); SCRUB_CHUNKS];
             let mut count = 0;
@@ -145,17 +158,18 @@ impl<P: Platform> PageAllocator<'_, P> {
                 }
             }
             if count == 0 {
-                return result;
+                return failure.result();
             }
             let chunks = &mut chunks[..count];
             chunks.sort_unstable_by_key(|chunk| chunk.index);
-            result = result.and(self.scrub(chunks));
+            failure.note(self.scrub(chunks));
         }
     }
 
     /// Scrubs chunks in ascending order, then frees them.
     fn scrub(&self, chunks: &[Chunk]) -> Result<(), UseError> {
         self.counts.scrubs.add(1);
+        self.counts.scrubs_atomic.add((!self.may_wait()).into());
         let mut ranges = [(OpKind::Open, FrameRange::single(Gfn(0))); SCRUB_CHUNKS];
         let mut count = 0;
         for chunk in chunks {
@@ -174,21 +188,18 @@ impl<P: Platform> PageAllocator<'_, P> {
         let ops = &mut ranges[..count];
         let refused = self.platform.gate(ops).err();
         let opened = refused.map_or(count, |error| (error.index as usize).min(count));
-        let mut result = refused.map_or(Ok(()), |error| Err(UseError::Gate(error)));
+        let mut failure = FirstFailure::default();
+        failure.note(refused.map_or(Ok(()), |error| Err(UseError::Gate(error))));
         for (_, frames) in &ops[..opened] {
             let zeroed = self.zero_unknown_open(*frames, Purpose::Scrub);
-            result = result.and(zeroed.map_err(UseError::Window));
+            failure.note(zeroed.map_err(UseError::Window));
         }
         ops.iter_mut().for_each(|op| op.0 = OpKind::Seal);
-        let mut next = 0;
-        while next < opened
-            && let Err(error) = self.platform.gate(&ops[next..opened])
-        {
-            result = result.and(Err(UseError::Unsealed(error)));
-            next += (error.index as usize).min(opened - next - 1);
-            self.mark_left_open(chunks, ops[next].1);
-            next += 1;
-        }
+        gate_each(self.platform, &ops[..opened], |number, error| {
+            failure.note(Err(UseError::Unsealed(error)));
+            self.mark_left_open(chunks, ops[number].1);
+        });
+        let result = failure.result();
         // One record for each range: it says as much as one for each page, and costs the guest and
         // the host less.
         let together = result.is_ok();
@@ -219,12 +230,17 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// not come back when they were freed.
     ///
     /// # Errors
-    /// The host's first refusal; what it concerns stays in the pool.
+    /// The host's first refusal; all that it did not concern came back. [`UseError::WouldBlock`] with
+    /// interrupts off; nothing was done.
     pub fn shrink(&self) -> Result<(), UseError> {
-        self.restore_parked()?;
-        self.drain_all()?;
-        while self.reclaim_batch()? {}
-        Ok(())
+        if !self.may_wait() {
+            return Err(UseError::WouldBlock);
+        }
+        let mut failure = FirstFailure::default();
+        self.restore_parked(&mut failure);
+        failure.note(self.drain_all());
+        while self.reclaim_batch(&mut failure) {}
+        failure.result()
     }
 
     /// Reports pages as in the pool.

@@ -9,28 +9,28 @@ use lacuna_abi::addr::PAGE_SIZE;
 use lacuna_abi::layout::direct_map;
 
 /// Pageblocks that are tried before it is given up.
-const TRIES: usize = 4;
+const TRIES: usize = 32;
 
 impl<P: Platform> PageAllocator<'_, P> {
     /// Moves what lies in some mapped, movable pageblock elsewhere; whether one is wholly free now.
     /// Those with the least in them are tried first. What is pinned stays, and so does its block.
     pub(crate) fn compact(&self) -> bool {
-        let mut bound = 0;
+        let mut last = None;
         for _ in 0..TRIES {
-            let Some((block, allocated)) = self.least_used_block(bound) else { return false };
-            if self.empty_block(block) {
+            let Some(next) = self.least_used_block(last) else { return false };
+            if self.empty_block(next.1) {
                 self.counts.compact_success.add(1);
                 return true;
             }
             self.counts.compact_fail.add(1);
-            bound = allocated + 1;
+            last = Some(next);
         }
         false
     }
 
-    /// The movable pageblock with the fewest pages in use, but at least `bound`, whose pages find
-    /// room elsewhere; and how many they are.
-    fn least_used_block(&self, bound: u32) -> Option<(u32, u32)> {
+    /// How many pages of a movable pageblock are in use, and its first page: the least such pair
+    /// after `last`, of those whose pages find room elsewhere. Converted pages cannot be moved.
+    fn least_used_block(&self, last: Option<(u32, u32)>) -> Option<(u32, u32)> {
         let movable = Freetype::mapped(Migratetype::Movable);
         let (entered, free) = {
             let zone = self.zone();
@@ -38,11 +38,13 @@ impl<P: Platform> PageAllocator<'_, P> {
         };
         (0..entered)
             .step_by(BLOCK_PAGES as usize)
-            .filter(|first| self.map.block_at(*first).freetype() == movable)
-            .map(|first| (first, self.map.block_at(first).allocated()))
-            .filter(|(_, used)| (bound.max(1)..BLOCK_PAGES).contains(used))
-            .filter(|(_, used)| free >= self.marks.min + BLOCK_PAGES.max(2 * used))
-            .min_by_key(|(_, used)| *used)
+            .map(|first| (self.map.block_at(first), first))
+            .filter(|(block, _)| block.freetype() == movable && block.converted() == 0)
+            .map(|(block, first)| (block.allocated(), first))
+            .filter(|next| last.is_none_or(|last| *next > last))
+            .filter(|(used, _)| (1..BLOCK_PAGES).contains(used))
+            .filter(|(used, _)| free >= self.marks.min + BLOCK_PAGES.max(2 * used))
+            .min()
     }
 
     /// Moves everything out of a pageblock; whether that succeeded.

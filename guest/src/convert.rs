@@ -27,14 +27,13 @@
 //! wholly free, and only such a block flips, is whole again.
 
 use crate::alloc::PageAllocator;
-use crate::error::UseError;
+use crate::error::{FirstFailure, UseError};
 use crate::handle::Slot;
 use crate::meta::{BlockMeta, Chunk, State};
 use crate::platform::{CpuSet, GateError, Platform, planted, slips};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::BLOCK;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use lacuna_abi::addr::{BLOCK_SIZE, FrameRange, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::event::{Flush, Life};
 use lacuna_abi::gate::OpKind;
@@ -95,7 +94,7 @@ impl<P: Platform> PageAllocator<'_, P> {
             return Err(ConvertError::WouldBlock);
         }
         // What cannot be given back now is tried again another time.
-        let _ = self.restore_parked();
+        self.restore_parked(&mut FirstFailure::default());
         let frames = self.map.frames(chunk);
         self.hide(chunk)?;
         if let Err(error) = self.platform.gate(&[(OpKind::Seal, frames)]) {
@@ -143,7 +142,8 @@ impl<P: Platform> PageAllocator<'_, P> {
             }
             return Err(ConvertError::Use(error));
         }
-        self.flush_windows_over(frames);
+        // The pageblock goes on remembering windows: others of its pages may be in use in them.
+        self.flush_windows(core::iter::once(frames));
         let released = self.platform.gate(&[(OpKind::Release, frames)]);
         released.map_err(|error| ConvertError::Use(UseError::Gate(error)))?;
         // Only of secret pages does the bitmap say something: the next owner writes freely.
@@ -169,53 +169,31 @@ impl<P: Platform> PageAllocator<'_, P> {
         } else if self.map.page(chunk.index).is_unsealed() {
             self.withhold(chunk, true);
         } else {
-            self.park(chunk);
+            self.counts.parked.add(1);
+            self.parked.push(&self.map, chunk);
         }
         restored
     }
 
-    /// Tries once more to free pages that were parked; whether some were freed.
-    ///
-    /// # Errors
-    /// The last refusal; what it concerns is parked again.
-    pub(crate) fn restore_parked(&self) -> Result<bool, UseError> {
-        let mut result = Ok(());
+    /// Tries once more to free pages that were parked; whether some were freed. What the host refuses
+    /// is parked again.
+    pub(crate) fn restore_parked(&self, failure: &mut FirstFailure) -> bool {
         let mut freed = false;
-        let mut next = self.parked.swap(0, Acquire).checked_sub(1);
-        while let Some(index) = next {
-            let page = self.map.page(index);
-            next = page.links().1;
-            let order = page.head(State::Parked).unwrap_or_else(|| {
-                panic!("page {index:#x} is on the list of parked pages, but is not parked")
-            });
-            page.set_head(State::Allocated, order);
-            match self.free_converted(Chunk { index, order }) {
+        for chunk in self.parked.take_all(&self.map) {
+            self.map.page(chunk.index).set_head(State::Allocated, chunk.order);
+            match self.free_converted(chunk) {
                 Ok(()) => freed = true,
-                Err(ConvertError::Use(error)) => result = Err(error),
+                Err(ConvertError::Use(error)) => failure.note(Err(error)),
                 // Who may not wait leaves them where they are.
                 Err(_) => {}
             }
         }
-        result.map(|()| freed)
-    }
-
-    /// Nobody owns the pages any more, but they are not free.
-    fn park(&self, chunk: Chunk) {
-        let page = self.map.page(chunk.index);
-        page.set_head(State::Parked, chunk.order);
-        let mut first = self.parked.load(Relaxed);
-        loop {
-            page.set_next(first.checked_sub(1));
-            match self.parked.compare_exchange_weak(first, chunk.index + 1, Release, Relaxed) {
-                Ok(_) => return,
-                Err(now) => first = now,
-            }
-        }
+        freed
     }
 
     /// Whether other CPUs can be waited for: with interrupts off, two CPUs could wait for each
     /// other.
-    fn may_wait(&self) -> bool {
+    pub(crate) fn may_wait(&self) -> bool {
         let on = self.platform.interrupts_off();
         self.platform.interrupts_restore(on);
         on
@@ -323,22 +301,8 @@ impl<P: Platform> PageAllocator<'_, P> {
     }
 
     fn flush_all_cpus(&self, flush: Flush) {
-        self.counts.shootdowns.add(1);
         let left_out = usize::from(slips!(self.platform, LastCpuLeftOut));
-        self.platform.shootdown(flush, CpuSet::first(self.platform.cpus() - left_out));
-    }
-
-    /// Has every CPU whose window may still be cached over the frames flush it. The pageblock goes
-    /// on remembering those windows: others of its pages may be in use in them.
-    fn flush_windows_over(&self, frames: FrameRange) {
-        if planted!(self.platform, FreeBeforeWindowFlush) {
-            return;
-        }
-        let cpus = self.mermap.may_cache(frames);
-        if !cpus.is_empty() {
-            self.counts.shootdowns.add(1);
-            self.platform.shootdown(Flush::NonGlobal, cpus);
-        }
+        self.shootdown(flush, CpuSet::first(self.platform.cpus() - left_out));
     }
 
     /// Takes a page of the table pool.

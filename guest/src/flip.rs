@@ -3,10 +3,10 @@
 
 use crate::alloc::{AllocError, PageAllocator};
 use crate::contents::OnFree;
-use crate::error::UseError;
+use crate::error::{FirstFailure, UseError};
 use crate::freetype::{Freetype, Migratetype};
 use crate::meta::{Chunk, MAX_ORDER};
-use crate::platform::{CpuSet, GateError, Platform, planted, slips};
+use crate::platform::{CpuSet, GateError, Platform, gate_each, planted, slips};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, BLOCK_PAGES};
@@ -19,12 +19,15 @@ use lacuna_abi::paging::{Entry, Level};
 /// Chunks of pageblocks that change sides under one shootdown.
 const BATCH: usize = 16;
 
-/// What became of pageblocks that were to be closed.
+/// Batches of which the host refuses everything until a request is given up.
+const REFUSALS: usize = 4;
+
+/// What became of pageblocks that were to be closed, or released.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Fate {
     /// They are sealed.
     Sealed,
-    /// The host refused to make them secret: they still are ordinary memory.
+    /// They are ordinary memory: still, where the host refused to make them secret.
     Ordinary,
     /// The host refused to close them again.
     LeftOpen,
@@ -166,64 +169,74 @@ impl<P: Platform> PageAllocator<'_, P> {
 
     /// Brings back to the direct map what a mapped request of `order` and `migratetype` needs:
     /// converted pages that waited for that, then wholly free unmapped pageblocks, those that have
-    /// been free for longest.
-    ///
-    /// # Errors
-    /// As [`Self::flip_to_mapped`].
-    pub(crate) fn reclaim(&self, order: u8, migratetype: Migratetype) -> Result<bool, UseError> {
-        // A refusal there is no reason not to go on here.
-        if self.restore_parked().unwrap_or(false) {
-            return Ok(true);
+    /// been free for longest; whether anything came back.
+    pub(crate) fn reclaim(
+        &self,
+        order: u8,
+        migratetype: Migratetype,
+        failure: &mut FirstFailure,
+    ) -> bool {
+        if self.restore_parked(failure) {
+            return true;
         }
         let wanted = self.marks.min.saturating_add(1 << order);
         let missing = wanted.saturating_sub(self.zone().mapped_free(&self.map));
         let size = order.max(BLOCK);
         let chunks = (missing >> size).max(1) as usize;
-        self.flip_to_mapped(chunks, order, migratetype)
+        // What was refused is at the end of the line, so that others are tried next.
+        (0..REFUSALS)
+            .map_while(|_| self.flip_to_mapped(chunks, order, migratetype, failure))
+            .any(|back| back != 0)
     }
 
     /// Brings wholly free unmapped pageblocks back to the direct map, as many as go under one
-    /// shootdown.
-    ///
-    /// # Errors
-    /// As [`Self::flip_to_mapped`].
-    pub(crate) fn reclaim_batch(&self) -> Result<bool, UseError> {
-        self.flip_to_mapped(BATCH, MAX_ORDER, Migratetype::Movable)
+    /// shootdown; whether any came.
+    pub(crate) fn reclaim_batch(&self, failure: &mut FirstFailure) -> bool {
+        let back = self.flip_to_mapped(BATCH, MAX_ORDER, Migratetype::Movable, failure);
+        back.is_some_and(|back| back != 0)
     }
 
     /// Brings up to `limit` chunks, of `order` if there are such, back to the direct map under one
-    /// shootdown; whether there were any.
-    ///
-    /// # Errors
-    /// The first refusal of the host; the pageblocks concerned are back in the pool.
+    /// shootdown; how many came, or `None` if there is nothing to bring back. What the host refuses
+    /// is back in the pool, or withheld if it would not close it.
     fn flip_to_mapped(
         &self,
         limit: usize,
         order: u8,
         migratetype: Migratetype,
-    ) -> Result<bool, UseError> {
-        let mut batch = Batch::EMPTY;
-        let mut taken = 0;
-        let mut result = Ok(());
-        while taken < limit && !batch.is_full() {
+        failure: &mut FirstFailure,
+    ) -> Option<usize> {
+        let (mut batch, mut refused) = (Batch::EMPTY, Batch::EMPTY);
+        let mut tried = 0;
+        while batch.len < limit && tried < BATCH {
             let Some(chunk) = self.zone().take_unmapped_blocks(&self.map, order) else { break };
-            taken += 1;
-            match self.scrub_unpooled(chunk) {
+            tried += 1;
+            let scrubbed = self.scrub_unpooled(chunk);
+            failure.note(scrubbed);
+            match scrubbed {
                 Ok(()) => batch.push(chunk),
-                Err(error) => {
-                    result = Err(error);
-                    break;
-                }
+                Err(UseError::Unsealed(_)) => self.withhold(chunk, false),
+                Err(_) => refused.push(chunk),
             }
         }
-        let chunks = batch.all();
-        self.flush_windows(chunks);
-        if slips!(self.platform, MapBeforeRelease) {
-            chunks.iter().for_each(|chunk| self.add_to_direct_map(*chunk));
+        if tried == 0 {
+            return None;
         }
-        let released = self.release(chunks);
-        let done = released.map_or_else(|(done, _)| done, |()| chunks.len());
-        for chunk in &chunks[..done] {
+        let frames = || batch.all().iter().map(|chunk| self.map.frames(*chunk));
+        self.flush_windows(frames());
+        // Nobody else uses pages of these blocks.
+        frames().for_each(|frames| self.mermap.forget(frames));
+        if slips!(self.platform, MapBeforeRelease) {
+            batch.all().iter().for_each(|chunk| self.add_to_direct_map(*chunk));
+        }
+        let fates = self.release(batch.all(), failure);
+        let mut back = 0;
+        for (chunk, fate) in batch.all().iter().zip(fates) {
+            if fate == Fate::Sealed {
+                refused.push(*chunk);
+                continue;
+            }
+            back += 1;
             self.add_to_direct_map(*chunk);
             self.counts.flip_to_mapped.add(u64::from(chunk.pages() / BLOCK_PAGES));
             // That they are zero was known of secret pages: the next owner writes freely.
@@ -232,16 +245,11 @@ impl<P: Platform> PageAllocator<'_, P> {
             zone.label(&self.map, *chunk, Freetype::mapped(migratetype));
             zone.insert(&self.map, *chunk);
         }
-        for chunk in &chunks[done..] {
-            self.repool(*chunk);
+        for chunk in refused.all() {
+            self.report_pooled(self.map.frames(*chunk));
+            self.zone().insert(&self.map, *chunk);
         }
-        released.map_err(|(_, error)| UseError::Gate(error)).and(result).map(|()| done != 0)
-    }
-
-    /// Puts pageblocks back that were taken off the unmapped lists.
-    fn repool(&self, chunk: Chunk) {
-        self.report_pooled(self.map.frames(chunk));
-        self.zone().insert(&self.map, chunk);
+        Some(back)
     }
 
     /// Clears the directory entries of pageblocks, then has every CPU forget them. Never under the
@@ -284,8 +292,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         } else {
             CpuSet::first(self.platform.cpus())
         };
-        self.counts.shootdowns.add(1);
-        self.platform.shootdown(flush, cpus);
+        self.shootdown(flush, cpus);
     }
 
     /// Writes the directory entries of pageblocks. Nothing is flushed: what is not present is not
@@ -339,66 +346,38 @@ impl<P: Platform> PageAllocator<'_, P> {
             return (fates, refused);
         }
         let mut refused = refused;
-        let mut next = 0;
-        while next < opened
-            && let Err(error) = self.platform.gate(&ops[next..opened])
-        {
+        gate_each(self.platform, &ops[..opened], |number, error| {
             refused.get_or_insert(error);
-            next += (error.index as usize).min(opened - next - 1);
-            fates[next] = Fate::LeftOpen;
-            next += 1;
-        }
+            fates[number] = Fate::LeftOpen;
+        });
         (fates, refused)
     }
 
     /// Scrubs pageblocks that were taken off the unmapped lists.
     ///
     /// # Errors
-    /// The refusal; the pageblocks are in the pool again, or withheld if they could not be closed.
+    /// As [`Self::zero_unknown`].
     fn scrub_unpooled(&self, chunk: Chunk) -> Result<(), UseError> {
         let frames = self.map.frames(chunk);
         self.platform.life(Life::Unpooled, frames);
         if planted!(self.platform, SkipScrubOnRemap) {
             return Ok(());
         }
-        let scrubbed = self.zero_unknown(frames, Purpose::Scrub);
-        match scrubbed {
-            Ok(()) => {}
-            Err(UseError::Unsealed(_)) => self.withhold(chunk, false),
-            Err(_) => self.repool(chunk),
-        }
-        scrubbed
+        self.zero_unknown(frames, Purpose::Scrub)
     }
 
-    /// Has every CPU whose window may still be cached over the chunks flush it: one shootdown for
-    /// all.
-    fn flush_windows(&self, chunks: &[Chunk]) {
-        if planted!(self.platform, FreeBeforeWindowFlush) {
-            return;
-        }
-        let frames = || chunks.iter().map(|chunk| self.map.frames(*chunk));
-        let mut cpus = frames().fold(CpuSet::NONE, |set, f| set.union(self.mermap.may_cache(f)));
-        if slips!(self.platform, ReleaseFlushLocal) {
-            cpus = CpuSet::only(self.platform.cpu());
-        }
-        if !cpus.is_empty() {
-            self.counts.shootdowns.add(1);
-            self.platform.shootdown(Flush::NonGlobal, cpus);
-        }
-        frames().for_each(|frames| self.mermap.forget(frames));
-    }
-
-    /// Makes the chunks ordinary memory, in one gate call.
-    ///
-    /// # Errors
-    /// How many of them became so before the host refused.
-    fn release(&self, chunks: &[Chunk]) -> Result<(), (usize, GateError)> {
-        let Some(first) = chunks.first() else { return Ok(()) };
-        let mut ops = [(OpKind::Release, self.map.frames(*first)); BATCH];
+    /// Makes the chunks ordinary memory, in one gate call unless the host refuses some, which stay
+    /// sealed.
+    fn release(&self, chunks: &[Chunk], failure: &mut FirstFailure) -> [Fate; BATCH] {
+        let mut fates = [Fate::Ordinary; BATCH];
+        let mut ops = [(OpKind::Release, FrameRange::single(self.map.zone().start())); BATCH];
         for (op, chunk) in ops.iter_mut().zip(chunks) {
             op.1 = self.map.frames(*chunk);
         }
-        let refused = |error: GateError| ((error.index as usize).min(chunks.len()), error);
-        self.platform.gate(&ops[..chunks.len()]).map_err(refused)
+        gate_each(self.platform, &ops[..chunks.len()], |number, error| {
+            failure.note(Err(UseError::Gate(error)));
+            fates[number] = Fate::Sealed;
+        });
+        fates
     }
 }

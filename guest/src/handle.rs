@@ -4,6 +4,10 @@
 //! meanwhile. A handle is a slot as one word, for owners that keep a table of them in guest memory.
 //! It is good once: resolving it makes its owner anew, and both a second use and a use after the
 //! pages were freed are refused.
+//!
+//! A slot has a generation, which says whether somebody owns the allocation: odd for an owner, even
+//! for a handle. Handing out, giving up, and resolving each move on to the next such number, so that
+//! there is never an owner beside a handle that resolves, nor two owners.
 
 use crate::freetype::Freetype;
 use crate::meta::{Chunk, MemMap, PageMeta};
@@ -25,7 +29,7 @@ impl Slot {
     /// slot that is found here to somebody else.
     pub(crate) fn hand_out(map: &MemMap<'_>, chunk: Chunk, freetype: Freetype) -> Self {
         let slot = Self { number: map.slot_of(chunk.index), order: chunk.order };
-        slot.record(map).next_generation(slot.record(map).generation());
+        slot.record(map).own_anew();
         map.count_allocated(chunk, true);
         map.page(chunk.index).hand_out(chunk.order, freetype);
         slot
@@ -40,8 +44,15 @@ impl Slot {
         };
         page.hand_out(order, Freetype { unmapped, ..freetype });
         page.set_converted(unmapped);
+        self.record(map).own_anew();
+    }
+
+    /// Gives the allocation up for a handle, the one that [`Self::handle`] foretold.
+    pub(crate) fn give_up(self, map: &MemMap<'_>) -> u64 {
+        let handle = self.handle(map);
         let record = self.record(map);
         record.next_generation(record.generation());
+        handle
     }
 
     /// The allocation of `handle`, which must be on this side of the direct map. The handle is used
@@ -60,16 +71,18 @@ impl Slot {
         let (order, _) =
             found.filter(|(_, kind)| kind.unmapped == unmapped).ok_or(BadHandle(handle))?;
         let slot = Self { number, order };
-        if slot.record(map).next_generation(u32::from_le_bytes([g0, g1, g2, g3])) {
+        let generation = u32::from_le_bytes([g0, g1, g2, g3]);
+        if generation.is_multiple_of(2) && slot.record(map).next_generation(generation) {
             Ok(slot)
         } else {
             Err(BadHandle(handle))
         }
     }
 
-    /// The word that [`Self::resolve`] takes; never 0.
+    /// The word that [`Self::resolve`] takes once the owner is given up; never 0.
     pub(crate) fn handle(&self, map: &MemMap<'_>) -> u64 {
-        u64::from(self.record(map).generation()) << 32 | u64::from(self.number + 1)
+        let given_up = self.record(map).generation().wrapping_add(1);
+        u64::from(given_up) << 32 | u64::from(self.number + 1)
     }
 
     /// Where the allocation lies now. Only a pin keeps it there, or that it is being freed.

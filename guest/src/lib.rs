@@ -37,6 +37,7 @@ pub mod mermap;
 #[cfg(not(feature = "unmapped"))]
 mod mermap;
 pub mod meta;
+mod parked;
 mod pcp;
 pub mod platform;
 #[cfg(feature = "unmapped")]

@@ -68,7 +68,8 @@ impl<'r, 'a, P: Platform> MappedPages<'r, 'a, P> {
 
     /// Gives up the owner and keeps the pages: [`Self::from_raw`] makes an owner again.
     pub fn into_raw(self) -> u64 {
-        ManuallyDrop::new(self).handle()
+        let Self { allocator, slot } = *ManuallyDrop::new(self);
+        slot.give_up(&allocator.map)
     }
 }
 

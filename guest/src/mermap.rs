@@ -7,7 +7,8 @@
 //! their own where few were used since the last one, otherwise of the whole window. The 2 MiB part
 //! and the reserve, a few addresses each, are flushed one by one instead.
 //!
-//! Tasks of this guest do not migrate, so that a mapping is taken down on the CPU that made it.
+//! Tasks of this guest do not migrate, and a [`Mapping`] is not `Send`, so that it is taken down on the
+//! CPU that made it.
 
 mod window;
 

@@ -8,7 +8,7 @@
 
 use crate::freetype::Freetype;
 use crate::sync::{AtomicU8, AtomicU32, AtomicU64};
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_ORDER, FrameRange, Gfn};
 use lacuna_abi::layout::{BLOCK_META_BYTES, Layout, PAGE_META_BYTES};
@@ -78,8 +78,8 @@ pub struct PageMeta {
     pins: AtomicU32,
     slot: AtomicU32,
     place: AtomicU32,
-    /// Of the slot: counts hand-outs and resolved handles, so that an old handle is told from a new
-    /// one.
+    /// Of the slot: odd while the allocation has an owner, even while a handle stands for one.
+    /// Counts up, so that an old handle is told from a new one.
     generation: AtomicU32,
     state: AtomicU8,
     order: AtomicU8,
@@ -145,10 +145,17 @@ impl PageMeta {
         self.generation.load(Relaxed)
     }
 
-    /// Moves on from `generation`; whether it was still the current one.
+    /// Moves on from `generation`; whether it was still the current one. Who resolves a handle sees
+    /// what was done before it was made.
     pub(crate) fn next_generation(&self, generation: u32) -> bool {
         let next = generation.wrapping_add(1);
-        self.generation.compare_exchange(generation, next, Relaxed, Relaxed).is_ok()
+        self.generation.compare_exchange(generation, next, AcqRel, Relaxed).is_ok()
+    }
+
+    /// The slot's allocation has an owner, whom no handle made: the next odd number. What is left out
+    /// is the handle that a former owner might have given, and never did.
+    pub(crate) fn own_anew(&self) {
+        self.generation.store(self.generation().wrapping_add(1) | 1, Relaxed);
     }
 
     /// Keeps the allocation where it is, until as many [`Self::unpin`]; `false` while it is being
@@ -216,6 +223,9 @@ pub struct BlockMeta {
     converted: AtomicU32,
     /// Not 0 while a CPU changes how the block is mapped.
     lock: AtomicU32,
+    /// When the block became wholly free, by the clock of the zone: of two blocks that are free, the
+    /// one with the lower number has been so for longer. Changed under the zone lock.
+    free_since: AtomicU64,
 }
 
 const _: () = assert!(cfg!(loom) || size_of::<BlockMeta>() as u64 == BLOCK_META_BYTES);
@@ -305,6 +315,15 @@ impl BlockMeta {
         self.lock.store(0, Release);
     }
 
+    /// When the block last became wholly free.
+    pub(crate) fn free_since(&self) -> u64 {
+        self.free_since.load(Relaxed)
+    }
+
+    pub(crate) fn set_free_since(&self, time: u64) {
+        self.free_since.store(time, Relaxed);
+    }
+
     /// A window of `cpu`, in this generation, lies over the block.
     pub(crate) fn set_window(&self, cpu: usize, generation: u32) {
         self.windows[cpu].store(generation, Relaxed);
@@ -382,6 +401,11 @@ impl<'a> MemMap<'a> {
         let first = (chunk.index >> BLOCK_ORDER) as usize;
         let count = (chunk.pages() >> BLOCK_ORDER).max(1) as usize;
         &self.blocks[first..first + count]
+    }
+
+    /// When the first of the pageblocks of a free chunk became wholly free.
+    pub(crate) fn free_since(&self, chunk: Chunk) -> u64 {
+        self.blocks_of(chunk).iter().map(BlockMeta::free_since).min().unwrap_or(0)
     }
 
     /// The frames of a chunk of the zone.

@@ -13,28 +13,26 @@ use crate::lock::{RawGuard, RawLock};
 use crate::meta::{Chunk, MemMap, State};
 use crate::platform::{InterruptsOff, Platform};
 use crate::sync::AtomicU32;
-use crate::zone::{BLOCK, Zone};
+use crate::zone::Zone;
 use core::sync::atomic::Ordering::Relaxed;
 
-/// Orders that have lists: small ones, and whole pageblocks.
-const ORDERS: [u8; 5] = [0, 1, 2, 3, BLOCK];
+/// Orders that have lists: 0 to 3. Whole pageblocks have none, other than in Linux: one is more than
+/// a CPU keeps, and goes to the zone at once.
+const ORDERS: usize = 4;
 /// Number of lists.
-pub(crate) const LISTS: usize = ORDERS.len() * FREETYPES;
+pub(crate) const LISTS: usize = ORDERS * FREETYPES;
 
 /// Number of the list for an order and a freetype; `None` for an order that has none.
 pub(crate) fn pindex(order: u8, freetype: Freetype) -> Option<usize> {
-    let column = match order {
-        0..=3 => usize::from(order),
-        BLOCK => 4,
-        _ => return None,
-    };
-    Some(freetype.index() * ORDERS.len() + column)
+    let column = usize::from(order);
+    (column < ORDERS).then(|| freetype.index() * ORDERS + column)
 }
 
 /// Order and freetype of the list with this number.
 pub(crate) fn order_and_freetype(pindex: usize) -> Option<(u8, Freetype)> {
-    let freetype = Freetype::from_index(pindex / ORDERS.len())?;
-    Some((ORDERS[pindex % ORDERS.len()], freetype))
+    let freetype = Freetype::from_index(pindex / ORDERS)?;
+    // Below ORDERS, 4.
+    Some(((pindex % ORDERS) as u8, freetype))
 }
 
 /// How many pages a CPU keeps to itself.

@@ -4,6 +4,7 @@
 //! behind [`Platform`]. Addresses that reach it are guest addresses: no Rust object lives there,
 //! and the platform refuses an address outside the memory that programs may touch.
 
+use core::marker::PhantomData;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
 use lacuna_abi::event::{EntryWrite, Flush, Life};
 use lacuna_abi::gate::{OpKind, Status};
@@ -147,6 +148,23 @@ pub trait Platform {
     }
 }
 
+/// Carries out each of the operations, whatever becomes of the others, in as few gate calls as that
+/// takes: one more for each that the host refuses, whose number and error `refused` is told.
+pub(crate) fn gate_each<P: Platform>(
+    platform: &P,
+    ops: &[(OpKind, FrameRange)],
+    mut refused: impl FnMut(usize, GateError),
+) {
+    let mut next = 0;
+    while next < ops.len()
+        && let Err(error) = platform.gate(&ops[next..])
+    {
+        next += (error.index as usize).min(ops.len() - next - 1);
+        refused(next, error);
+        next += 1;
+    }
+}
+
 /// Whether `fault` is planted on `platform`; without the feature `faults` the question is not in
 /// the image.
 #[cfg(feature = "faults")]
@@ -179,17 +197,19 @@ macro_rules! slips {
 }
 pub(crate) use {planted, slips};
 
-/// Interrupts are off while this lives.
+/// Interrupts are off on this CPU while this lives. It stays there, and so does whatever holds it:
+/// dropped elsewhere it would turn on the interrupts of another CPU.
 #[must_use = "interrupts are on again when this is dropped"]
 pub struct InterruptsOff<'p, P: Platform> {
     platform: &'p P,
     were_on: bool,
+    _stays: PhantomData<*const ()>,
 }
 
 impl<'p, P: Platform> InterruptsOff<'p, P> {
     /// Turns interrupts off.
     pub fn new(platform: &'p P) -> Self {
-        Self { platform, were_on: platform.interrupts_off() }
+        Self { platform, were_on: platform.interrupts_off(), _stays: PhantomData }
     }
 }
 

@@ -4,11 +4,12 @@
 //! the request when it has flushed. No lock is taken, so that any number of CPUs may be initiators
 //! at once, and a CPU that waits for others serves theirs meanwhile: its interrupts are on.
 
-use crate::platform::CpuSet;
+use crate::alloc::PageAllocator;
+use crate::platform::{CpuSet, Platform, planted, slips};
 use crate::sync::{AtomicU8, AtomicU64};
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use lacuna_abi::MAX_CPUS;
-use lacuna_abi::addr::Gva;
+use lacuna_abi::addr::{FrameRange, Gva};
 use lacuna_abi::event::Flush;
 use lacuna_abi::paging::Level;
 
@@ -35,7 +36,8 @@ pub trait Interrupts {
     /// One turn of waiting for another CPU.
     fn relax(&self);
 
-    /// Called now and then while these CPUs have not answered shootdown `number` of this CPU.
+    /// Called now and then while these CPUs have not answered shootdown `number` of this CPU, before
+    /// their interrupt is sent again.
     fn unanswered(&self, number: u64, cpus: CpuSet);
 }
 
@@ -94,6 +96,8 @@ impl Shootdowns {
     /// # Panics
     /// With interrupts off: two CPUs that wait for each other could never answer, and who holds a
     /// lock might wait for its next owner.
+    // Part of the code that asks, so that the sites of records name that.
+    #[inline(always)]
     pub fn run(&self, on: &impl Interrupts, flush: Flush, cpus: CpuSet) {
         assert!(on.interrupts_are_on(), "a shootdown with interrupts off, or a lock held");
         let own = CpuSet::only(on.cpu());
@@ -122,6 +126,8 @@ impl Shootdowns {
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(PATIENCE) {
                 on.unanswered(number, missing);
+                // An interrupt may be lost; one too many finds nothing to do.
+                on.send(missing);
             }
         }
     }
@@ -140,6 +146,30 @@ impl Shootdowns {
             // The request may be filled in anew as soon as the last bit is gone.
             request.missing.fetch_and(!own.0, AcqRel);
         }
+    }
+}
+
+impl<P: Platform> PageAllocator<'_, P> {
+    /// Sends a flush to a set of CPUs, if there are any in it, and counts that.
+    pub(crate) fn shootdown(&self, flush: Flush, cpus: CpuSet) {
+        if !cpus.is_empty() {
+            self.counts.shootdowns.add(1);
+            self.platform.shootdown(flush, cpus);
+        }
+    }
+
+    /// Has every CPU whose window may still be cached over the frames flush it: one shootdown for
+    /// all.
+    pub(crate) fn flush_windows(&self, frames: impl Iterator<Item = FrameRange>) {
+        if planted!(self.platform, FreeBeforeWindowFlush) {
+            return;
+        }
+        let mut cpus =
+            frames.fold(CpuSet::NONE, |set, each| set.union(self.mermap.may_cache(each)));
+        if slips!(self.platform, ReleaseFlushLocal) {
+            cpus = CpuSet::only(self.platform.cpu());
+        }
+        self.shootdown(Flush::NonGlobal, cpus);
     }
 }
 

@@ -28,6 +28,8 @@ pub(crate) struct Zone {
     blocks: [u32; FREETYPES],
     /// First page that never entered the lists; all behind it did not either.
     fresh: u32,
+    /// Counts the pageblocks that became wholly free.
+    clock: u64,
 }
 
 /// Where the zone's pages are.
@@ -129,28 +131,47 @@ impl Zone {
     }
 
     /// Takes a wholly free pageblock off the unmapped side, to be flipped back: two that make an
-    /// order-10 chunk, if that is what `order` needs and there are any; those that have been free
-    /// for longest.
+    /// order-10 chunk, if that is what `order` needs and there are any; of all that has been free for
+    /// longest.
     pub(crate) fn take_unmapped_blocks(&mut self, map: &MemMap<'_>, order: u8) -> Option<Chunk> {
         let wanted = order.max(BLOCK);
-        for found in (wanted..=MAX_ORDER).chain(BLOCK..wanted) {
-            for migratetype in Migratetype::ALL {
-                let freetype = Freetype::unmapped(migratetype);
-                let list = &self.lists[freetype.index()][usize::from(found)];
-                if let Some(oldest) = list.oldest() {
-                    let order = wanted.min(found);
-                    let chunk = Chunk { index: oldest, order: found };
-                    return Some(Chunk { index: self.cut(map, chunk, order, freetype), order });
-                }
-            }
+        let (chunk, freetype) = self
+            .longest_free(map, wanted..=MAX_ORDER)
+            .or_else(|| self.longest_free(map, BLOCK..=BLOCK))?;
+        self.remove(map, chunk, freetype);
+        if chunk.order <= wanted {
+            return Some(chunk);
         }
-        None
+        let mut halves =
+            [0, BLOCK_PAGES].map(|offset| Chunk { index: chunk.index + offset, order: BLOCK });
+        halves.sort_unstable_by_key(|half| map.free_since(*half));
+        let [taken, left] = halves;
+        self.push(map, left, freetype);
+        Some(taken)
+    }
+
+    /// The unmapped chunk, of an order in `orders`, with the pageblock that has been free for longest.
+    fn longest_free(
+        &self,
+        map: &MemMap<'_>,
+        orders: core::ops::RangeInclusive<u8>,
+    ) -> Option<(Chunk, Freetype)> {
+        orders
+            .flat_map(|order| Migratetype::ALL.map(|kind| (order, Freetype::unmapped(kind))))
+            .flat_map(|(order, freetype)| {
+                let list = &self.lists[freetype.index()][usize::from(order)];
+                list.iter(map).map(move |index| (Chunk { index, order }, freetype))
+            })
+            .min_by_key(|(chunk, _)| map.free_since(*chunk))
     }
 
     /// Puts a chunk on the lists of its pageblock's freetype, merged with its free buddies. Buddies
     /// on two sides of the direct map stay apart.
     pub(crate) fn insert(&mut self, map: &MemMap<'_>, mut chunk: Chunk) {
         let freetype = map.block_at(chunk.index).freetype();
+        if chunk.order >= BLOCK {
+            self.note_free(map, chunk);
+        }
         while chunk.order < MAX_ORDER {
             let buddy = Chunk { index: chunk.index ^ chunk.pages(), order: chunk.order };
             if !map.get(buddy.index).is_some_and(|page| page.is_head(State::Free, buddy.order)) {
@@ -167,8 +188,18 @@ impl Zone {
                 self.retype(block, freetype);
             }
             chunk = Chunk { index: chunk.index & buddy.index, order: chunk.order + 1 };
+            // A buddy that is a whole pageblock has been free for longer.
+            if chunk.order == BLOCK {
+                self.note_free(map, chunk);
+            }
         }
         self.push(map, chunk, freetype);
+    }
+
+    /// Notes that pageblocks became wholly free.
+    fn note_free(&mut self, map: &MemMap<'_>, chunk: Chunk) {
+        self.clock += 1;
+        map.blocks_of(chunk).iter().for_each(|block| block.set_free_since(self.clock));
     }
 
     /// Labels the pageblocks of a chunk that is on no list.

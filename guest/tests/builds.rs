@@ -73,3 +73,17 @@ fn the_assertion_on_owning_types_refuses_copies_and_dereferences() {
         assert!(said.contains("type annotations needed"), "{name}: {said}");
     }
 }
+
+#[test]
+fn the_assertion_on_guards_refuses_what_can_be_sent_or_shared() {
+    let check = |name: &str, item: &str| {
+        let source = format!("{ASSERT_OWNED}\n{item}\npub fn check() {{ assert_stays!(Guard) }}\n");
+        check(name, &source, "")
+    };
+    let of = |field: &str| format!("pub struct Guard(pub core::marker::PhantomData<{field}>);");
+    assert_eq!(check("stays", &of("*const ()")), Ok(()));
+    for (name, field) in [("plain", "u8"), ("sent", "core::cell::Cell<u8>")] {
+        let said = check(name, &of(field)).unwrap_err();
+        assert!(said.contains("type annotations needed"), "{name}: {said}");
+    }
+}

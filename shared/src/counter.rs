@@ -43,6 +43,9 @@ words_struct! {
         converted_pages,
         /// Converted allocations that were mapped again.
         restored,
+        /// Times that a converted allocation was freed, or was tried again, and could not come back
+        /// at once.
+        parked,
         /// Flushes sent to a set of CPUs: of everything when a block leaves the direct map, is split
         /// or merged, of what is not global before pages are released.
         shootdowns,
@@ -61,6 +64,8 @@ words_struct! {
         gate_refused,
         /// Times that freed secret pages were scrubbed together.
         scrubs,
+        /// Those of `scrubs` that a CPU did with interrupts off.
+        scrubs_atomic,
         /// Times that the lists of all CPUs were emptied because memory was short.
         drains,
         /// Times that the pool was filled ahead of demand.

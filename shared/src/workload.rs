@@ -17,7 +17,8 @@ named_enum! {
         /// Random requests on every CPU: `arg0` operations each, of order `arg1` at most; `arg2` is the
         /// seed.
         Stress = "stress",
-        /// Tests the allocator and the mermap from inside: `arg0` is the [`Selftest`].
+        /// Tests the allocator and the mermap from inside: `arg0` is the [`Selftest`], `arg1` the number
+        /// of operations of one that counts such, 0 for its own.
         Selftest = "selftest",
         /// Measures: `arg0` is the [`Bench`], `arg1` the order, `arg2` the number of rounds.
         Bench = "bench",

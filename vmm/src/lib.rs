@@ -30,6 +30,7 @@ pub mod gate;
 pub mod image;
 pub mod leak;
 pub mod machine;
+pub mod names;
 pub mod printable;
 pub mod report;
 pub mod run;

@@ -77,9 +77,23 @@ pub(crate) fn enable_x2apic() {
     write_msr(X2APIC_SPURIOUS, 0, APIC_SOFTWARE_ENABLED | u32::from(SPURIOUS_VECTOR));
 }
 
-/// Sends a fixed interrupt to the CPU whose interrupt controller has this number.
+/// Sends a fixed interrupt to the CPU whose interrupt controller has this number; it finds what was
+/// stored before. A WRMSR to the controller waits for no store, other than one to most registers
+/// (SDM volume 3, "x2APIC Register Access Semantics"): the fences do. Without them the other CPU may
+/// look before it can see what it was interrupted for, and there is no second interrupt.
 pub(crate) fn send_interrupt(apic: u32, vector: u8) {
-    write_msr(X2APIC_COMMAND, apic, vector.into());
+    // SAFETY: as `write_msr`; the fences only order. MFENCE and LFENCE use no register of SSE.
+    unsafe {
+        asm!(
+            "mfence",
+            "lfence",
+            "wrmsr",
+            in("ecx") X2APIC_COMMAND,
+            in("edx") apic,
+            in("eax") u32::from(vector),
+            options(nostack),
+        );
+    }
 }
 
 /// Tells the interrupt controller that the interrupt is handled.

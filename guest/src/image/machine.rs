@@ -89,6 +89,7 @@ impl Platform for Machine {
         ring::flush(cpu::here(), flush);
     }
 
+    #[inline(always)]
     fn shootdown(&self, flush: Flush, cpus: CpuSet) {
         SHOOTDOWNS.run(&self.wire, flush, cpus);
     }

@@ -9,9 +9,11 @@
 mod handles;
 mod lists;
 mod movers;
+mod parked;
 mod pins;
 mod ring;
 mod shootdowns;
+mod tables;
 
 use crate::alloc::{AllocConfig, PageAllocator};
 use crate::freetype::{Freetype, Migratetype};

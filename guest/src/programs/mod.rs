@@ -192,7 +192,7 @@ pub fn run<P: Platform>(
         },
         Program::Selftest => match Selftest::from_number(arg0) {
             Some(test) => {
-                selftest::run(test, allocator, platform, team);
+                selftest::run(test, arg1, allocator, platform, team);
                 Ok(())
             }
             None => Err(ProgramError::NoSuchTest(arg0)),

@@ -10,7 +10,7 @@
 
 use super::tags::Tagger;
 use super::team::Team;
-use super::{PROGRESS, ProgramError, Services, finish};
+use super::{PROGRESS, ProgramError, Services, finish, settle};
 use crate::alloc::{AllocError, PageAllocator, Request};
 use crate::convert::ConvertError;
 use crate::freetype::Migratetype;
@@ -20,6 +20,9 @@ use crate::zone::BLOCK;
 use lacuna_abi::addr::Gva;
 use lacuna_abi::layout::{INPUT, SCRATCH};
 use lacuna_abi::workload::{REPLAY_BYTES, ReplayAction, ReplayOp, SLOT_BYTES};
+
+/// Operations of the recording between two points at which all CPUs meet and everything is counted.
+const ROUND: u64 = 4096;
 
 /// Replays this CPU's part of the operations in the input region; `sizes` is their number, and the
 /// number of slots in scratch memory, all zero at the start. An allocation that fails for want of
@@ -41,6 +44,14 @@ pub(super) fn run<P: Platform>(
     let cpu = platform.cpu();
     let mut done = 0;
     for number in 0..ops {
+        // An operation waits for older ones only, so that all CPUs get here.
+        if number != 0 && number % ROUND == 0 {
+            team.barrier(platform)?;
+            if cpu == 0 {
+                settle(allocator, services)?;
+            }
+            team.barrier(platform)?;
+        }
         let at = INPUT.wrapping_add(number * REPLAY_BYTES);
         let first = platform.load(at);
         let owner = usize::from(ReplayOp::cpu_of(first));

@@ -1,5 +1,6 @@
 //! Random requests of every kind, on every CPU: allocations of all orders and flags, conversions in
-//! place, frees on other CPUs, callers that cannot wait, background work. Every allocation is tagged and checked.
+//! place, frees on other CPUs, background work; all but the last with interrupts on and off. Every
+//! allocation is tagged and checked.
 
 use super::tags::Tagger;
 use super::team::Team;
@@ -88,7 +89,7 @@ impl<P: Platform> Stress<'_, '_, P> {
                 // What another CPU sent is freed here.
                 let letter = self.letter(random.below(self.cpus()), self.cpu);
                 if self.platform.load(letter) != 0 {
-                    return self.free_at(letter);
+                    return self.free(letter, random);
                 }
             }
             _ => {}
@@ -113,7 +114,13 @@ impl<P: Platform> Stress<'_, '_, P> {
             self.platform.store(letter, handle);
             return Ok(());
         }
-        self.free_at(slot)
+        self.free(slot, random)
+    }
+
+    /// As [`Self::free_at`], now and then with interrupts off.
+    fn free(&self, at: Gva, random: &mut Random) -> Result<(), ProgramError> {
+        let _off = (random.below(8) == 0).then(|| InterruptsOff::new(self.platform));
+        self.free_at(at)
     }
 
     fn alloc(
@@ -126,12 +133,15 @@ impl<P: Platform> Stress<'_, '_, P> {
         // Each order half as often as the one below it; all are met.
         let order = (random.next_word() | 1 << self.max_order).trailing_zeros() as u8;
         let migratetype = Migratetype::ALL[random.below(3) as usize];
-        let [zero, noblock] = [random.below(2) == 0, random.below(8) == 0];
+        let zero = random.below(2) == 0;
+        // Who must not wait may have interrupts on, and with interrupts off nobody has to say so.
+        let context = random.below(16);
+        let (noblock, atomic) = (context < 2, matches!(context, 1 | 2));
         let request = Request { order, migratetype, zero, noblock };
-        if secret && !noblock && order < BLOCK && random.below(8) == 0 {
+        if secret && !noblock && !atomic && order < BLOCK && random.below(8) == 0 {
             return self.convert(number, slot, request);
         }
-        let off = noblock.then(|| InterruptsOff::new(self.platform));
+        let off = atomic.then(|| InterruptsOff::new(self.platform));
         let handle = if secret {
             let pages = self.allocator.alloc_secret(request);
             pages.map(|pages| self.tagger.tag_secret(pages, 0, zero))

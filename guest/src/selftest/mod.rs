@@ -30,12 +30,13 @@ struct Bench<'r, 'a, P: Platform> {
     team: &'r Team,
 }
 
-/// Runs a test on this CPU.
+/// Runs a test on this CPU, of `operations` operations if it counts such; 0 for its own number.
 ///
 /// # Panics
 /// If the test fails.
 pub(crate) fn run<'a, P: Platform>(
     test: Selftest,
+    operations: u64,
     allocator: &PageAllocator<'a, P>,
     platform: &P,
     team: &Team,
@@ -54,7 +55,7 @@ pub(crate) fn run<'a, P: Platform>(
         Selftest::PageAllocAllocMapUnmap => page_alloc::alloc_map_unmap(&bench),
         Selftest::PageAllocPindexHelpers => page_alloc::pindex_helpers(),
         Selftest::PageAllocFreetypeIdx => page_alloc::freetype_idx(),
-        Selftest::PageAllocStressInterleaved => page_alloc::stress_interleaved(&bench),
+        Selftest::PageAllocStressInterleaved => page_alloc::stress_interleaved(&bench, operations),
         Selftest::Series01 => regression::series_01(&bench),
         Selftest::Series02 => regression::series_02(&bench),
         Selftest::Series03 => regression::series_03(&bench),

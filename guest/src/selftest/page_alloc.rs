@@ -71,13 +71,17 @@ pub(super) fn pindex_helpers() {
     let mut used = [false; LISTS];
     for order in 0..=u8::MAX {
         for freetype in (0..FREETYPES).filter_map(Freetype::from_index) {
-            let Some(index) = pindex(order, freetype) else { continue };
+            let Some(index) = pindex(order, freetype) else {
+                assert!(order > 3, "order {order} has no list");
+                continue;
+            };
             assert!(!used[index], "order {order}, {freetype:?}");
             used[index] = true;
             assert_eq!(order_and_freetype(index), Some((order, freetype)));
         }
     }
     assert!(used.iter().all(|used| *used));
+    assert_eq!(order_and_freetype(LISTS), None);
 }
 
 /// Every migratetype and flag has a number of its own, all numbers are used and lead back.
@@ -97,16 +101,19 @@ pub(super) fn freetype_idx() {
 
 /// Allocations that are alive at once.
 const HELD: u64 = 256;
-/// Operations.
+/// Operations where nobody says how many. The original makes ten million; so many are for simulated
+/// machines.
 const OPS: u64 = 3000;
 
 /// Random allocations of order 0 to 3, mapped and secret, and frees: no page is had twice, every
 /// page keeps what its owner stored.
-pub(super) fn stress_interleaved<P: Platform>(bench: &Bench<'_, '_, P>) {
+pub(super) fn stress_interleaved<P: Platform>(bench: &Bench<'_, '_, P>, operations: u64) {
+    let operations = if operations == 0 { OPS } else { operations };
     let Bench { allocator, platform, .. } = *bench;
     let mut random = Random(0x1ac);
     let mut allocated = 0;
-    for number in 0..OPS {
+    for number in 0..operations {
+        allocator.count_work();
         let slot = random.below(HELD);
         let handle = platform.load(scratch(2 * slot));
         if handle != 0 {

@@ -21,6 +21,7 @@ pub(crate) enum Op {
     And,
     Or,
     Exchange,
+    Swap,
     Update,
 }
 
@@ -29,7 +30,7 @@ pub(crate) enum Op {
 pub(crate) enum Slip {
     /// Those with this ordering are relaxed.
     Relaxed(Op, u32, Ordering),
-    /// A compare-and-exchange, an update, or an AND loads and stores in two steps.
+    /// A compare-and-exchange, a swap, an update, or an AND loads and stores in two steps.
     TwoSteps(Op, u32),
 }
 
@@ -96,6 +97,15 @@ macro_rules! atomic {
                 }
                 let success = order(Op::Exchange, $bits, success);
                 self.0.compare_exchange(current, new, success, failure)
+            }
+
+            pub(crate) fn swap(&self, value: $value, asked: Ordering) -> $value {
+                if in_two_steps(Op::Swap, $bits) {
+                    let found = self.0.load(Ordering::Acquire);
+                    self.0.store(value, Relaxed);
+                    return found;
+                }
+                self.0.swap(value, order(Op::Swap, $bits, asked))
             }
 
             pub(crate) fn fetch_and(&self, value: $value, asked: Ordering) -> $value {

@@ -10,18 +10,23 @@ use crate::counters::Pages;
 use crate::freetype::{Freetype, Migratetype};
 use crate::handle::BadHandle;
 use crate::mapped::MappedPages;
-use crate::mermap::{MermapError, PAGES, Protection};
+use crate::mermap::{Leaks, MermapError, PAGES, Protection};
 use crate::meta::MAX_ORDER;
 use crate::platform::{InterruptsOff, Platform};
-use crate::secret::{Access, SecretPages, UseError};
+use crate::secret::{Access, SecretPages, SecretWindow, UseError};
 use crate::zone::BLOCK_PAGES;
+use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{BLOCK_FRAMES, FrameRange, PAGE_SIZE};
+use lacuna_abi::layout::SCRATCH;
 use std::vec::Vec;
 
 /// Most steps that are carried out within others.
 const DEPTH: usize = 6;
 /// Most pages of a window that are looked at.
 const LOOKS: u64 = 8;
+
+/// Bytes that are copied to a window at once.
+const COPIED: u64 = 64;
 
 /// The owner of an allocation.
 enum Owner<'r, 'a> {
@@ -179,7 +184,9 @@ impl<'r, 'a> History<'r, 'a> {
                 }
             }
             Step::Forge(word) => self.forge(word),
-            Step::Balance | Step::Shrink if self.must_not_block() => {}
+            Step::Shrink if self.must_not_block() => {
+                assert_eq!(self.allocator.shrink(), Err(UseError::WouldBlock));
+            }
             Step::Balance => {
                 let (balanced, refused) = self.watch(|| self.allocator.balance());
                 assert!(balanced.is_ok() || refused, "balancing failed: {balanced:?}");
@@ -191,6 +198,7 @@ impl<'r, 'a> History<'r, 'a> {
                     self.parked = 0;
                 }
             }
+            Step::Teardown => self.teardown(),
             Step::InterruptsOff(during) if depth < DEPTH => {
                 let off = InterruptsOff::new(self.mock);
                 self.turns(turns, usize::from(during), depth + 1);
@@ -200,6 +208,22 @@ impl<'r, 'a> History<'r, 'a> {
             Step::InterruptsOff(_) => {}
             Step::Refuse(nth) => self.mock.refuse(usize::from(nth)),
         }
+    }
+
+    /// Ends the use of windows, if there are none, and begins it again.
+    fn teardown(&self) {
+        let mut live = [0; MAX_CPUS];
+        self.busy.iter().filter_map(|busy| busy.window).for_each(|cpu| live[cpu] += 1);
+        let mermap = self.allocator.mermap();
+        if let Err(leaks) = mermap.teardown() {
+            assert_eq!(leaks, Leaks(live), "windows that are left");
+            assert!(mermap.ready());
+            return;
+        }
+        assert_eq!(live, [0; MAX_CPUS], "windows that are left were overlooked");
+        let frame = FrameRange::single(self.mock.layout.zone_frames().start());
+        assert_eq!(mermap.get(frame, Protection::READ).err(), Some(MermapError::NotReady));
+        assert_eq!((mermap.prepare(), mermap.ready()), (Ok(()), true));
     }
 
     /// Whether a shootdown by this CPU would dead-lock.
@@ -227,7 +251,6 @@ impl<'r, 'a> History<'r, 'a> {
     }
 
     fn alloc(&mut self, request: Request, secret: bool) {
-        let request = Request { noblock: request.noblock || self.must_not_block(), ..request };
         let allocator = self.allocator;
         let (result, refused) = self.watch(|| {
             if secret {
@@ -260,7 +283,8 @@ impl<'r, 'a> History<'r, 'a> {
 
     /// Judges a request that failed.
     fn denied(&self, request: Request, secret: bool, error: AllocError, refused: bool) {
-        let Request { order, noblock, .. } = request;
+        let Request { order, .. } = request;
+        let noblock = request.noblock || self.must_not_block();
         let allowed = match error {
             AllocError::BadOrder => order > MAX_ORDER,
             AllocError::Gate(_) => refused,
@@ -279,7 +303,7 @@ impl<'r, 'a> History<'r, 'a> {
         let counters = self.allocator.counters();
         let free = if secret { counters.nr_free_unmapped } else { counters.nr_free_mapped };
         assert!(order > 0 || free == 0, "{error:?} with {free} free pages");
-        if order <= 9 {
+        if order <= 9 && (!secret || self.allocator.config.flip) {
             assert_eq!(counters.nr_fresh, 0, "{error:?} with fresh memory");
             let map = &self.allocator.map;
             let zone = self.allocator.zone();
@@ -374,10 +398,16 @@ impl<'r, 'a> History<'r, 'a> {
         let pinned = owner.pin();
         let frames = pinned.frames();
         let offset = first * PAGE_SIZE;
+        let count = if what.other { 1 } else { count };
         let part = FrameRange::new(frames.start().wrapping_add(first), count);
         let part = part.unwrap_or(frames);
-        let mapping =
-            what.special.then(|| self.allocator.mermap().get(part, Protection::READ_WRITE));
+        let mermap = self.allocator.mermap();
+        let mapping = if what.other {
+            let off = InterruptsOff::new(self.allocator.platform);
+            Some(mermap.get_reserved(part.start(), Protection::READ_WRITE, off))
+        } else {
+            what.special.then(|| mermap.get(part, Protection::READ_WRITE))
+        };
         if let Some(Err(error)) = &mapping {
             self.excuse(*error, part);
         }
@@ -433,8 +463,12 @@ impl<'r, 'a> History<'r, 'a> {
             let (at, tag) = self.next_word(count);
             window.store(at, tag).unwrap_or_else(|error| panic!("store: {error:?}"));
             set(&mut held.pages, offset + at, tag);
+            if what.other {
+                self.copy(&mut held.pages, &window, first, count);
+            }
         } else {
             assert_eq!(window.store(0, 0), Err(UseError::ReadOnly));
+            assert_eq!(window.copy_from(SCRATCH, 0, 8), Err(UseError::ReadOnly));
         }
         assert_eq!(window.load(count * PAGE_SIZE), Err(UseError::OutOfRange));
         let cpu = Some(self.mock.cpu());
@@ -445,6 +479,27 @@ impl<'r, 'a> History<'r, 'a> {
         let (closed, refused) = self.watch(|| window.close());
         assert_eq!(closed.is_err(), refused, "closing a window: {closed:?}");
         held.unsealed |= refused;
+    }
+
+    /// Copies words to a window and compares them.
+    fn copy(
+        &mut self,
+        pages: &mut [Page],
+        window: &SecretWindow<'_, '_, Mock>,
+        first: u64,
+        count: u64,
+    ) {
+        let (at, tag) = self.next_word(count);
+        let at = at.min(count * PAGE_SIZE - COPIED);
+        for word in (0..COPIED).step_by(8) {
+            self.mock.store(SCRATCH.wrapping_add(word), tag << 8 | word);
+            set(pages, first * PAGE_SIZE + at + word, tag << 8 | word);
+        }
+        assert_eq!(window.copy_from(SCRATCH, at, COPIED), Ok(()));
+        assert_eq!(window.equals(SCRATCH, at, COPIED), Ok(true));
+        self.mock.store(SCRATCH.wrapping_add(COPIED - 8), 0);
+        assert_eq!(window.equals(SCRATCH, at, COPIED), Ok(false));
+        assert_eq!(window.equals(SCRATCH, at, COPIED - 8), Ok(true));
     }
 
     /// Judges frames that no window was had for.
@@ -501,12 +556,18 @@ impl<'r, 'a> History<'r, 'a> {
         self.forge(old);
     }
 
-    /// A word that is no handle now is refused.
+    /// All allocations have owners, so that no word is a handle: neither this one, nor what an owner
+    /// would give.
     fn forge(&self, word: u64) {
-        let known = self.held.iter().map(|held| held.owner.handle());
-        if known.chain(self.busy.iter().map(|busy| busy.handle)).all(|handle| handle != word) {
-            assert_eq!(MappedPages::from_raw(self.allocator, word).err(), Some(BadHandle(word)));
-            assert_eq!(SecretPages::from_raw(self.allocator, word).err(), Some(BadHandle(word)));
+        let owned = self
+            .held
+            .iter()
+            .map(|held| held.owner.handle())
+            .chain(self.busy.iter().map(|busy| busy.handle));
+        for word in owned.chain([word]) {
+            let mapped = MappedPages::from_raw(self.allocator, word).map(MappedPages::into_raw);
+            let secret = SecretPages::from_raw(self.allocator, word).map(SecretPages::into_raw);
+            assert_eq!([mapped, secret], [Err(BadHandle(word)); 2], "two owners");
         }
     }
 
@@ -568,8 +629,15 @@ impl<'r, 'a> History<'r, 'a> {
         self.mock.on_cpu(0);
         self.mock.state().refuse = None;
         while let Some(mut held) = self.take(0) {
-            let what =
-                Use { which: 0, first: 0, count: 1, write: false, special: false, during: 0 };
+            let what = Use {
+                which: 0,
+                first: 0,
+                count: 1,
+                write: false,
+                special: false,
+                other: false,
+                during: 0,
+            };
             match held.owner {
                 Owner::Mapped(_) => self.use_mapped(&mut held, what, &mut |_| ()),
                 Owner::Secret(_) => self.use_secret(&mut held, what, &mut |_| ()),
@@ -627,6 +695,15 @@ mod tests {
         });
     }
 
+    /// A second owner of the first allocation, as if that one had been given up.
+    fn second_owner<'r, 'a>(history: &History<'r, 'a>) -> MappedPages<'r, 'a, Mock> {
+        let handle = history.held[0].owner.handle();
+        let slot = (handle & 0xffff_ffff) as u32 - 1;
+        let record = history.allocator.map.page(slot);
+        assert!(record.next_generation(record.generation()));
+        MappedPages::from_raw(history.allocator, handle).unwrap()
+    }
+
     #[test]
     fn a_history_without_a_slip_is_fine() {
         spoilt(|_| ());
@@ -638,8 +715,15 @@ mod tests {
         spoilt(|history| {
             let frame = history.held[0].owner.frames().start().wrapping_add(1);
             history.mock.state().frame_mut(frame).contents = Contents::DIRTY;
-            let what =
-                Use { which: 0, first: 0, count: 0, write: false, special: false, during: 0 };
+            let what = Use {
+                which: 0,
+                first: 0,
+                count: 0,
+                write: false,
+                special: false,
+                other: false,
+                during: 0,
+            };
             history.turns(&mut [Turn { cpu: 1, step: Step::Use(what) }].into_iter(), 1, 0);
         });
     }
@@ -657,8 +741,7 @@ mod tests {
     #[should_panic(expected = "the kind of")]
     fn twin_pages_that_are_freed_under_their_owner_are_missed() {
         spoilt(|history| {
-            let handle = history.held[0].owner.handle();
-            drop(MappedPages::from_raw(history.allocator, handle));
+            drop(second_owner(history));
         });
     }
 
@@ -666,8 +749,8 @@ mod tests {
     #[should_panic(expected = "overlap")]
     fn twin_two_owners_of_the_same_pages_are_seen() {
         spoilt(|history| {
-            let Held { owner, order, migratetype, pages, unsealed, converted } = &history.held[0];
-            let owner = MappedPages::from_raw(history.allocator, owner.handle()).unwrap();
+            let owner = second_owner(history);
+            let Held { order, migratetype, pages, unsealed, converted, .. } = &history.held[0];
             let twin = Held {
                 owner: Owner::Mapped(owner),
                 order: *order,

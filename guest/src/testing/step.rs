@@ -33,6 +33,19 @@ impl Setup {
         };
         Self { cpus, config }
     }
+
+    /// The same with these properties: no block flips, freed secret pages are not scrubbed, freed
+    /// mapped pages are zeroed.
+    pub(crate) fn with(self, [no_flip, no_scrub, zero]: [bool; 3]) -> Self {
+        let AllocConfig { on_free, .. } = self.config;
+        let config = AllocConfig {
+            flip: !no_flip,
+            scrub: !no_scrub,
+            on_free: if zero { OnFree::Zero } else { on_free },
+            ..self.config
+        };
+        Self { config, ..self }
+    }
 }
 
 /// What is done with the pages of an allocation.
@@ -48,6 +61,9 @@ pub(crate) struct Use {
     /// Secret pages: all of the window is zeroed. Mapped ones: they are reached through a window,
     /// not through the direct map.
     pub(crate) special: bool,
+    /// Mapped pages: one of them is reached through the reserve. Secret ones: several words at once
+    /// are copied to the window, and compared with it.
+    pub(crate) other: bool,
     /// Steps that are carried out meanwhile.
     pub(crate) during: u8,
 }
@@ -71,6 +87,8 @@ pub(crate) enum Step {
     Balance,
     /// Brings free secret pageblocks back.
     Shrink,
+    /// Ends the use of windows, and begins it again.
+    Teardown,
     /// Interrupts are off on this CPU during the next steps.
     InterruptsOff(u8),
     /// The host refuses an operation, this many from now.
@@ -93,6 +111,9 @@ pub(crate) fn decode(bytes: &[u8]) -> (Setup, impl Iterator<Item = Turn>) {
     let first = bytes.next().unwrap_or(0);
     let flag = |bit: u8| first >> bit & 1 != 0;
     let setup = Setup::new(1 + usize::from(first >> 6), core::array::from_fn(|i| flag(i as u8)));
+    let more = if flag(5) { bytes.next().unwrap_or(0) } else { 0 };
+    // Without flips little happens, so that they are rarely off.
+    let setup = setup.with([more & 3 == 3, more & 4 != 0, more & 8 != 0]);
     (setup, core::iter::from_fn(move || turn(&mut bytes)))
 }
 
@@ -120,6 +141,7 @@ fn turn(bytes: &mut impl Iterator<Item = u8>) -> Option<Turn> {
                 count: u16::from(count) * 3,
                 write: rest & 1 != 0,
                 special: rest & 2 != 0,
+                other: rest & 4 != 0,
                 during: rest >> 5,
             })
         }
@@ -128,7 +150,10 @@ fn turn(bytes: &mut impl Iterator<Item = u8>) -> Option<Turn> {
             if word & 3 == 0 { Step::Renew(word >> 2) } else { Step::Convert(word >> 2) }
         }
         12 => Step::Forge(u64::from_le_bytes(core::array::from_fn(|_| next()))),
-        13 => [Step::Balance, Step::Shrink][usize::from(next() & 1)],
+        13 => match next() {
+            224.. => Step::Teardown,
+            word => [Step::Balance, Step::Shrink][usize::from(word & 1)],
+        },
         14 => Step::InterruptsOff(next() >> 5),
         _ => Step::Refuse(next() >> 4),
     };
@@ -140,6 +165,21 @@ mod tests {
     use super::*;
     use crate::testing::Random;
     use std::vec::Vec;
+
+    #[test]
+    fn every_way_to_set_up_is_spelt() {
+        let setups: Vec<_> = (0..=u8::MAX)
+            .flat_map(|first| (0..16).map(move |more| decode(&[first, more]).0))
+            .collect();
+        let some = |of: fn(&AllocConfig) -> bool| setups.iter().any(|setup| of(&setup.config));
+        assert!(some(|config| !config.flip) && some(|config| !config.scrub));
+        for on_free in [OnFree::Leave, OnFree::Poison, OnFree::Zero] {
+            assert!(setups.iter().any(|setup| setup.config.on_free == on_free), "{on_free:?}");
+        }
+        // Where the bit that tells of a second byte is clear, that byte is a step.
+        assert_eq!(decode(&[0, 13, 1]).1.collect::<Vec<_>>()[0].step, Step::Shrink);
+        assert_eq!(decode(&[32, 0, 13, 1]).1.collect::<Vec<_>>()[0].step, Step::Shrink);
+    }
 
     #[test]
     fn bytes_spell_every_kind_of_step_and_every_order() {
@@ -154,7 +194,7 @@ mod tests {
                 orders.insert((request.order, request.migratetype as u8, request.zero, secret));
             }
         }
-        assert_eq!(kinds.len(), 10);
+        assert_eq!(kinds.len(), 11);
         assert_eq!(orders.len(), usize::from(ORDERS) * 3 * 2 * 2);
         assert_eq!(decode(&[]).1.count(), 0);
     }

@@ -7,6 +7,7 @@ use crate::alloc::PageAllocator;
 use crate::convert::ConvertError;
 use crate::handle::BadHandle;
 use crate::mermap::Protection;
+use crate::meta::State;
 use crate::platform::{InterruptsOff, Platform};
 use crate::secret::{Access, SecretPages, UseError};
 use crate::testing::{Mock, pages};
@@ -218,4 +219,24 @@ fn a_refused_way_back_leaves_the_owner_with_secret_pages() {
         assert!(pages.into_mapped().is_ok());
         check_nothing_left(&mock, &allocator);
     }
+}
+
+#[test]
+fn parked_pages_have_no_handle_while_they_are_tried_again() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator();
+    let pages = secret(allocator.alloc_mapped(pages(2)).unwrap());
+    let (handle, start) = (pages.handle(), pages.frames().start());
+    let off = InterruptsOff::new(&mock);
+    drop(pages);
+    drop(off);
+    // As `restore_parked` does, which another CPU may look at.
+    let index = (start.0 - mock.layout.zone_frames().start().0) as u32;
+    mock.map().page(index).set_head(State::Allocated, 2);
+    for stale in [handle, handle - (1 << 32), handle + (1 << 32)] {
+        assert_eq!(SecretPages::from_raw(&allocator, stale).err(), Some(BadHandle(stale)));
+    }
+    mock.map().page(index).set_head(State::Parked, 2);
+    allocator.shrink().unwrap();
+    check_nothing_left(&mock, &allocator);
 }

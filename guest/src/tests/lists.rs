@@ -3,8 +3,8 @@
 use super::flip::steps;
 use crate::alloc::{AllocConfig, AllocError, Request};
 use crate::balance::Watermarks;
-use crate::freetype::{FREETYPES, Freetype, Migratetype};
-use crate::pcp::{LISTS, Marks, order_and_freetype, pindex};
+use crate::freetype::Migratetype;
+use crate::pcp::Marks;
 use crate::secret::{Access, SecretPages};
 use crate::testing::{EAGER, Mock, Seen, pages, zero_pages};
 use lacuna_abi::event::Life;
@@ -16,24 +16,6 @@ fn spoil(pages: &SecretPages<'_, '_, Mock>) {
     let window = pages.open(0, 1, Access::Write).unwrap();
     window.store(0, 1).unwrap();
     window.close().unwrap();
-}
-
-#[test]
-fn pindex_helpers() {
-    let mut used = [false; LISTS];
-    for order in 0..=u8::MAX {
-        for freetype in (0..FREETYPES).filter_map(Freetype::from_index) {
-            let Some(index) = pindex(order, freetype) else {
-                assert!(!matches!(order, 0..=3 | 9), "order {order} has a list");
-                continue;
-            };
-            assert!(!used[index], "{order} {freetype:?}");
-            used[index] = true;
-            assert_eq!(order_and_freetype(index), Some((order, freetype)));
-        }
-    }
-    assert!(used.iter().all(|used| *used));
-    assert_eq!(order_and_freetype(LISTS), None);
 }
 
 #[test]
@@ -190,6 +172,49 @@ fn the_mapped_side_gets_blocks_back_in_the_background() {
 }
 
 #[test]
+fn what_is_brought_back_in_the_background_reaches_the_high_mark() {
+    let mock = Mock::new(64, 1);
+    mock.stop_recording();
+    let config = AllocConfig { min_free: Some(4096), ..AllocConfig::PLAIN };
+    let allocator = mock.allocator_as(config);
+    let secret: Vec<_> = (0..16).map(|_| allocator.alloc_secret(pages(9)).unwrap()).collect();
+    drop(secret);
+    let Watermarks { low, high, .. } = allocator.marks;
+    let mapped = || allocator.zone().mapped_free(&mock.map());
+    let mut held = Vec::new();
+    while mapped() > low {
+        held.push(allocator.alloc_mapped(pages(9)).unwrap());
+        allocator.balance().unwrap();
+    }
+    assert_eq!((mapped(), allocator.counters().flip_to_mapped), (low, 0), "not below the mark yet");
+    held.push(allocator.alloc_mapped(pages(4)).unwrap());
+    allocator.balance().unwrap();
+    assert!((high..high + 512).contains(&mapped()), "{} pages of {high}", mapped());
+    let flips = allocator.counters().flip_to_mapped;
+    held.push(allocator.alloc_mapped(pages(9)).unwrap());
+    assert!((low..high).contains(&mapped()));
+    allocator.balance().unwrap();
+    assert_eq!(allocator.counters().flip_to_mapped, flips, "between the marks nothing starts");
+}
+
+#[test]
+fn pages_that_wait_to_be_scrubbed_refill_the_pool_before_another_block_flips() {
+    let mock = Mock::new(64, 1);
+    mock.stop_recording();
+    let config = AllocConfig { pool_low: 128, pool_high: 512, ..EAGER };
+    let allocator = mock.allocator_as(config);
+    let mut held: Vec<_> = (0..512).map(|_| allocator.alloc_secret(pages(0)).unwrap()).collect();
+    held.iter().for_each(spoil);
+    held.truncate(512 - 200);
+    let before = allocator.counters();
+    assert_eq!((before.flip_to_unmapped, before.scrubs), (1, 0));
+    allocator.balance().unwrap();
+    let counters = allocator.counters();
+    assert_eq!((counters.flip_to_unmapped, counters.zeroed_scrub), (1, 200));
+    assert_eq!((counters.nr_free_unmapped_unmovable, counters.balance_refill), (200, 0));
+}
+
+#[test]
 fn the_blocks_that_were_free_for_longest_come_back_first() {
     let mock = Mock::new(16, 1);
     let allocator = mock.allocator();
@@ -204,6 +229,45 @@ fn the_blocks_that_were_free_for_longest_come_back_first() {
     allocator.drain_all().unwrap();
     let mapped = allocator.alloc_mapped(pages(9)).unwrap();
     assert_eq!(mapped.frames(), expected);
+}
+
+#[test]
+fn the_blocks_that_were_free_for_longest_come_back_first_whatever_their_migratetype() {
+    for [first, second] in [[0, 1], [1, 0], [0, 2], [2, 0], [1, 2], [2, 1]] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator();
+        let secret = |number: usize| {
+            let request = Request { migratetype: Migratetype::ALL[number], ..pages(9) };
+            (0..4).map(|_| allocator.alloc_secret(request).unwrap()).collect::<Vec<_>>()
+        };
+        let (mut early, mut late) = (secret(first), secret(second));
+        let [early_block, late_block] = [early.remove(0), late.remove(0)];
+        let expected = early_block.frames();
+        for block in [early_block, late_block] {
+            drop(block);
+            allocator.drain_all().unwrap();
+        }
+        let mapped = allocator.alloc_mapped(pages(9)).unwrap();
+        assert_eq!(mapped.frames(), expected, "migratetypes {first} and {second}");
+    }
+}
+
+#[test]
+fn a_block_that_was_free_for_longest_comes_back_first_also_out_of_a_pair() {
+    for [early, later] in [[0, 1], [1, 0]] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator();
+        let mut secret: Vec<_> =
+            (0..8).map(|_| Some(allocator.alloc_secret(pages(9)).unwrap())).collect();
+        secret.sort_by_key(|pages| pages.as_ref().unwrap().frames().start());
+        let expected = secret[early].as_ref().unwrap().frames();
+        for number in [early, 4, later] {
+            secret[number] = None;
+            allocator.drain_all().unwrap();
+        }
+        assert_eq!(allocator.alloc_mapped(pages(9)).unwrap().frames(), expected, "half {early}");
+        allocator.zone().check(&mock.map());
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The windows: what they hold, when they flush, what they refuse, and that nothing is left.
 
-use crate::mermap::{Leaks, Mapping, Mermap, MermapError, PAGES, Protection, SLOTS};
+use crate::mermap::{Leaks, Mapping, Mermap, MermapError, PAGES, Protection};
 use crate::platform::{CpuSet, InterruptsOff, Platform};
 use crate::testing::{Mock, Seen};
 use lacuna_abi::addr::{FrameRange, Gfn, PAGE_SIZE};
@@ -32,76 +32,6 @@ pub(super) fn reserved<'m, 'a>(
 pub(super) fn flushes(mock: &Mock) -> Vec<Flush> {
     let flush = |seen| if let Seen::Flush(flush) = seen { Some(flush) } else { None };
     mock.seen().into_iter().filter_map(flush).collect()
-}
-
-#[test]
-fn basic_alloc() {
-    let mock = Mock::new(16, 1);
-    let mermap = prepared(&mock);
-    let mapping = mermap.get(frames(&mock, 3, 1), Protection::READ_WRITE).unwrap();
-    mock.store(mapping.va(), 0x1234);
-    assert_eq!(mock.load(mock.layout.zone.va.wrapping_add(3 * PAGE_SIZE)), 0x1234);
-    drop(mapping);
-    assert_eq!(mock.state().window_entries(0), 0);
-}
-
-#[test]
-fn size() {
-    let mock = Mock::new(16, 1);
-    let mermap = prepared(&mock);
-    let get = |count| mermap.get(frames(&mock, 0, count), Protection::READ);
-    assert_eq!(get(PAGES + 1).map(|m| m.frames()).err(), None, "a whole block goes elsewhere");
-    assert_eq!(
-        mermap.get(frames(&mock, 1, PAGES + 1), Protection::READ).err(),
-        Some(MermapError::NoSpace)
-    );
-    drop(get(PAGES).unwrap());
-
-    let almost = get(PAGES - 1).unwrap();
-    let last = get(1).unwrap();
-    assert_eq!(get(1).err(), Some(MermapError::NoSpace));
-    let spare = reserved(&mermap, &mock, 9).unwrap();
-    mock.store(spare.va(), 7);
-    assert_eq!(mock.load(spare.va()), 7);
-    drop((almost, last, spare));
-    assert_eq!(mock.state().window_entries(0), 0);
-}
-
-#[test]
-fn multiple_allocs() {
-    let mock = Mock::new(16, 2);
-    let mermap = prepared(&mock);
-    mock.on_cpu(1);
-    let mappings: Vec<_> = (0..SLOTS as u64)
-        .map(|n| mermap.get(frames(&mock, 10 * n, n + 1), Protection::READ_WRITE).unwrap())
-        .collect();
-    for mapping in &mappings {
-        let offset = mapping.va().offset_from(window(1)).unwrap();
-        assert!(offset + mapping.frames().count() * PAGE_SIZE <= PAGES * PAGE_SIZE);
-        for (page, frame) in (0..).zip(mapping.frames().iter()) {
-            mock.store(mapping.va().wrapping_add(page * PAGE_SIZE), frame.0);
-        }
-    }
-    assert_eq!(mermap.get(frames(&mock, 99, 1), Protection::READ).err(), Some(MermapError::NoSlot));
-    for mapping in &mappings {
-        for (page, frame) in (0..).zip(mapping.frames().iter()) {
-            assert_eq!(mock.load(mapping.va().wrapping_add(page * PAGE_SIZE)), frame.0);
-        }
-    }
-}
-
-#[test]
-fn tlb_flushed() {
-    let mock = Mock::new(16, 1);
-    let mermap = prepared(&mock);
-    for page in 0..PAGES {
-        drop(mermap.get(frames(&mock, page, 1), Protection::READ_WRITE).unwrap());
-    }
-    assert_eq!(flushes(&mock), [], "no address was used twice yet");
-    let again = mermap.get(frames(&mock, 0, 1), Protection::READ_WRITE).unwrap();
-    assert_eq!(again.va(), window(0));
-    assert_eq!(flushes(&mock), [Flush::NonGlobal]);
-    assert_eq!(mermap.counters().flushes, 1);
 }
 
 #[test]

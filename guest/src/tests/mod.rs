@@ -2,6 +2,7 @@
 
 #[macro_use]
 mod assert_owned;
+mod atomic;
 mod convert;
 mod convert_failures;
 mod convert_model;

@@ -16,9 +16,9 @@ fn turn() -> impl Strategy<Value = Turn> {
             Step::Alloc(Request { order, migratetype, zero, noblock: noblock == 0 }, secret)
         },
     );
-    let what = (any::<u8>(), 0u16..1024, 0u16..1024, any::<[bool; 2]>(), 0u8..8).prop_map(
-        |(which, first, count, [write, special], during)| {
-            Step::Use(Use { which, first, count, write, special, during })
+    let what = (any::<u8>(), 0u16..1024, 0u16..1024, any::<[bool; 3]>(), 0u8..8).prop_map(
+        |(which, first, count, [write, special, other], during)| {
+            Step::Use(Use { which, first, count, write, special, other, during })
         },
     );
     let step = prop_oneof![
@@ -28,8 +28,7 @@ fn turn() -> impl Strategy<Value = Turn> {
         4 => any::<u8>().prop_map(Step::Convert),
         1 => any::<u8>().prop_map(Step::Renew),
         1 => any::<u64>().prop_map(Step::Forge),
-        1 => Just(Step::Balance),
-        1 => Just(Step::Shrink),
+        3 => prop_oneof![Just(Step::Balance), Just(Step::Shrink), Just(Step::Teardown)],
         1 => (0u8..8).prop_map(Step::InterruptsOff),
         1 => (0u8..16).prop_map(Step::Refuse),
     ];
@@ -42,8 +41,10 @@ proptest! {
     #[test]
     fn every_public_operation_does_what_a_model_says(
         turns in prop::collection::vec(turn(), 1..160), cpus in 1usize..=4, flags: [bool; 5],
+        no_flip in prop::bool::weighted(0.2), more: [bool; 2],
     ) {
-        history::run(Setup::new(cpus, flags), turns.into_iter());
+        let setup = Setup::new(cpus, flags).with([no_flip, more[0], more[1]]);
+        history::run(setup, turns.into_iter());
     }
 }
 

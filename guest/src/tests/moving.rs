@@ -73,6 +73,47 @@ fn pinned_pages_stay_and_so_do_unmovable_ones() {
     assert!(allocator.alloc_secret(pages(0)).is_ok());
 }
 
+/// One movable page in every pageblock.
+fn one_in_each_block<'r, 'a>(
+    mock: &Mock,
+    allocator: &'r PageAllocator<'a, Mock>,
+) -> Vec<MappedPages<'r, 'a, Mock>> {
+    mock.stop_recording();
+    let all: Vec<_> = (0..mock.layout.zone_frames().count())
+        .map(|_| allocator.alloc_mapped(MOVABLE).unwrap())
+        .collect();
+    let (mut kept, freed): (Vec<_>, Vec<_>) =
+        all.into_iter().partition(|page| page.frames().start().0 % 512 == 77);
+    drop(freed);
+    kept.sort_by_key(|page| page.frames().start());
+    kept
+}
+
+#[test]
+fn a_block_that_cannot_be_emptied_does_not_hide_others_with_as_few_pages() {
+    for pinned in [0, 1, 7] {
+        let mock = Mock::new(16, 1);
+        let allocator = mock.allocator();
+        let kept = one_in_each_block(&mock, &allocator);
+        assert_eq!(kept.len(), 8);
+        let _pins: Vec<_> = kept[..pinned].iter().map(MappedPages::pin).collect();
+        assert!(allocator.alloc_secret(pages(0)).is_ok(), "{pinned} blocks cannot be emptied");
+        let counters = allocator.counters();
+        assert_eq!((counters.compact_success, counters.compact_fail), (1, pinned as u64));
+        assert_eq!(counters.pages_moved, 1);
+    }
+}
+
+#[test]
+fn a_block_with_converted_pages_is_not_tried() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator();
+    let mut kept = one_in_each_block(&mock, &allocator);
+    let _converted = super::convert::secret(kept.remove(0));
+    assert!(allocator.alloc_secret(pages(0)).is_ok());
+    assert_eq!(allocator.counters().compact_fail, 0);
+}
+
 #[test]
 fn a_handle_leads_to_pages_that_were_moved() {
     let mock = Mock::new(16, 1);

@@ -2,7 +2,7 @@
 
 use crate::alloc::{AllocError, PageAllocator, Request};
 use crate::counters::Pages;
-use crate::freetype::{FREETYPES, Freetype, Migratetype};
+use crate::freetype::Migratetype;
 use crate::mapped::MappedPages;
 use crate::meta::Chunk;
 use crate::platform::{InterruptsOff, Platform};
@@ -22,53 +22,6 @@ fn check_counts(mock: &Mock, allocator: &PageAllocator<'_, Mock>, allocated: u64
     assert!(pages.iter().all(Pages::adds_up), "{pages:?}");
     assert_eq!(pages.iter().map(|pages| pages.total).sum::<u32>() + fresh, zone as u32);
     allocator.zone().check(&mock.map());
-}
-
-#[test]
-fn alloc_map_unmap() {
-    let mock = Mock::new(16, 1);
-    let allocator = mock.allocator();
-    let most = mock.layout.zone_frames().count() / 2 + 100;
-    let secret: Vec<_> = (0..most)
-        .map(|n| allocator.alloc_secret(if n % 2 == 0 { pages(0) } else { zero_pages(0) }).unwrap())
-        .collect();
-    for (n, page) in (0..).zip(&secret) {
-        assert!(!mock.in_direct_map(page.frames()));
-        let index = (page.frames().start().0 - mock.layout.zone_frames().start().0) as u32;
-        assert!(mock.map().block_at(index).freetype().unmapped);
-        let window = page.open(0, 1, Access::Write).unwrap();
-        assert!(n % 2 == 0 || window.load(8) == Ok(0), "page {n} is not zero");
-        window.store(8, n).unwrap();
-    }
-    check_counts(&mock, &allocator, most);
-    for (n, page) in (0..).zip(&secret) {
-        assert_eq!(page.open(0, 1, Access::Read).unwrap().load(8), Ok(n), "page {n}");
-    }
-    drop(secret);
-    check_counts(&mock, &allocator, 0);
-
-    let mapped: Vec<_> = (0..most).map(|_| allocator.alloc_mapped(pages(0)).unwrap()).collect();
-    for (n, page) in (0..).zip(&mapped) {
-        assert!(mock.in_direct_map(page.frames()));
-        mock.store(page.pin().va(), n);
-    }
-    assert!((0..).zip(&mapped).all(|(n, page)| mock.load(page.pin().va()) == n));
-    check_counts(&mock, &allocator, most);
-}
-
-#[test]
-fn freetype_idx() {
-    let mut used = [false; FREETYPES];
-    for migratetype in Migratetype::ALL {
-        for freetype in [Freetype::mapped(migratetype), Freetype::unmapped(migratetype)] {
-            let index = freetype.index();
-            assert!(!used[index], "{freetype:?}");
-            used[index] = true;
-            assert_eq!(Freetype::from_index(index), Some(freetype));
-        }
-    }
-    assert!(used.iter().all(|used| *used));
-    assert_eq!(Freetype::from_index(FREETYPES), None);
 }
 
 /// An allocation of the stress test with the number that its pages hold.
@@ -134,7 +87,7 @@ fn stress_alloc<'r, 'a>(
 }
 
 #[test]
-fn stress_interleaved() {
+fn random_requests_that_make_memory_short_are_counted_to_the_page() {
     let mock = Mock::new(16, 2);
     mock.stop_recording();
     let allocator = mock.allocator();

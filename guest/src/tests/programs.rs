@@ -113,6 +113,28 @@ fn a_recording_is_replayed_and_leaves_nothing_behind() {
     }
 }
 
+#[test]
+fn a_long_recording_is_counted_on_its_way() {
+    let mock = Mock::new(16, 2);
+    // Each CPU has a slot of its own, so that nobody waits for anybody but at the meetings.
+    let ops: Vec<_> = (0..10_000_u32)
+        .map(|number| {
+            let (cpu, turn) = ((number % 2) as u8, number / 2);
+            let op = if turn % 2 == 0 { alloc(0, 0, false, false) } else { free(0) };
+            ReplayOp { cpu, slot: cpu.into(), turn, ..op }
+        })
+        .collect();
+    set_input(&mock, &ops);
+    let allocator = mock.allocator();
+    let team = Team::new();
+    mock.on_all_cpus(|| {
+        let args = [ops.len() as u64, SLOTS, 0];
+        programs::run(Program::Replay, args, &allocator, &mock, &mock, &team).unwrap();
+    });
+    let checkpoints = mock.seen().iter().filter(|seen| **seen == Seen::Checkpoint).count();
+    assert_eq!(checkpoints, 3, "after 4096, 8192 and at the end");
+}
+
 /// Whether no slot holds a handle; the turns beside them stay.
 fn slots_are_empty(mock: &Mock) -> bool {
     (0..SLOTS).all(|slot| mock.load(SCRATCH.wrapping_add(slot * SLOT_BYTES)) == 0)
@@ -422,5 +444,7 @@ fn random_requests_on_two_cpus_find_every_page_as_it_should_be() {
         let counters = allocator.counters();
         assert_eq!((counters.nr_allocated, counters.nr_withheld), (0, 0));
         assert!(counters.tags_checked > 5000 && counters.flip_to_mapped > 0, "{counters:?}");
+        assert!(counters.parked > 0 && counters.scrubs_atomic > 0, "{counters:?}");
+        assert!(counters.converted > 0 && counters.alloc_fail_noblock > 0, "{counters:?}");
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::alloc::PageAllocator;
 use crate::handle::BadHandle;
-use crate::mapped::MappedPages;
-use crate::mermap::Protection;
-use crate::platform::Platform;
+use crate::mapped::{MappedPages, PinnedPages};
+use crate::mermap::{Mapping, Protection};
+use crate::platform::{InterruptsOff, Platform};
 use crate::secret::{Access, SecretPages, SecretWindow, UseError};
 use crate::testing::{Mock, Seen, pages, zero_pages};
 use lacuna_abi::addr::{FrameRange, PAGE_SIZE};
@@ -18,8 +18,23 @@ fn owners_cannot_be_copied_nor_dereferenced() {
     assert_owned!(
         SecretPages<'static, 'static, Mock>,
         SecretWindow<'static, 'static, Mock>,
-        MappedPages<'static, 'static, Mock>
+        MappedPages<'static, 'static, Mock>,
+        PinnedPages<'static, 'static, Mock>,
+        Mapping<'static, 'static, Mock>
     );
+}
+
+#[test]
+fn guards_of_a_cpu_stay_on_it() {
+    assert_stays!(
+        InterruptsOff<'static, Mock>,
+        Mapping<'static, 'static, Mock>,
+        SecretWindow<'static, 'static, Mock>
+    );
+    // Owners are for any CPU.
+    fn sent<T: Send>() {}
+    sent::<SecretPages<'_, '_, Mock>>();
+    sent::<MappedPages<'_, '_, Mock>>();
 }
 
 #[test]
@@ -173,6 +188,42 @@ fn a_handle_leads_back_once_and_to_its_own_kind_only() {
     drop(secret);
     for stale in [0, 1, handle, next, u64::MAX, u64::from(u32::MAX)] {
         assert_eq!(SecretPages::from_raw(&allocator, stale).err(), Some(BadHandle(stale)));
+    }
+}
+
+#[test]
+fn a_handle_leads_nowhere_while_its_owner_lives() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator();
+    let secret = allocator.alloc_secret(pages(0)).unwrap();
+    let mapped = allocator.alloc_mapped(pages(0)).unwrap();
+    let handles = [secret.handle(), mapped.handle()];
+    for handle in handles {
+        let secret = SecretPages::from_raw(&allocator, handle).map(SecretPages::into_raw);
+        let mapped = MappedPages::from_raw(&allocator, handle).map(MappedPages::into_raw);
+        assert_eq!([secret, mapped], [Err(BadHandle(handle)); 2]);
+    }
+    assert_eq!([secret.into_raw(), mapped.into_raw()], handles, "it was foretold");
+    let secret = SecretPages::from_raw(&allocator, handles[0]).unwrap();
+    let mapped = MappedPages::from_raw(&allocator, handles[1]).unwrap();
+    drop((secret, mapped));
+    assert_eq!(allocator.counters().nr_allocated, 0);
+}
+
+#[test]
+fn a_handle_that_was_never_used_is_no_handle_of_the_next_allocation() {
+    let mock = Mock::new(16, 1);
+    let allocator = mock.allocator();
+    for _ in 0..3 {
+        let mapped = allocator.alloc_mapped(pages(0)).unwrap();
+        let (frames, foretold) = (mapped.frames(), mapped.handle());
+        drop(mapped);
+        let next = allocator.alloc_mapped(pages(0)).unwrap();
+        assert_eq!(next.frames(), frames, "the same page is handed out again");
+        let raw = next.into_raw();
+        assert_ne!(raw, foretold);
+        assert_eq!(MappedPages::from_raw(&allocator, foretold).err(), Some(BadHandle(foretold)));
+        drop(MappedPages::from_raw(&allocator, raw).unwrap());
     }
 }
 

@@ -95,10 +95,6 @@ impl Interrupts for Cpu<'_> {
 
     fn unanswered(&self, _number: u64, cpus: CpuSet) {
         self.bus.unanswered.lock().unwrap().push((self.number, cpus));
-        // As if the host had woken them.
-        for pending in &self.bus.pending {
-            pending.store(true, SeqCst);
-        }
     }
 }
 
@@ -224,6 +220,63 @@ fn a_cpu_that_does_not_answer_is_named_while_it_is_missing() {
     let unanswered = bus.unanswered.lock().unwrap();
     assert!(unanswered.len() >= 3);
     assert!(unanswered.iter().skip(1).all(|named| *named == (0, CpuSet(0b100))), "{unanswered:?}");
+}
+
+/// A CPU whose first interrupt is lost on its way to the only other one.
+struct Lossy {
+    shootdowns: Shootdowns,
+    own: Cell<usize>,
+    sent: Cell<u32>,
+    pending: Cell<bool>,
+    turns: Cell<u32>,
+}
+
+impl Interrupts for Lossy {
+    fn cpu(&self) -> usize {
+        self.own.get()
+    }
+
+    fn interrupts_are_on(&self) -> bool {
+        true
+    }
+
+    fn send(&self, cpus: CpuSet) {
+        assert_eq!(cpus, CpuSet::only(1), "only who is missing");
+        self.sent.set(self.sent.get() + 1);
+        self.pending.set(self.sent.get() > 1);
+    }
+
+    fn flush(&self, _: Flush) {}
+
+    fn acknowledge(&self, _: u64) {}
+
+    fn relax(&self) {
+        self.turns.set(self.turns.get() + 1);
+        assert!(self.turns.get() < 100_000, "the interrupt was not sent again");
+        if self.pending.take() {
+            self.own.set(1);
+            self.shootdowns.serve(self);
+            self.own.set(0);
+        }
+    }
+
+    fn unanswered(&self, _: u64, cpus: CpuSet) {
+        assert_eq!(cpus, CpuSet::only(1));
+    }
+}
+
+#[test]
+fn an_interrupt_that_is_lost_is_sent_again() {
+    let cpu = Lossy {
+        shootdowns: Shootdowns::new(),
+        own: Cell::new(0),
+        sent: Cell::new(0),
+        pending: Cell::new(false),
+        turns: Cell::new(0),
+    };
+    cpu.shootdowns.bring_online(CpuSet::first(2));
+    cpu.shootdowns.run(&cpu, Flush::Everything, CpuSet::first(2));
+    assert_eq!(cpu.sent.get(), 2);
 }
 
 #[test]

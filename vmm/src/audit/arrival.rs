@@ -7,9 +7,11 @@ use super::frames::runs;
 use super::life::count_of;
 use super::mappings::{Sight, judge_alias};
 use super::obligations::cpu_list;
+use super::story::Moment;
 use super::writes::stale_finding;
 use super::{Audit, Denial, Ledger, World};
 use lacuna_abi::addr::{FrameRange, Gfn};
+use lacuna_abi::event::{Event, HostAct, Record};
 use lacuna_abi::gate::{Op, OpKind, Status};
 use lacuna_abi::layout::Place;
 
@@ -25,6 +27,18 @@ impl Audit {
     /// [`Status::NotInZone`], [`Status::NotSecret`], [`Status::StillOpen`],
     /// [`Status::TooManyOpens`]; [`Status::BadState`] for a CPU that does not run.
     pub fn arrival(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) -> Result<(), Status> {
+        let result = self.judge_arrival(cpu, op, seq, world);
+        self.tell(&Moment::Call(cpu, op), world);
+        result
+    }
+
+    fn judge_arrival(
+        &mut self,
+        cpu: u8,
+        op: Op,
+        seq: u64,
+        world: &impl World,
+    ) -> Result<(), Status> {
         if self.cpus.get(cpu).is_none() {
             return Err(Status::BadState);
         }
@@ -67,6 +81,15 @@ impl Audit {
             OpKind::Seal | OpKind::Open => {}
             OpKind::Release => frames.iter().for_each(|frame| self.frames.release(frame)),
         }
+        let act = match op.kind {
+            OpKind::Seal if frames.iter().all(|frame| self.frames.is_complete(frame)) => {
+                HostAct::Sealed
+            }
+            OpKind::Seal => HostAct::HeldOpen,
+            OpKind::Open => HostAct::Opened,
+            OpKind::Release => HostAct::Released,
+        };
+        self.history.push(&Record { seq, cpu, site: 0, event: Event::Host(act, frames) });
     }
 
     /// `stale-direct-map`: judged before the state of the frames is looked at.

@@ -64,12 +64,74 @@ pub struct Finding {
     pub seq: u64,
     /// What is wrong, and what would have been right.
     pub detail: String,
+    /// The revoke of the translation that may still be cached, for the rules about that.
+    pub revoked: Option<Revoke>,
+    /// How it came to that, in order; filled in when the event or call that led to it has been
+    /// judged.
+    pub story: Vec<Step>,
 }
 
 impl Finding {
     /// A violation of `rule`, found at event `seq`; the other fields are filled in by the caller.
     pub(super) const fn new(rule: Rule, seq: u64, detail: String) -> Self {
-        Self { rule, frame: None, va: None, cpu: None, root: None, seq, detail }
+        let (frame, va, cpu, root, revoked) = (None, None, None, None, None);
+        Self { rule, frame, va, cpu, root, seq, detail, revoked, story: Vec::new() }
+    }
+}
+
+/// A translation that was revoked and may still be cached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Revoke {
+    /// Number of the revoke.
+    pub seq: u64,
+    /// A CPU that may cache it.
+    pub cpu: u8,
+    /// Address that it translated, or the first that the table spanned.
+    pub va: Gva,
+}
+
+/// One step of the story of a finding.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Step {
+    /// Number of the event; `None` for what has none or is not an event.
+    pub seq: Option<u64>,
+    /// The CPU.
+    pub cpu: Option<u8>,
+    /// What kind of step it is.
+    pub what: What,
+    /// The guest's code that recorded it ([`Record::site`](lacuna_abi::event::Record::site)).
+    pub site: Option<u32>,
+    /// What happened, as a sentence without its subject.
+    pub text: String,
+}
+
+named_enum! {
+    /// Kinds of steps in a story.
+    pub enum What {
+        /// A translation or a mapping was made.
+        Made = "made",
+        /// It was revoked.
+        Revoked = "revoked",
+        /// A flush that did not remove it.
+        Flush = "flush",
+        /// A CPU said that it had done what a shootdown asked.
+        Acknowledged = "acknowledged",
+        /// The frame was sealed.
+        Sealed = "sealed",
+        /// The frame was opened.
+        Opened = "opened",
+        /// The frame was released.
+        Released = "released",
+        /// A step in the life of the frame, or of the table, as the guest reported it.
+        Life = "life",
+        /// What the guest's records say of the entry or register.
+        Recorded = "recorded",
+        /// Steps that are left out.
+        LeftOut = "left-out",
+        /// The moment at which it mattered.
+        Mattered = "mattered",
+        /// What would have been right.
+        Right = "right",
     }
 }
 
@@ -116,6 +178,8 @@ pub(super) struct Ledger {
     seen: HashSet<Key>,
     reasons: Vec<String>,
     max_findings: usize,
+    /// Findings that have their story.
+    told: usize,
 }
 
 impl Ledger {
@@ -126,6 +190,22 @@ impl Ledger {
             seen: HashSet::new(),
             reasons: Vec::new(),
             max_findings,
+            told: 0,
+        }
+    }
+
+    /// Whether findings lack their story.
+    pub(super) const fn owes_stories(&self) -> bool {
+        self.told < self.findings.len()
+    }
+
+    /// Gives every finding that lacks its story the one that `tell` makes of it; `tell` also sees
+    /// all findings.
+    pub(super) fn tell(&mut self, tell: impl Fn(&Finding, &[Finding]) -> Vec<Step>) {
+        while self.told < self.findings.len() {
+            let story = tell(&self.findings[self.told], &self.findings);
+            self.findings[self.told].story = story;
+            self.told += 1;
         }
     }
 

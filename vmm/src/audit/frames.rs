@@ -124,6 +124,17 @@ impl Frames {
         self.in_blocks(frames, |c| c.secret > 0, SECRET).find(|frame| wanted(*frame))
     }
 
+    /// First sealed frame in the range: secret, and open on no CPU.
+    pub(super) fn find_sealed(&self, frames: FrameRange) -> Option<Gfn> {
+        let mut secret = self.in_blocks(frames, |c| c.secret > c.open, SECRET);
+        secret.find(|frame| !self.has(*frame, OPEN))
+    }
+
+    /// First frame in the range that a CPU has open.
+    pub(super) fn find_open(&self, frames: FrameRange) -> Option<Gfn> {
+        self.in_blocks(frames, |c| c.open > 0, OPEN).next()
+    }
+
     /// The secret frames, in order.
     pub(super) fn secret(&self) -> impl Iterator<Item = Gfn> {
         self.in_blocks(self.zone, |c| c.secret > 0, SECRET)
@@ -178,6 +189,11 @@ impl Frames {
     /// Notes that the second stage denies the frame and that no translation to it is left.
     pub(super) fn complete(&mut self, frame: Gfn) {
         self.update(frame, |flags| *flags |= COMPLETE);
+    }
+
+    /// Whether the second stage denies the frame since its last seal completed.
+    pub(super) fn is_complete(&self, frame: Gfn) -> bool {
+        self.has(frame, COMPLETE)
     }
 
     /// Makes the frame ordinary again.

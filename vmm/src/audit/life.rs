@@ -4,6 +4,7 @@ use super::Audit;
 use super::finding::{Finding, Rule};
 use super::frames::runs;
 use super::obligations::cpu_list;
+use super::stale_tables::revoke_of;
 use lacuna_abi::addr::{FrameRange, Gfn};
 use lacuna_abi::event::Life;
 
@@ -75,8 +76,9 @@ impl Audit {
             );
             let cpu = super::epochs::members(duty.cpus).next();
             let (va, root) = (Some(duty.va), Some(duty.root));
+            let (frame, revoked) = (Some(frame), revoke_of(&duty));
             let finding = Finding::new(Rule::StaleTable, seq, detail);
-            self.ledger.violation(Finding { frame: Some(frame), va, cpu, root, ..finding });
+            self.ledger.violation(Finding { frame, va, cpu, root, revoked, ..finding });
         }
     }
 

@@ -10,6 +10,8 @@
 //! | `finding` | rules, findings, counts |
 //! | `world` | what the audit asks of the machine |
 //! | `frames` | the host's state of every frame |
+//! | `history` | the last records, for stories |
+//! | `story` | how a finding came about, step by step |
 //! | `index` | which entries map a frame |
 //! | `duty`, `obligations`, `epochs`, `stale_tables`, `cpus` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
@@ -17,6 +19,7 @@
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
 //! | `quiesce` | the complete check |
+//! | `probe` | frames that are touched on purpose |
 #![forbid(unsafe_code)]
 #![warn(clippy::cast_possible_truncation)]
 
@@ -27,19 +30,23 @@ mod epochs;
 mod fills;
 mod finding;
 mod frames;
+mod history;
 mod index;
 mod life;
 mod mappings;
 mod obligations;
+mod probe;
 mod quiesce;
 mod stale_tables;
+mod story;
 #[cfg(test)]
 mod tests;
 mod world;
 mod writes;
 
-pub use finding::{AuditResult, Finding, Rule, Tally};
+pub use finding::{AuditResult, Finding, Revoke, Rule, Step, Tally, What};
 pub use frames::Frames;
+pub use probe::{Probe, ProbeKind, ProbeTally, Touched};
 pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, World};
 
 use cpus::Cpus;
@@ -47,6 +54,7 @@ use duty::PageFlush;
 use epochs::Epochs;
 use fills::Fills;
 use finding::Ledger;
+use history::History;
 use index::{Index, walk};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::event::{Event, Flush, Record};
@@ -55,6 +63,7 @@ use lacuna_abi::paging::Level;
 use lacuna_abi::walk::EVERYTHING;
 use obligations::Obligations;
 use stale_tables::TableDuties;
+use story::Moment;
 
 /// Most roots that may be registered at once.
 pub const MAX_ROOTS: usize = 16;
@@ -75,8 +84,10 @@ pub struct Audit {
     cpus: Cpus,
     roots: Vec<(Gpa, u16)>,
     ledger: Ledger,
+    history: History,
     last_seq: u64,
     link_work: usize,
+    probes: ProbeTally,
 }
 
 impl Audit {
@@ -93,8 +104,10 @@ impl Audit {
             cpus: Cpus::new(config.layout.cpus, config.boot_root),
             roots: Vec::new(),
             ledger: Ledger::new(config.max_findings),
+            history: History::default(),
             last_seq: 0,
             link_work: 0,
+            probes: ProbeTally::default(),
             config,
         };
         if audit.register_root(config.boot_root, 0, world).is_err() {
@@ -126,6 +139,7 @@ impl Audit {
         let walked = walk(world, root, EVERYTHING, self.index.budget());
         self.index.replace(root, EVERYTHING, Level::Pml4, &walked);
         self.judge_walked(root, &walked, None, self.last_seq);
+        self.tell(&Moment::Root(root), world);
         Ok(())
     }
 
@@ -174,6 +188,9 @@ impl Audit {
             self.ledger.inconclusive(reason);
         }
         self.last_seq = self.last_seq.max(seq);
+        if !matches!(event, Event::Host(..)) {
+            self.history.push(record);
+        }
         let Some(state) = self.cpus.get_mut(cpu) else {
             self.ledger.inconclusive(format!("event {seq} names CPU {cpu}, which does not run"));
             return;
@@ -189,6 +206,7 @@ impl Audit {
             Event::Life(life, frames) => self.life(cpu, life, frames, seq),
             Event::Control { .. } | Event::ShootdownAck(_) | Event::Host(..) => {}
         }
+        self.tell(&Moment::Record(record), world);
     }
 
     /// Bytes of a secret input were found where they must not be: in `frame`, or in no frame at
@@ -197,6 +215,7 @@ impl Audit {
     pub fn report_leak(&mut self, place: u64, frame: Option<Gfn>, detail: String, seq: u64) {
         let finding = Finding::new(Rule::InputLeak, seq, detail);
         self.ledger.violation_about(place, Finding { frame, ..finding });
+        self.tell_all(&Moment::Search, &|_| None);
     }
 
     /// Counts frames that were searched for bytes of a secret input, and frames that could not be.

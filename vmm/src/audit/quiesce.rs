@@ -6,6 +6,7 @@ use super::frames::runs;
 use super::index::{Mapping, Walked, walk};
 use super::life::count_of;
 use super::mappings::{Sight, judge_mapping};
+use super::story::Moment;
 use super::{Audit, Denial, World};
 use lacuna_abi::addr::{Gpa, Gva};
 use lacuna_abi::event::EntryWrite;
@@ -34,6 +35,7 @@ impl Audit {
         for cpu in self.cpus.numbers() {
             self.judge_control(cpu, seq, world);
         }
+        self.tell(&Moment::Quiesce, world);
     }
 
     /// `trace-honesty`: what the records say a root maps is what it maps. The index follows memory

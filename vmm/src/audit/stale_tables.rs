@@ -1,7 +1,8 @@
 //! Duties for page tables: entries that led to a table and that some CPU may still cache in its
 //! paging-structure caches.
 
-use super::epochs::{CpuSet, Epochs};
+use super::epochs::{CpuSet, Epochs, members};
+use super::finding::Revoke;
 use lacuna_abi::addr::{Gfn, Gpa, Gva};
 use std::collections::BTreeMap;
 
@@ -55,6 +56,12 @@ impl TableDuties {
             .filter(|duty| duty.cpus != 0)
             .collect()
     }
+}
+
+/// The revoke of a path that a CPU may still cache.
+pub(super) fn revoke_of(duty: &TableDuty) -> Option<Revoke> {
+    let cpu = members(duty.cpus).next()?;
+    Some(Revoke { seq: duty.seq, cpu, va: duty.va })
 }
 
 fn left(duty: &TableDuty, epochs: &Epochs) -> CpuSet {

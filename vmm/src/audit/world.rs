@@ -45,6 +45,12 @@ pub trait World: Tables {
     /// Whether every byte of the frame is zero; `None` if the host cannot see it.
     fn content_is_zero(&self, frame: Gfn) -> Option<bool>;
 
+    /// Offset of the first byte of the frame that is not zero, for the story of a finding; `None` if
+    /// there is none or the host cannot tell.
+    fn first_nonzero(&self, _frame: Gfn) -> Option<u64> {
+        None
+    }
+
     /// What the second stage grants of the frame: its own state, not the audit's.
     fn denial(&self, frame: Gfn) -> Denial;
 

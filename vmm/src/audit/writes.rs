@@ -2,10 +2,10 @@
 
 use super::duty::Duty;
 use super::epochs::only;
-use super::finding::{Finding, Rule};
+use super::finding::{Finding, Revoke, Rule};
 use super::index::{Mapping, Walked, is_table};
 use super::obligations::cpu_list;
-use super::stale_tables::TableDuty;
+use super::stale_tables::{TableDuty, revoke_of};
 use super::{Audit, MAX_LINK_WORK, World};
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
 use lacuna_abi::event::{EntryWrite, TableFill, mapped_frames};
@@ -98,7 +98,8 @@ impl Audit {
                 let finding = Finding::new(Rule::StaleTable, seq, detail);
                 let (frame, va) = (Some(*table), Some(*va));
                 let (cpu, root) = (Some(cpu), Some(write.root));
-                self.ledger.violation(Finding { frame, va, cpu, root, ..finding });
+                let revoked = revoke_of(duty);
+                self.ledger.violation(Finding { frame, va, cpu, root, revoked, ..finding });
             }
         }
     }
@@ -304,7 +305,8 @@ fn agrees(held: Option<&Mapping>, claimed: Option<Entry>, level: Level) -> bool 
 pub(super) fn stale_finding(rule: Rule, duty: &Duty, cpu: u8, seq: u64, detail: String) -> Finding {
     let (frame, va) = (Some(duty.frames.start()), Some(duty.va));
     let root = Some(duty.root);
-    Finding { frame, va, cpu: Some(cpu), root, ..Finding::new(rule, seq, detail) }
+    let revoked = Some(Revoke { seq: duty.seq, cpu, va: duty.va });
+    Finding { frame, va, cpu: Some(cpu), root, revoked, ..Finding::new(rule, seq, detail) }
 }
 
 /// Whether the run lies in one table and everything that it maps can exist.

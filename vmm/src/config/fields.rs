@@ -32,6 +32,7 @@ pub(super) const MEMORY_MIB: RangeInclusive<u64> = MIN_MEMORY_MIB..=MAX_MEMORY_M
 pub(super) const MAX_FILL_MIB: u64 = 1024;
 pub(super) const VCPUS: RangeInclusive<u64> = 1..=MAX_CPUS as u64;
 pub(super) const IN_PLACE: RangeInclusive<u64> = 0..=100;
+pub(super) const PROBES: RangeInclusive<u64> = 0..=256;
 pub(super) const TIMEOUT_S: RangeInclusive<u64> = 1..=86_400;
 pub(super) const SHOOTDOWN_S: RangeInclusive<u64> = 1..=86_400;
 pub(super) const GUEST_LOG_KIB: RangeInclusive<u64> = 1..=1 << 20;
@@ -69,7 +70,11 @@ pub const FIELDS: &[Field] = &[
         "\"user\", \"all\", \"none\" or a list of flag names such as [\"GFP_HIGHUSER\"]",
     ),
     of(&[Program::Replay], "in_place", "a percentage from 0 to 100"),
-    of(&[Program::Stress], "operations", "a number of operations on each CPU, at least 1"),
+    of(
+        &[Program::Stress, Program::Selftest],
+        "operations",
+        "a number of operations on each CPU, at least 1",
+    ),
     of(&[Program::Stress], "max_order", "an order from 0 to 10"),
     of(
         &[Program::Selftest],
@@ -105,6 +110,7 @@ pub const FIELDS: &[Field] = &[
     field("second_stage", "guard", "\"auto\", \"madvise\" or \"mprotect\""),
     field("second_stage", "vma_budget", "a number from 1 to 4294967295"),
     field("audit", "quiesce_every", "a number of events, at least 1"),
+    field("audit", "probes", "a number from 0 to 256"),
     field("audit", "require", "a list of rules"),
     field("audit", "expect", "a list of rules and \"sealed-access\""),
     field("limits", "timeout_s", "a number of seconds from 1 to 86400"),

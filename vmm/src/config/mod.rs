@@ -127,6 +127,8 @@ pub enum Workload {
         /// The test.
         #[serde(serialize_with = "names::selftest")]
         test: Selftest,
+        /// Operations of a test that counts such; its own number if `None`.
+        operations: Option<u64>,
     },
     /// Measures.
     Bench {
@@ -200,6 +202,8 @@ pub struct SecondStage {
 pub struct Audit {
     /// Events between complete checks.
     pub quiesce_every: u64,
+    /// Frames that are touched at each of them.
+    pub probes: u64,
     /// Rules that the run must exercise; one that it did not makes the run inconclusive.
     #[serde(serialize_with = "names::rules")]
     pub require: Vec<Rule>,

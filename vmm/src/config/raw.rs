@@ -78,6 +78,7 @@ pub(super) struct SecondStage {
 #[serde(deny_unknown_fields, default, expecting = "a section")]
 pub(super) struct Audit {
     pub quiesce_every: Number,
+    pub probes: Number,
     pub require: Vec<Spanned<String>>,
     pub expect: Vec<Spanned<String>>,
 }

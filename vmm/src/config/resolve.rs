@@ -2,7 +2,8 @@
 
 use super::error::ConfigError;
 use super::fields::{
-    self, EVENTS_MIB, GUEST_LOG_KIB, MAX_FILL_MIB, MEMORY_MIB, SHOOTDOWN_S, TIMEOUT_S, VCPUS,
+    self, EVENTS_MIB, GUEST_LOG_KIB, MAX_FILL_MIB, MEMORY_MIB, PROBES, SHOOTDOWN_S, TIMEOUT_S,
+    VCPUS,
 };
 use super::raw::{self, Number, Raw};
 use super::source::Source;
@@ -134,7 +135,7 @@ impl Resolver<'_> {
             Workload::Crash { crash } => {
                 (format!("crash = \"{}\"", crash.name()), crash.vcpus().into())
             }
-            Workload::Selftest { test } => (format!("test = \"{}\"", test.name()), test.cpus()),
+            Workload::Selftest { test, .. } => (format!("test = \"{}\"", test.name()), test.cpus()),
             _ => return Ok(()),
         };
         if usize::from(vcpus) >= needed {
@@ -176,7 +177,8 @@ impl Resolver<'_> {
         for name in &raw.require {
             self.add_rule("require", name, &mut require)?;
         }
-        Ok(Audit { quiesce_every: every.unwrap_or(1000), require, expect })
+        let probes = self.number(("audit", "probes"), &raw.probes, PROBES)?.unwrap_or(16);
+        Ok(Audit { quiesce_every: every.unwrap_or(1000), probes, require, expect })
     }
 
     fn add_rule(

@@ -60,7 +60,13 @@ impl Resolver<'_> {
             Program::Selftest => {
                 let test = required("test", &raw.test)?;
                 let test = self.named(("workload", "test"), &test, Selftest::from_name)?;
-                Workload::Selftest { test }
+                let name = ("workload", "operations");
+                let operations = self.number(name, &raw.operations, 1..=u64::MAX)?;
+                if operations.is_some() && test != Selftest::PageAllocStressInterleaved {
+                    let what = format!("the test \"{}\" counts no operations", test.name());
+                    return Err(self.refuse(name, None, what));
+                }
+                Workload::Selftest { test, operations }
             }
             Program::Bench => {
                 let bench = required("bench", &raw.bench)?;

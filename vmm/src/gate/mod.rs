@@ -6,6 +6,7 @@
 
 mod leaks;
 mod order;
+mod probes;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -13,7 +14,8 @@ mod types;
 mod waits;
 mod world;
 
-pub use types::{GateCounters, GateFailure, GateSetup, Observer, Served, Vcpus};
+pub use probes::ProbeSummary;
+pub use types::{GateCounters, GateFailure, GateSetup, Observer, Prober, Served, Vcpus};
 
 use crate::audit::{Audit, AuditConfig, ControlPolicy};
 use crate::events::{RingReader, Sequencer, Standing};
@@ -31,6 +33,7 @@ use lacuna_abi::gate::{
     PAGE_WORDS, STATUS_WORD, Status, read_ops,
 };
 use lacuna_abi::layout::{call_page_offset, report_page_offset};
+use probes::Probes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use waits::Waits;
@@ -63,6 +66,7 @@ pub struct Gate {
     waits: Waits,
     /// Time for which vCPUs had to stand still.
     stood_still: Duration,
+    probes: Probes,
     scanner: Option<LeakScanner>,
     input_done: bool,
     quiesce_every: u64,
@@ -84,6 +88,8 @@ impl Gate {
             boot_root,
             quiesce_every,
             max_findings,
+            probes,
+            seed,
             shootdown_limit,
             scanner,
             stop,
@@ -114,6 +120,7 @@ impl Gate {
             registered: vec![false; layout.cpus],
             waits: Waits::new(layout.cpus, shootdown_limit),
             stood_still: Duration::ZERO,
+            probes: Probes::new(probes, seed),
             scanner,
             input_done: false,
             quiesce_every,

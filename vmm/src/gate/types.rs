@@ -1,5 +1,6 @@
 //! What goes into a gate and what comes out of it.
 
+use crate::audit::{Probe, ProbeKind, Touched};
 use crate::leak::LeakScanner;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
@@ -74,6 +75,16 @@ pub trait Vcpus {
     fn interrupt(&mut self, cpus: u8) -> Result<(), KvmError>;
 }
 
+/// Touches frames on purpose, to see whether the second stage stops it. Used only while all vCPUs stand
+/// still.
+pub trait Prober: Send {
+    /// The ways in which it can touch.
+    fn kinds(&self) -> &'static [ProbeKind];
+
+    /// Makes these touches, one after the other, in a time that is bounded; what came of each.
+    fn touch(&mut self, probes: &[Probe]) -> Vec<Touched>;
+}
+
 /// What a served call means for the vCPU.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Served {
@@ -127,6 +138,10 @@ pub struct GateSetup {
     pub quiesce_every: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
+    /// Frames that are touched at each complete check, to see what the second stage does.
+    pub probes: u64,
+    /// What follows from it is which.
+    pub seed: u64,
     /// Longest that a CPU may take to answer a shootdown.
     pub shootdown_limit: Duration,
     /// Knows the secret input of the program, if it has one.

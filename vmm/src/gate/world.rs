@@ -28,6 +28,10 @@ impl World for LiveWorld<'_> {
         self.memory.is_zero(frame)
     }
 
+    fn first_nonzero(&self, frame: Gfn) -> Option<u64> {
+        self.memory.first_nonzero(frame)
+    }
+
     fn denial(&self, frame: Gfn) -> Denial {
         if !self.stage.closes() {
             Denial::NotEnforced

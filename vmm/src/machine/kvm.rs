@@ -4,11 +4,12 @@
 use crate::doctor::{self, HostError};
 use crate::machine::exit::Exit;
 use crate::machine::memory::Memory;
+use crate::machine::probe::{PROBE_BYTES, PROBE_START, ProbeEnd, ProbeStart};
 use crate::machine::state::Registers;
 use crate::second_stage::Slots;
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment,
-    kvm_sregs, kvm_userspace_memory_region,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_NMI_PENDING, kvm_mp_state,
+    kvm_msi, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region, kvm_vcpu_events,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
@@ -22,8 +23,10 @@ const IMAGE_SLOT: u32 = 0;
 const POOL_SLOT: u32 = 1;
 /// Slot of the other low regions.
 const LOW_SLOT: u32 = 2;
+/// Slot of the probe vCPU's own memory.
+const PROBE_SLOT: u32 = 3;
 /// First slot of the zone; those behind it belong to the `memslot` back end.
-pub const ZONE_SLOT: u32 = 3;
+pub const ZONE_SLOT: u32 = 4;
 
 /// CR0: protection, extension type, numeric error, write protect, paging.
 pub const CR0: u64 = 1 << 0 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
@@ -31,6 +34,10 @@ pub const CR0: u64 = 1 << 0 | 1 << 4 | 1 << 5 | 1 << 16 | 1 << 31;
 pub const CR4: u64 = 1 << 5 | 1 << 7;
 /// EFER: long mode enabled and active, no-execute.
 pub const EFER: u64 = 1 << 8 | 1 << 10 | 1 << 11;
+
+/// IA32_APIC_BASE: the local APIC is there. Without it no interrupt of any kind reaches the vCPU (SDM
+/// volume 3, "Local APIC Status and Location").
+const APIC_ENABLED: u64 = 1 << 11;
 
 /// Where messages to local APICs are written; the destination's number stands from bit 12 on (SDM
 /// volume 3, "Message Signalled Interrupts").
@@ -129,6 +136,45 @@ impl Vm {
     /// # Errors
     /// [`KvmError`] says which step KVM refused.
     pub fn vcpu(&self, cpu: u8, entry: Gva, root: Gpa) -> Result<Vcpu, KvmError> {
+        let fd = self.bare_vcpu(cpu)?;
+        let mut sregs = fd.get_sregs().what("read the system registers")?;
+        long_mode(&mut sregs, cpu, root);
+        fd.set_sregs(&sregs).what("start the vCPU in long mode")?;
+        let regs = kvm_regs {
+            rip: entry.0,
+            // As behind a CALL: the return address' place lies below an aligned stack.
+            rsp: MAIN_STACK.top(cpu.into()).0 - 8,
+            rdi: cpu.into(),
+            rflags: 2,
+            ..kvm_regs::default()
+        };
+        fd.set_regs(&regs).what("set the registers")?;
+        // KVM has all but the first wait for another one's start-up interrupt.
+        fd.set_mp_state(RUNNABLE).what("make the vCPU runnable")?;
+        Ok(Vcpu { fd, _memory: Arc::clone(&self.memory) })
+    }
+
+    /// Makes the probe vCPU, with memory of its own that is closed to the guest. Its number follows
+    /// those of the guest's vCPUs, and it has no local APIC that they could send anything to.
+    ///
+    /// # Errors
+    /// [`KvmError`] says which step KVM refused.
+    pub fn probe_vcpu(&self) -> Result<ProbeVcpu, KvmError> {
+        let probe = self.memory.probe();
+        set_slot(&self.vm, PROBE_SLOT, PROBE_START, PROBE_BYTES, probe.address())?;
+        let cpu = u8::try_from(self.memory.layout().cpus).unwrap_or(u8::MAX);
+        let fd = self.bare_vcpu(cpu)?;
+        let mut sregs = fd.get_sregs().what("read the system registers")?;
+        long_mode(&mut sregs, 0, PROBE_START);
+        // Whatever it is interrupted by, it shuts down rather than run anything.
+        (sregs.idt.base, sregs.idt.limit) = (0, 0);
+        (sregs.gdt.base, sregs.gdt.limit) = (0, 0);
+        sregs.apic_base &= !APIC_ENABLED;
+        Ok(ProbeVcpu { vcpu: Vcpu { fd, _memory: Arc::clone(&self.memory) }, sregs })
+    }
+
+    /// A vCPU as KVM makes it, with the CPUID that guests see.
+    fn bare_vcpu(&self, cpu: u8) -> Result<VcpuFd, KvmError> {
         let fd = self.vm.create_vcpu(cpu.into()).what("create a vCPU")?;
         let mut cpuid =
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).what("say what CPUID offers")?;
@@ -144,24 +190,12 @@ impl Vm {
             }
         }
         fd.set_cpuid2(&cpuid).what("set CPUID")?;
-        let mut sregs = fd.get_sregs().what("read the system registers")?;
-        long_mode(&mut sregs, cpu, root);
-        fd.set_sregs(&sregs).what("start the vCPU in long mode")?;
-        let regs = kvm_regs {
-            rip: entry.0,
-            // As behind a CALL: the return address' place lies below an aligned stack.
-            rsp: MAIN_STACK.top(cpu.into()).0 - 8,
-            rdi: cpu.into(),
-            rflags: 2,
-            ..kvm_regs::default()
-        };
-        fd.set_regs(&regs).what("set the registers")?;
-        // KVM has all but the first wait for another one's start-up interrupt.
-        let runnable = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
-        fd.set_mp_state(runnable).what("make the vCPU runnable")?;
-        Ok(Vcpu { fd, _memory: Arc::clone(&self.memory) })
+        Ok(fd)
     }
 }
+
+/// Executes instructions when it is run, whatever else was asked of it before.
+const RUNNABLE: kvm_mp_state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
 
 /// System registers of a CPU in 64-bit mode (SDM volume 3, "IA-32e Mode Operation").
 fn long_mode(sregs: &mut kvm_sregs, cpu: u8, root: Gpa) {
@@ -316,5 +350,50 @@ impl Vcpu {
         // SAFETY: the exit reason was KVM_EXIT_INTERNAL_ERROR, so this is the member that KVM
         // filled in; it is plain data.
         unsafe { run.__bindgen_anon_1.internal.suberror }
+    }
+}
+
+/// The vCPU that touches frames on purpose. It runs nothing that the guest wrote.
+pub struct ProbeVcpu {
+    vcpu: Vcpu,
+    /// What its system registers hold before each touch.
+    sregs: kvm_sregs,
+}
+
+impl ProbeVcpu {
+    /// Puts it into the state in which it starts, whatever came before: 64-bit mode on the tables of
+    /// its own memory, nothing pending.
+    ///
+    /// # Errors
+    /// [`KvmError`] says which step KVM refused.
+    pub fn reset(&mut self) -> Result<(), KvmError> {
+        self.vcpu.complete();
+        let fd = &self.vcpu.fd;
+        fd.set_mp_state(RUNNABLE).what("make the probe vCPU runnable")?;
+        fd.set_sregs(&self.sregs).what("set the probe vCPU's system registers")?;
+        self.drop_events()
+    }
+
+    /// Has it execute from `rip` on, with interrupts off, until it leaves. An access that was not
+    /// answered is completed first, into a register that is then overwritten, and a pending
+    /// exception is dropped.
+    ///
+    /// # Errors
+    /// [`KvmError`] says which step KVM refused.
+    pub fn run(&mut self, start: &ProbeStart) -> Result<(Exit, ProbeEnd), KvmError> {
+        self.vcpu.complete();
+        self.drop_events()?;
+        let ProbeStart { rip, rax, rbx, rdx } = *start;
+        let regs = kvm_regs { rip, rax, rbx, rdx, rflags: 2, ..kvm_regs::default() };
+        self.vcpu.fd.set_regs(&regs).what("set the probe vCPU's registers")?;
+        let exit = self.vcpu.run();
+        let regs = self.vcpu.fd.get_regs().what("read the probe vCPU's registers")?;
+        Ok((exit, ProbeEnd { rip: regs.rip, rax: regs.rax }))
+    }
+
+    fn drop_events(&self) -> Result<(), KvmError> {
+        let flags = KVM_VCPUEVENT_VALID_NMI_PENDING;
+        let none = kvm_vcpu_events { flags, ..kvm_vcpu_events::default() };
+        self.vcpu.fd.set_vcpu_events(&none).what("clear the probe vCPU's events")
     }
 }

@@ -5,6 +5,7 @@
 //! for KVM only; this process reads it by file offset, whether sealed or not, so that closing the
 //! mapping can never fault the VMM itself.
 
+use crate::machine::probe::ProbeMemory;
 use crate::machine::sys::{self, HostMapping, Words};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::gate::PAGE_WORDS;
@@ -46,6 +47,7 @@ pub struct Memory {
     low: Words,
     zone_file: File,
     zone: HostMapping,
+    probe: ProbeMemory,
 }
 
 impl Memory {
@@ -62,7 +64,8 @@ impl Memory {
             |len| usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()));
         let low = Words::new(&low_file, size(low_len)?).map_err(failed)?;
         let zone = HostMapping::new(&zone_file, size(layout.zone.len)?).map_err(failed)?;
-        Ok(Self { layout, low_file, low, zone_file, zone })
+        let probe = ProbeMemory::new().map_err(failed)?;
+        Ok(Self { layout, low_file, low, zone_file, zone, probe })
     }
 
     /// Where everything lies.
@@ -81,6 +84,12 @@ impl Memory {
     #[must_use]
     pub const fn zone_mapping(&self) -> &HostMapping {
         &self.zone
+    }
+
+    /// What a probe vCPU runs on, which is none of the guest's memory.
+    #[must_use]
+    pub const fn probe(&self) -> &ProbeMemory {
+        &self.probe
     }
 
     /// Low memory, for simulated CPUs.
@@ -254,6 +263,17 @@ impl Memory {
         }
     }
 
+    /// Puts `byte` into the zone, sealed or not; the byte that was there. `None` outside the zone or
+    /// where it cannot be reached.
+    #[must_use]
+    pub fn swap_byte(&self, at: Gpa, byte: u8) -> Option<u8> {
+        let offset = at.offset_from(self.layout.zone.gpa)?;
+        let mut was = [0];
+        self.zone_file.read_exact_at(&mut was, offset).ok()?;
+        self.zone_file.write_all_at(&[byte], offset).ok()?;
+        Some(was[0])
+    }
+
     /// Writes into the zone as a guest would.
     #[cfg(test)]
     pub(crate) fn write_zone_for_test(&self, at: Gpa, bytes: &[u8]) {
@@ -268,6 +288,15 @@ impl Memory {
         // All bytes at once: a loop that could end early would be taken byte by byte.
         let zero = |page: &[u8]| page.iter().fold(0, |all, byte| all | byte) == 0;
         self.inspect(frame.gpa(), &mut page).then(|| zero(&page))
+    }
+
+    /// Offset of the first byte of a frame of the zone that is not zero; `None` if there is none, or
+    /// the frame cannot be read.
+    #[must_use]
+    pub fn first_nonzero(&self, frame: Gfn) -> Option<u64> {
+        let mut page = [0_u8; PAGE_SIZE as usize];
+        let read = self.layout.zone.contains(frame.gpa()) && self.inspect(frame.gpa(), &mut page);
+        (0..).zip(page).find(|(_, byte)| read && *byte != 0).map(|(offset, _)| offset)
     }
 
     /// Bytes of guest memory that were ever written: what the host really spends on the guest.

@@ -6,5 +6,6 @@ pub mod decode;
 pub mod exit;
 pub mod kvm;
 pub mod memory;
+pub mod probe;
 pub mod state;
 pub mod sys;

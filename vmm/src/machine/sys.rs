@@ -216,7 +216,14 @@ pub fn here_in_code() -> u32 {
         std::arch::asm!("lea {}, [rip]", out(reg) address, options(nostack, preserves_flags, nomem));
     }
     // A program's code is far smaller than 2 GiB.
-    address.wrapping_sub(CODE as *const () as u64) as u32
+    address.wrapping_sub(fixed_place()) as u32
+}
+
+/// Address of the fixed place of [`here_in_code`] in this process.
+#[inline]
+#[must_use]
+pub fn fixed_place() -> u64 {
+    CODE as *const () as u64
 }
 
 /// The fixed place.

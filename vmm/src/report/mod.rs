@@ -4,6 +4,7 @@
 mod address;
 mod judge;
 pub(crate) mod layout;
+mod story;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -102,6 +103,32 @@ pub struct SecondStage {
     pub granule: u64,
     /// How the back end works, in a few words.
     pub detail: String,
+    /// Frames that were touched on purpose, to see whether that is so.
+    #[serde(default)]
+    pub probes: Probes,
+}
+
+/// Touches of frames, made by a CPU that is not the guest's.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Probes {
+    /// Which frames are touched, where and how follows from it.
+    pub seed: u64,
+    /// Touches at each complete check.
+    pub each: u64,
+    /// Touches that the second stage stopped.
+    pub trapped: u64,
+    /// Touches that were carried out.
+    pub went_through: u64,
+    /// Touches from which nothing follows; the run is inconclusive.
+    pub failed: u64,
+    /// Touches left out because the frame was held open by its granule.
+    pub held_open: u64,
+    /// Touches left out because the seal is off.
+    pub seal_off: u64,
+    /// Complete checks without any touch.
+    pub without: u64,
+    /// Why there were such checks.
+    pub why: Option<String>,
 }
 
 /// The guest.
@@ -172,8 +199,27 @@ pub struct Violation {
     pub seq: u64,
     /// What is wrong, and what would have been right.
     pub detail: String,
+    /// How it came to that, in order.
+    #[serde(default)]
+    pub story: Vec<StoryStep>,
     /// Whether the configuration expects it; [`Report::judge`] sets it.
     pub expected: bool,
+}
+
+/// One step of the story of a violation.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct StoryStep {
+    /// Number of the event; `null` for what has none.
+    pub seq: Option<u64>,
+    /// The CPU.
+    pub cpu: Option<u8>,
+    /// `made`, `revoked`, `flush`, `mattered`, `right` and others
+    /// ([`What`](crate::audit::What)).
+    pub what: String,
+    /// The guest's function that recorded it, as far as it is known.
+    pub function: Option<String>,
+    /// What happened.
+    pub text: String,
 }
 
 /// How the guest failed.

@@ -4,7 +4,7 @@ use crate::config::{Audit, Expect};
 use serde_json::{Value, json};
 
 fn audit() -> Audit {
-    Audit { quiesce_every: 1000, require: Vec::new(), expect: Expect::default() }
+    Audit { quiesce_every: 1000, probes: 8, require: Vec::new(), expect: Expect::default() }
 }
 
 fn check(rule: Rule, checked: u64, not_checked: u64, violations: u64) -> Check {
@@ -20,6 +20,13 @@ fn violation(rule: Rule) -> Violation {
         root: Some(Address(0x40_0000)),
         seq: 1234,
         detail: "the block's directory entry is still present; clear it before the seal".to_owned(),
+        story: vec![StoryStep {
+            seq: Some(3),
+            cpu: Some(1),
+            what: "made".into(),
+            function: Some("convert::PageAllocator::show".into()),
+            text: "mapped it".into(),
+        }],
         expected: false,
     }
 }
@@ -48,8 +55,13 @@ fn clean() -> Report {
         cpu: "AMD EPYC".into(),
         simulation: None,
     };
-    report.second_stage =
-        SecondStage { backend: "guard".into(), granule: 4096, detail: "madvise guards".into() };
+    let probes = Probes { seed: 7, each: 8, trapped: 60, went_through: 20, ..Probes::default() };
+    report.second_stage = SecondStage {
+        backend: "guard".into(),
+        granule: 4096,
+        detail: "madvise guards".into(),
+        probes,
+    };
     report.guest = Guest {
         vcpus: 1,
         memory_mib: 64,
@@ -104,7 +116,13 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
             "kind": "kvm", "translation": "NPT", "mediation": "trace", "kernel": "6.18.0",
             "cpu": "AMD EPYC", "simulation": null,
         },
-        "second_stage": {"backend": "guard", "granule": 4096, "detail": "madvise guards"},
+        "second_stage": {
+            "backend": "guard", "granule": 4096, "detail": "madvise guards",
+            "probes": {
+                "seed": 7, "each": 8, "trapped": 60, "went_through": 20, "failed": 0,
+                "held_open": 0, "seal_off": 0, "without": 0, "why": null,
+            },
+        },
         "guest": {
             "vcpus": 1, "memory_mib": 64, "program": "replay", "boot_us": 12345,
             "work_us": 6_120_000, "work": 2500, "us_per_event": 2448.0,
@@ -125,6 +143,10 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
             "rule": "direct-map-alias", "frame": "0x100200000", "va": "0xffff888100200000",
             "vcpu": 0, "root": "0x400000", "seq": 1234,
             "detail": "the block's directory entry is still present; clear it before the seal",
+            "story": [{
+                "seq": 3, "cpu": 1, "what": "made", "function": "convert::PageAllocator::show",
+                "text": "mapped it",
+            }],
             "expected": false,
         }],
         "inconclusive": [],
@@ -292,6 +314,19 @@ fn a_second_stage_that_closes_nothing_is_warned_of() {
 }
 
 #[test]
+fn what_was_touched_is_said_and_why_it_was_not() {
+    let mut report = clean();
+    let text = report.to_text();
+    let line = "probes         60 trapped, 20 went through (8 a check, drawn from seed 7)\n";
+    assert!(text.contains(line), "{text}");
+    let why = Some("[audit] probes is 0".to_owned());
+    report.second_stage.probes = Probes { without: 3, held_open: 2, why, ..Probes::default() };
+    let text = report.to_text();
+    let says = "2 held open by their granule; 3 checks without: [audit] probes is 0";
+    assert!(text.replace("\n               ", " ").contains(says), "{text}");
+}
+
+#[test]
 fn a_guest_that_never_got_ready_has_no_figures() {
     let mut report = clean();
     report.guest = Guest { vcpus: 1, memory_mib: 64, ..Guest::default() };
@@ -315,6 +350,13 @@ fn what_a_guest_says_can_neither_widen_nor_colour_the_text() {
         backtrace: vec![Frame { rip: Address(u64::MAX), symbol: Some(hostile.clone()) }; 3],
     });
     report.violations[0].detail = hostile.clone();
+    report.violations[0].story.push(StoryStep {
+        seq: Some(u64::MAX),
+        cpu: Some(u8::MAX),
+        what: hostile.clone(),
+        function: Some(hostile.clone()),
+        text: hostile.clone(),
+    });
     report.inconclusive.push(hostile.clone());
     report.warnings.push(hostile.clone());
     report.sealed_accesses.push(SealedAccess { symbol: Some(hostile), ..access() });

@@ -1,7 +1,8 @@
 //! The text form of a report.
 
 use super::layout::{grouped, labelled, milliseconds, paragraph};
-use super::{Address, Report, Simulation, Verdict};
+use super::story::story;
+use super::{Address, Probes, Report, Simulation, Verdict};
 use std::fmt::{Display, Write};
 
 /// Most violations, and most sealed accesses, that are shown one by one.
@@ -39,7 +40,15 @@ const GROUPS: &[(&str, &[&str])] = &[
     ),
     (
         "in place",
-        &["converted", "converted_pages", "restored", "splits", "merges", "nr_table_pages"],
+        &[
+            "converted",
+            "converted_pages",
+            "restored",
+            "parked",
+            "splits",
+            "merges",
+            "nr_table_pages",
+        ],
     ),
     (
         "background",
@@ -47,6 +56,7 @@ const GROUPS: &[(&str, &[&str])] = &[
             "balance_refill",
             "balance_reclaim",
             "scrubs",
+            "scrubs_atomic",
             "drains",
             "compact_success",
             "compact_fail",
@@ -152,6 +162,7 @@ fn setting(out: &mut String, report: &Report) {
         let text =
             format!("{}, granule {granule} bytes: {}", second_stage.backend, second_stage.detail);
         line(out, "second stage", &text);
+        probes(out, &second_stage.probes);
     }
     let boot = guest.boot_us.map_or_else(
         || "it did not get as far as its allocator".to_owned(),
@@ -181,6 +192,25 @@ fn setting(out: &mut String, report: &Report) {
         line(out, "warning", warning);
     }
     out.push('\n');
+}
+
+/// What was touched to see whether the second stage does what it says.
+fn probes(out: &mut String, probes: &Probes) {
+    let Probes { seed, each, trapped, went_through, failed, held_open, without, why, .. } = probes;
+    let [each, trapped, went_through, held_open, failed, without] =
+        [each, trapped, went_through, held_open, failed, without].map(|count| grouped(*count));
+    let mut text = format!(
+        "{trapped} trapped, {went_through} went through ({each} a check, drawn from seed {seed})"
+    );
+    for (count, what) in [(held_open, "held open by their granule"), (failed, "failed")] {
+        if count != "0" {
+            text += &format!(", {count} {what}");
+        }
+    }
+    if let Some(why) = why {
+        text += &format!("; {without} checks without: {why}");
+    }
+    line(out, "probes", &text);
 }
 
 fn verdict_reasons(out: &mut String, report: &Report) {
@@ -224,6 +254,7 @@ fn findings(out: &mut String, report: &Report) {
         .collect();
         paragraph(out, 2, &facts.join(", "));
         paragraph(out, 2, &violation.detail);
+        story(out, &violation.story);
         out.push('\n');
     }
     // The list itself may be cut short; the counts are exact.

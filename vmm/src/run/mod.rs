@@ -6,11 +6,13 @@
 pub(crate) mod crew;
 mod end;
 mod plan;
+mod probe;
 mod report;
 mod stage;
 mod station;
 mod threads;
 mod vcpu;
+mod violations;
 
 pub use end::{End, GuestEnd, Place};
 pub use plan::{Plan, PlanError};
@@ -22,8 +24,10 @@ use crate::gate::{Gate, GateFailure, GateSetup, Observer};
 use crate::image::Image;
 use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
-use crate::machine::kvm::{Interrupts, KvmError, Vcpu, Vm};
+use crate::machine::kvm::{Interrupts, KvmError, ProbeVcpu, Vcpu, Vm};
 use crate::machine::memory::{Memory, MemoryError};
+use crate::names::Names;
+use crate::second_stage::SecondStage;
 use crate::sim::{Frames, Prepared, Schedule, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
 use crew::Crew;
@@ -31,8 +35,9 @@ use kvm_ioctls::Kvm;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::layout::{Layout, LayoutError, Needs};
+use probe::VcpuProber;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 use threads::Threads;
 use zeroize::Zeroize;
@@ -100,7 +105,8 @@ impl Host {
 
 /// The CPUs of a machine that has not started.
 enum Cpus {
-    Kvm(Vec<Vcpu>, Interrupts),
+    /// With the probe vCPU, if frames are to be touched and KVM makes one.
+    Kvm(Vec<Vcpu>, Interrupts, Option<Box<ProbeVcpu>>),
     Sim(Box<Prepared>),
 }
 
@@ -160,6 +166,7 @@ impl Machine {
         plan.input.zeroize();
         let root = Gpa(info.root);
         let stop = Arc::new(Stop::default());
+        let mut why_no_prober = None;
         let (cpus, stage) = match host {
             Host::Kvm(kvm) => {
                 let vm = Vm::new(kvm, Arc::clone(&memory))?;
@@ -167,7 +174,12 @@ impl Machine {
                 let stage = stage::second_stage(&plan, &vm, &memory)?;
                 let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
                 let vcpus = vcpus.collect::<Result<_, _>>()?;
-                (Cpus::Kvm(vcpus, vm.interrupts()), stage)
+                let wanted = plan.probes > 0 && stage.closes();
+                let probe = wanted.then(|| vm.probe_vcpu()).transpose().unwrap_or_else(|error| {
+                    why_no_prober = Some(format!("there is no probe vCPU: {error}"));
+                    None
+                });
+                (Cpus::Kvm(vcpus, vm.interrupts(), probe.map(Box::new)), stage)
             }
             Host::Sim(schedule) => {
                 let frames = Arc::new(Frames::new(layout.zone_frames()));
@@ -179,17 +191,22 @@ impl Machine {
                 (Cpus::Sim(Box::new(sim)), stage)
             }
         };
-        let gate = Gate::new(GateSetup {
+        let mut gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
             boot_root: root,
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
+            probes: plan.probes,
+            seed: plan.seed,
             shootdown_limit: plan.shootdown_limit,
             scanner,
             stop: Arc::clone(&stop),
             observers,
         });
+        if let Some(why) = why_no_prober {
+            gate.lacks_prober(why);
+        }
         let gate = Arc::new(Mutex::new(gate));
         let image = Arc::new(plan.image);
         let timeout = plan.timeout;
@@ -206,6 +223,17 @@ impl Machine {
         self
     }
 
+    /// Has frames closed by another second stage, made from the machine's own: one that adds to it, or,
+    /// for tests, one that fails to do what it says.
+    #[must_use]
+    pub fn with_stage(
+        self,
+        wrap: impl FnOnce(Box<dyn SecondStage>) -> Box<dyn SecondStage>,
+    ) -> Self {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner).wrap_stage(wrap);
+        self
+    }
+
     /// Starts the threads of all CPUs, and with its thread CPU 0. The guest starts the others.
     ///
     /// # Errors
@@ -215,17 +243,18 @@ impl Machine {
         let threads = Arc::new(Threads::default());
         let started = Instant::now();
         let deadline = started + timeout;
-        let (vcpus, interrupts) = match cpus {
-            Cpus::Kvm(vcpus, interrupts) => (vcpus, interrupts),
+        let (vcpus, interrupts, probe) = match cpus {
+            Cpus::Kvm(vcpus, interrupts, probe) => (vcpus, interrupts, probe),
             Cpus::Sim(sim) => {
                 let shared = Arc::clone(&gate);
                 let run = move || sim.run(&shared).into();
                 threads.spawn(0, run).map_err(OpenError::Thread)?;
-                let crew = None;
+                let (crew, names) = (None, Names::Program);
                 return Ok(Running {
                     threads,
                     crew,
                     gate,
+                    names,
                     memory,
                     stop,
                     deadline,
@@ -235,6 +264,12 @@ impl Machine {
             }
         };
         threads::register_kick().map_err(OpenError::Signal)?;
+        if let Some(vcpu) = probe {
+            let prober =
+                VcpuProber::start(*vcpu, Arc::clone(&memory)).map_err(OpenError::Thread)?;
+            let mut gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+            gate.attach_prober(Box::new(prober));
+        }
         let crew = Arc::new(Crew::new(vcpus.len()));
         // vCPU 0 comes last: before it nothing runs.
         for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
@@ -255,8 +290,8 @@ impl Machine {
                 return Err(OpenError::Thread(error));
             }
         }
-        let crew = Some(crew);
-        Ok(Running { threads, crew, gate, memory, stop, deadline, opened, started })
+        let (crew, names) = (Some(crew), Names::Image(image));
+        Ok(Running { threads, crew, gate, names, memory, stop, deadline, opened, started })
     }
 }
 
@@ -266,6 +301,7 @@ pub struct Running {
     /// Of vCPUs, which are kicked out of the guest; a simulated CPU looks by itself.
     crew: Option<Arc<Crew<vcpu::Report>>>,
     gate: Arc<Mutex<Gate>>,
+    names: Names,
     memory: Arc<Memory>,
     stop: Arc<Stop>,
     deadline: Instant,
@@ -319,13 +355,14 @@ impl Running {
             }
         }
         let ended = Instant::now();
-        let Self { threads, gate, opened, started, .. } = self;
+        let Self { threads, gate, names, opened, started, .. } = self;
         let finished = threads.join();
         Outcome {
             end: finished.end.unwrap_or_else(|| {
                 End::Host("a vCPU's thread of the VMM panicked; this is a fault of the VMM".into())
             }),
             gate,
+            names,
             opening: started - opened,
             running: ended - started,
             in_guest: finished.in_guest,
@@ -338,14 +375,15 @@ impl Running {
     /// A simulated guest loops without ever calling its platform: its threads are left behind, and
     /// end with the process.
     fn give_up(self, why: Stopped) -> Outcome {
-        let Self { gate, opened, started, .. } = self;
+        let Self { gate, names, opened, started, .. } = self;
         let reason = "a simulated CPU runs on, because it never calls its platform";
-        let mut locked = gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut locked = gate.lock().unwrap_or_else(PoisonError::into_inner);
         locked.inconclusive(reason.into());
         drop(locked);
         Outcome {
             end: End::Stopped(why, Box::default()),
             gate,
+            names,
             opening: started - opened,
             running: started.elapsed(),
             in_guest: Duration::ZERO,
@@ -368,6 +406,7 @@ pub struct Outcome {
     /// Why.
     pub end: End,
     gate: Arc<Mutex<Gate>>,
+    names: Names,
     /// Time from the start of opening to the first instruction.
     pub opening: Duration,
     /// Time from the first instruction to the end.
@@ -387,7 +426,7 @@ impl Outcome {
     /// Looks at the gate, and with it the audit.
     pub fn with_gate<R>(&self, f: impl FnOnce(&mut Gate) -> R) -> R {
         // A panic under the lock has ended the run; what the gate holds can still be read.
-        f(&mut self.gate.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        f(&mut self.gate.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

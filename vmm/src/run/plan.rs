@@ -80,6 +80,8 @@ pub struct Plan {
     pub vma_budget: Option<u32>,
     /// Events between two complete checks.
     pub quiesce_every: u64,
+    /// Frames that are touched at each complete check, to see what the second stage does.
+    pub probes: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
     /// Longest that a CPU may take to answer a shootdown.
@@ -147,6 +149,7 @@ impl Plan {
             guard: config.second_stage.guard,
             vma_budget: config.second_stage.vma_budget,
             quiesce_every: config.audit.quiesce_every,
+            probes: config.audit.probes,
             max_findings: MAX_FINDINGS,
             shootdown_limit: Duration::from_secs(config.limits.shootdown_s),
             timeout: Duration::from_secs(config.limits.timeout_s),
@@ -164,8 +167,8 @@ fn work(config: &Config) -> Result<Work, PlanError> {
             scratch: u64::from(config.guest.vcpus) * STRESS_CPU_WORDS * 8,
             ..nothing
         },
-        Workload::Selftest { test } => Work {
-            args: [*test as u64, 0, 0],
+        Workload::Selftest { test, operations } => Work {
+            args: [*test as u64, operations.unwrap_or(0), 0],
             scratch: selftest_scratch(config.guest.memory_mib << 8),
             ..nothing
         },

@@ -2,9 +2,12 @@
 
 use super::Outcome;
 use super::end::{End, Place};
+use super::violations::violations;
+use crate::audit::ProbeTally;
 use crate::config::Config;
+use crate::gate::ProbeSummary;
 use crate::machine::decode::SealedAccess;
-use crate::report::{self, Address, Check, Frame, GuestError, Report, Violation};
+use crate::report::{self, Address, Check, Frame, GuestError, Report};
 use crate::sim::Statistics;
 use crate::stop::Stopped;
 use lacuna_abi::counter::Counters;
@@ -45,6 +48,13 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
         report.second_stage.backend = stage.name().to_owned();
         report.second_stage.granule = stage.granule();
         report.second_stage.detail = stage.detail();
+        report.second_stage.probes = probes(gate.probe_summary());
+        if let Some(why) = report.second_stage.probes.why.as_ref().filter(|_| stage.closes()) {
+            warnings.push(format!(
+                "no frame is touched to see whether the seal holds: {why}; second-stage-open rests \
+                 on what the second stage says of itself"
+            ));
+        }
         if !stage.closes() {
             warnings.push(
                 "the seal is off: secret frames are not closed, and second-stage-open is not checked".into(),
@@ -76,20 +86,7 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
                 violations: tally.violations,
             })
             .collect();
-        report.violations = result
-            .findings
-            .into_iter()
-            .map(|finding| Violation {
-                rule: finding.rule.name().to_owned(),
-                frame: finding.frame.map(|frame| Address(frame.gpa().0)),
-                va: finding.va.map(|va| Address(va.0)),
-                vcpu: finding.cpu,
-                root: finding.root.map(|root| Address(root.0)),
-                seq: finding.seq,
-                detail: finding.detail,
-                expected: false,
-            })
-            .collect();
+        report.violations = violations(result.findings, &outcome.names);
         report.inconclusive = result.inconclusive;
         report.inconclusive.extend(inconclusive);
         if gate.input_is_outstanding() && matches!(outcome.end, End::Exit(0, _)) {
@@ -171,6 +168,14 @@ fn sealed(access: &SealedAccess, place: &Place) -> report::SealedAccess {
         symbol: place.symbol.clone(),
         expected: false,
     }
+}
+
+fn probes(summary: ProbeSummary) -> report::Probes {
+    let ProbeSummary { seed, each, tally, why_none } = summary;
+    let ProbeTally { trapped, went_through, failed, held_open, seal_off, without } = tally;
+    let turned_off = || (each == 0).then(|| "[audit] probes is 0".to_owned());
+    let why = why_none.or_else(turned_off).filter(|_| without > 0);
+    report::Probes { seed, each, trapped, went_through, failed, held_open, seal_off, without, why }
 }
 
 fn simulation(statistics: Statistics) -> report::Simulation {

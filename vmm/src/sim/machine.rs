@@ -305,6 +305,7 @@ impl Platform for SimMachine {
         self.flush_at(here_in_code(), flush);
     }
 
+    #[inline(always)]
     fn shootdown(&self, flush: Flush, cpus: CpuSet) {
         if self.enter().is_some() {
             self.shootdowns.run(&Wire(self), flush, cpus);
@@ -315,12 +316,9 @@ impl Platform for SimMachine {
         self.enter().map_or(Ok(()), |(number, _)| self.operations(number, ops))
     }
 
-    #[inline]
+    #[inline(always)]
     fn life(&self, life: Life, frames: FrameRange) {
-        let site = here_in_code();
-        if self.enter().is_some() {
-            self.record(site, Event::Life(life, frames));
-        }
+        self.life_at(here_in_code(), life, frames);
     }
 
     fn zero(&self, va: Gva, bytes: u64) {
@@ -400,6 +398,12 @@ impl SimMachine {
         self.record(site, Event::TableFill(fill));
     }
 
+    fn life_at(&self, site: u32, life: Life, frames: FrameRange) {
+        if self.enter().is_some() {
+            self.record(site, Event::Life(life, frames));
+        }
+    }
+
     fn flush_at(&self, site: u32, flush: Flush) {
         let Some((_, cpu)) = self.enter() else { return };
         self.record(site, Event::Flush(flush));
@@ -448,10 +452,13 @@ impl Interrupts for Wire<'_> {
         self.0.turns.stir();
     }
 
+    // Parts of the code that asks for a shootdown, or serves one.
+    #[inline(always)]
     fn flush(&self, flush: Flush) {
         Platform::flush(self.0, flush);
     }
 
+    #[inline(always)]
     fn acknowledge(&self, number: u64) {
         self.0.record(here_in_code(), Event::ShootdownAck(number));
     }

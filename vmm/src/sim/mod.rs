@@ -12,6 +12,7 @@
 //! | `frames` | the second stage as MMUs see it |
 //! | `ram` | guest memory by physical address |
 //! | `mmu` | translation, speculation |
+//! | `probe` | touches frames on purpose |
 //! | `baton`, `schedule` | which CPUs run |
 //! | `cpu`, `machine`, `calls` | a CPU, the platform, what the guest tells the host |
 //! | `guest`, `touch`, `crash` | the guest image's main function, and its programs that misbehave |
@@ -30,6 +31,7 @@ mod guest;
 mod machine;
 mod mmu;
 mod paths;
+mod probe;
 mod ram;
 mod random;
 mod run;

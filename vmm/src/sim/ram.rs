@@ -3,6 +3,7 @@
 use super::frames::Frames;
 use super::versions::Versions;
 use crate::machine::memory::{Memory, MemoryError};
+use crate::machine::probe::PROBE_START;
 use crate::machine::sys::Words;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::layout::{Layout, Region};
@@ -18,6 +19,8 @@ pub struct Ram {
     layout: Layout,
     memory: Arc<Memory>,
     zone: Words,
+    /// The memory of the probe CPU is there too.
+    probes: bool,
     /// The second stage.
     pub(super) frames: Arc<Frames>,
     /// Writes to the tables.
@@ -31,7 +34,13 @@ impl Ram {
     /// [`MemoryError::Create`].
     pub fn new(memory: Arc<Memory>, frames: Arc<Frames>) -> Result<Self, MemoryError> {
         let (layout, zone) = (*memory.layout(), memory.map_zone()?);
-        Ok(Self { layout, memory, zone, frames, versions: Versions::default() })
+        Ok(Self { layout, memory, zone, probes: false, frames, versions: Versions::default() })
+    }
+
+    /// The same memory as the probe CPU sees it, with its own.
+    #[must_use]
+    pub(super) fn with_probe_memory(self) -> Self {
+        Self { probes: true, ..self }
     }
 
     /// Where everything lies.
@@ -67,6 +76,9 @@ impl Ram {
     fn place(&self, at: Gpa) -> (&Words, u64) {
         match at.offset_from(self.layout.zone.gpa) {
             Some(offset) => (&self.zone, offset),
+            None if self.probes && at >= PROBE_START => {
+                (self.memory.probe().words(), at.0 - PROBE_START.0)
+            }
             None => (self.memory.low(), at.0),
         }
     }

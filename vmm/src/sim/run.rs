@@ -5,6 +5,7 @@ use super::frames::Frames;
 use super::guest::{Guest, Metadata, Workload, boot_info};
 use super::machine::{Halted, Parts, SimMachine};
 use super::mmu::MmuCounters;
+use super::probe::MmuProber;
 use super::ram::Ram;
 use super::schedule::Schedule;
 use crate::gate::Gate;
@@ -15,7 +16,7 @@ use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::FEATURE_GATE_SHOOTDOWN;
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -102,6 +103,8 @@ impl Prepared {
         statistics: &dyn Fn(MmuCounters, u64) -> Statistics,
     ) -> Result<Simulated, MemoryError> {
         let Self { memory, frames, root, faults, seed, schedule, stop, workload } = self;
+        let prober = MmuProber::new(Arc::clone(&memory), Arc::clone(&frames), seed)?;
+        gate.lock().unwrap_or_else(PoisonError::into_inner).attach_prober(Box::new(prober));
         let ram = Ram::new(Arc::clone(&memory), frames)?;
         let through_gate = boot_info(&memory)?.features & FEATURE_GATE_SHOOTDOWN != 0;
         let parts = Parts { ram, gate, root, faults, through_gate, seed, schedule, stop };

@@ -27,13 +27,17 @@ fn run(
         "[guest]\nmemory_mib = {memory_mib}\nvcpus = {cpus}\nseed = {seed}\n\
          [workload]\nprogram = \"idle\"\n[audit]\nquiesce_every = 20000\n"
     );
-    let (machine, seal) = (Some(MachineKind::Sim), Some(seal));
-    let overrides = Overrides { machine, seal, ..Overrides::default() };
-    let config = Config::from_text(Path::new("test.toml"), &text, &overrides).unwrap();
-    let (plan, _) = Plan::new(&config).unwrap();
-    let machine = Machine::open(Host::Sim(schedule), plan, Vec::new()).unwrap();
+    let machine = open(&text, seal, schedule);
     let running = machine.with_workload(Arc::new(workload)).start().unwrap();
     running.wait(|_| ControlFlow::Continue(()))
+}
+
+fn open(text: &str, seal: Seal, schedule: Schedule) -> Machine {
+    let (machine, seal) = (Some(MachineKind::Sim), Some(seal));
+    let overrides = Overrides { machine, seal, ..Overrides::default() };
+    let config = Config::from_text(Path::new("test.toml"), text, &overrides).unwrap();
+    let (plan, _) = Plan::new(&config).unwrap();
+    Machine::open(Host::Sim(schedule), plan, Vec::new()).unwrap()
 }
 
 fn clean(outcome: &Outcome) {
@@ -148,6 +152,34 @@ fn mixed_allocations_on_threads_are_clean() {
     {
         let schedule = (Schedule::Threads, seed as u64);
         clean(&run(Mixed::new(400), cpus, 32, seal, schedule));
+    }
+}
+
+#[test]
+fn random_requests_in_mixed_contexts_on_threads_are_clean() {
+    for (cpus, seal) in [(2, Seal::Guard), (4, Seal::Off), (8, Seal::Guard)] {
+        let text = format!(
+            "[guest]\nmemory_mib = 32\nvcpus = {cpus}\nfill = 0xa5\n\
+             [allocator]\npool_low_kib = 4096\npool_high_kib = 8192\n\
+             [workload]\nprogram = \"stress\"\noperations = 2000\n\
+             [audit]\nquiesce_every = 20000\n"
+        );
+        let running = open(&text, seal, Schedule::Threads).start().unwrap();
+        let outcome = running.wait(|_| ControlFlow::Continue(()));
+        clean(&outcome);
+        let End::Exit(_, counters) = &outcome.end else { panic!("{:?}", outcome.end) };
+        let counters = counters.as_ref();
+        for (name, count) in [
+            ("conversions", counters.converted),
+            ("ways back", counters.restored),
+            ("blocks that flipped", counters.flip_to_unmapped),
+            ("blocks that came back", counters.flip_to_mapped),
+            ("pool refills", counters.balance_refill),
+            ("parked allocations", counters.parked),
+            ("scrubs with interrupts off", counters.scrubs_atomic),
+        ] {
+            assert!(count > 0, "no {name} on {cpus} CPUs");
+        }
     }
 }
 

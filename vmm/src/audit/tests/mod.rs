@@ -2,7 +2,9 @@
 
 mod alias;
 mod cached;
+mod probe;
 mod properties;
+mod protocol;
 mod rules;
 mod split;
 mod state;

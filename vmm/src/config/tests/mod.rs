@@ -63,7 +63,7 @@ fn everything_but_the_program_has_a_default() {
     assert_eq!(config.guest, guest);
     assert_eq!(config.workload, Workload::Idle);
     assert_eq!(config.second_stage.seal, Seal::Auto);
-    assert_eq!(config.audit.quiesce_every, 1000);
+    assert_eq!((config.audit.quiesce_every, config.audit.probes), (1000, 16));
     assert_eq!(
         config.limits,
         Limits { timeout_s: 60, shootdown_s: 10, guest_log_kib: 1024, events_mib: 64 }
@@ -163,7 +163,12 @@ fn each_program_takes_its_fields() {
     assert_eq!(stress, Workload::Stress { operations: 7, max_order: 3 });
     let test = "[workload]\nprogram = \"selftest\"\ntest = \"mermap::size\"\n";
     let test = loaded(test, &Overrides::default()).unwrap().workload;
-    assert_eq!(test, Workload::Selftest { test: Selftest::MermapSize });
+    assert_eq!(test, Workload::Selftest { test: Selftest::MermapSize, operations: None });
+    let test = "[workload]\nprogram = \"selftest\"\ntest = \"page_alloc::stress_interleaved\"\n\
+                operations = 9\n";
+    let test = loaded(test, &Overrides::default()).unwrap().workload;
+    let stress = Selftest::PageAllocStressInterleaved;
+    assert_eq!(test, Workload::Selftest { test: stress, operations: Some(9) });
     let touch = "[workload]\nprogram = \"touch\"\ntouch = \"page-walk\"\n";
     let touch = loaded(touch, &Overrides::default()).unwrap().workload;
     assert_eq!(touch, Workload::Touch { touch: Touch::PageWalk });

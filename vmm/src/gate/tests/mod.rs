@@ -137,6 +137,8 @@ impl Guest {
             boot_root: root,
             quiesce_every: 1000,
             max_findings: 10,
+            probes: 8,
+            seed: 1,
             shootdown_limit: Duration::ZERO,
             scanner: Some(LeakScanner::new(SECRET)),
             stop: Arc::clone(&stop),
