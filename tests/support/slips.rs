@@ -65,8 +65,8 @@ pub fn seals(slip: Slip) -> &'static [&'static str] {
 fn config(slip: Slip, cpus: u8, seal: &str) -> String {
     let seal = format!("[second_stage]\nseal = \"{seal}\"\n");
     let (twin, allocator) = match slip {
-        // The start of the recording converts single pages only.
-        Slip::FlushOnePageShort => {
+        // The start of the recording has single pages only.
+        Slip::FlushOnePageShort | Slip::SealOneFrameShort => {
             let stress = "program = \"stress\"\noperations = 200\nmax_order = 3\n";
             return format!("[guest]\nmemory_mib = 16\nvcpus = {cpus}\n[workload]\n{stress}{seal}");
         }
