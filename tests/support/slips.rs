@@ -3,7 +3,7 @@
 
 use super::matrix::{SEALS, Twin};
 use super::witness::{Seen, Witness};
-use super::{Check, ensure};
+use super::{Check, EVENTS, ensure};
 use lacuna::audit::{AuditResult, Finding};
 use lacuna::config::{Config, MachineKind, Overrides};
 use lacuna::gate::Observer;
@@ -79,7 +79,12 @@ fn config(slip: Slip, cpus: u8, seal: &str) -> String {
         Slip::ReserveGlobal => (Twin::Replay, "[allocator]\ncheck_zero = true\n"),
         _ => (Twin::Replay, ""),
     };
-    format!("{}{allocator}{seal}", twin.config(cpus))
+    // A third of the events is enough for conversions, which cost two shootdowns each.
+    let mut config = twin.config(cpus);
+    if twin == Twin::InPlace {
+        config = config.replace(&format!("events = {EVENTS}\n"), "events = 90\n");
+    }
+    format!("{config}{allocator}{seal}")
 }
 
 /// The twin without the slip is clean; with it, the rule finds it, in frames and on CPUs for which
