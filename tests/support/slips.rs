@@ -66,7 +66,7 @@ fn config(slip: Slip, cpus: u8, seal: &str) -> String {
     let seal = format!("[second_stage]\nseal = \"{seal}\"\n");
     let (twin, allocator) = match slip {
         // The start of the recording has single pages only.
-        Slip::FlushOnePageShort | Slip::SealOneFrameShort => {
+        Slip::FlushOnePageShort => {
             let stress = "program = \"stress\"\noperations = 200\nmax_order = 3\n";
             return format!("[guest]\nmemory_mib = 16\nvcpus = {cpus}\n[workload]\n{stress}{seal}");
         }
