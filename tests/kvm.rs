@@ -4,6 +4,7 @@
 //! Where `/dev/kvm` cannot be used, every test here is listed as ignored and counted; with
 //! `LACUNA_REQUIRE_KVM=1` it runs and fails instead.
 
+mod stories;
 mod support;
 
 use lacuna::config::MachineKind;
@@ -14,6 +15,7 @@ use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use stories::{STORIES, story_is_told};
 use support::matrix::{SEALS, Twin, seals};
 use support::{
     Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
@@ -67,6 +69,10 @@ fn trials() -> Vec<Trial> {
     trials.push(trial("the_ordinary_image_does_not_listen_for_faults", || {
         slips::the_ordinary_image_does_not_listen(MachineKind::Kvm)
     }));
+    for story in STORIES {
+        let name = format!("{}_tells_its_story", story.fault);
+        trials.push(trial(&name, || story_is_told(story, &[])));
+    }
     for test in Selftest::ALL.iter().filter(|test| test.cpus() == 1) {
         trials.push(trial(&format!("selftest::{}", test.name()), move || {
             lacuna(&selftest(*test), &[])?.clean()

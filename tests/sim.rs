@@ -1,6 +1,7 @@
 //! End to end on the simulated machine: the command line as a user calls it, judged by its JSON
 //! report and its exit status. Nothing here needs `/dev/kvm`.
 
+mod stories;
 mod support;
 
 use lacuna::config::{Config, MachineKind, Overrides};
@@ -13,6 +14,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use stories::{STORIES, story_is_told};
 use support::matrix::SEALS;
 use support::{
     Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest, trial,
@@ -43,6 +45,10 @@ fn trials() -> Vec<Trial> {
             let name = format!("quickstart_is_clean_on_{cpus}_cpus_under_{seal}");
             trials.push(trial(&name, move || quickstart(cpus, seal)));
         }
+    }
+    for story in STORIES {
+        let name = format!("{}_tells_its_story", story.fault);
+        trials.push(trial(&name, || story_is_told(story, &["--machine", "sim"])));
     }
     for test in Selftest::ALL {
         trials.push(trial(test.name(), move || sim(&selftest(*test), &[])?.clean()));

@@ -24,13 +24,17 @@ pub const LACUNA: &str = env!("CARGO_BIN_EXE_lacuna");
 /// What a test ends with.
 pub type Check = Result<(), Failed>;
 
-/// Runs the tests. Those that need `/dev/kvm` are listed as ignored where it cannot be used, unless
-/// `LACUNA_REQUIRE_KVM` is 1.
+/// Runs the tests, which need `/dev/kvm` or do not.
 pub fn run(trials: Vec<Trial>, need_kvm: bool) {
-    let args = Arguments::from_args();
+    let trials = if need_kvm { needing_kvm(trials) } else { trials };
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// Lists these tests as ignored where `/dev/kvm` cannot be used, unless `LACUNA_REQUIRE_KVM` is 1.
+pub fn needing_kvm(trials: Vec<Trial>) -> Vec<Trial> {
     let usable = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
     let required = std::env::var_os("LACUNA_REQUIRE_KVM").is_some_and(|value| value == "1");
-    let skip = need_kvm && !usable && !required;
+    let skip = !usable && !required;
     let ignored = |trial: Trial| if skip { trial.with_ignored_flag(true) } else { trial };
     let trials: Vec<_> = trials.into_iter().map(ignored).collect();
     if skip {
@@ -40,7 +44,7 @@ pub fn run(trials: Vec<Trial>, need_kvm: bool) {
             trials.len()
         );
     }
-    libtest_mimic::run(&args, trials).exit();
+    trials
 }
 
 pub fn trial(name: &str, run: impl FnOnce() -> Check + Send + 'static) -> Trial {

@@ -1,13 +1,12 @@
 //! Gate operations: judged when they arrive, before anything takes effect, and completed when the
 //! second stage has been changed.
 
-use super::epochs::{members, only};
 use super::finding::{Finding, Rule};
 use super::frames::runs;
 use super::life::count_of;
 use super::mappings::{Sight, judge_alias};
-use super::obligations::cpu_list;
 use super::story::Moment;
+use super::tlb::{cpu_list, members, only};
 use super::writes::stale_finding;
 use super::{Audit, Denial, Ledger, World};
 use lacuna_abi::addr::{FrameRange, Gfn};
@@ -39,9 +38,12 @@ impl Audit {
         seq: u64,
         world: &impl World,
     ) -> Result<(), Status> {
-        if self.cpus.get(cpu).is_none() {
+        if !self.tlb.is_running(cpu) {
             return Err(Status::BadState);
         }
+        // It is at the gate: whatever it announced, it has done.
+        let kept = self.tlb.went_on(cpu, seq.saturating_add(1));
+        self.note_dropped(kept);
         let zone = self.config.layout.zone_frames();
         if op.kind != OpKind::Release
             && let Some(named) = op.frames.intersection(zone)
@@ -73,7 +75,7 @@ impl Audit {
     /// `seq`, a release ends secrecy.
     pub fn done(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) {
         let named = op.frames.intersection(self.config.layout.zone_frames());
-        let Some(frames) = named.filter(|_| self.cpus.get(cpu).is_some()) else { return };
+        let Some(frames) = named.filter(|_| self.tlb.is_running(cpu)) else { return };
         match op.kind {
             OpKind::Seal if self.config.seal_closes => {
                 frames.by_block().for_each(|part| self.complete(part, seq, world));
@@ -95,13 +97,13 @@ impl Audit {
     /// `stale-direct-map`: judged before the state of the frames is looked at.
     fn judge_stale_direct_map(&mut self, named: FrameRange, seq: u64) {
         self.ledger.checked(Rule::StaleDirectMap, named.count());
-        for duty in self.duties.of_frames(named, &self.epochs) {
+        for duty in self.tlb.of_frames(named) {
             let Some(stale) = duty.frames.intersection(named) else { continue };
             if self.config.layout.place_of(duty.va) != Place::DirectMap {
                 continue;
             }
-            let kind = if duty.global { "global translation" } else { "translation" };
-            let cure = if duty.global {
+            let kind = if duty.is_global() { "global translation" } else { "translation" };
+            let cure = if duty.is_global() {
                 "an INVLPG of the address or a PGE change"
             } else {
                 "an INVLPG of the address, a root load or a PGE change"
@@ -185,11 +187,11 @@ impl Audit {
     /// `stale-window`: what leaves the secret side is cached by no window's own CPU.
     fn judge_stale_window(&mut self, named: FrameRange, seq: u64) {
         self.ledger.checked(Rule::StaleWindow, named.count());
-        if self.cpus.numbers().count() > 1 {
+        if self.running().count() > 1 {
             // Copies that other CPUs may have made speculatively are not followed.
             self.ledger.not_checked(Rule::StaleWindow, named.count());
         }
-        for duty in self.duties.of_frames(named, &self.epochs) {
+        for duty in self.tlb.of_frames(named) {
             let owner = self.window_of(duty.va).filter(|owner| duty.cpus & only(*owner) != 0);
             let Some((owner, stale)) = owner.zip(duty.frames.intersection(named)) else { continue };
             let detail = format!(
@@ -216,8 +218,8 @@ impl Audit {
         }
         for run in complete {
             run.iter().for_each(|frame| self.frames.complete(frame));
-            let kept = self.duties.discharge(run, seq, &self.epochs);
-            self.note_dropped(kept.is_err());
+            let kept = self.tlb.discharge(run, seq);
+            self.note_dropped(kept);
         }
     }
 }

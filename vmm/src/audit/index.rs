@@ -47,18 +47,35 @@ pub(super) struct Mapping {
     pub frame: Gfn,
     pub rights: Rights,
     pub global: bool,
+    /// Number of the event that granted it; 0 from the start. Nothing cached it before.
+    pub since: u64,
 }
 
 impl Mapping {
     fn of_leaf(root: Gpa, leaf: &Leaf) -> Self {
         let Leaf { va, level, writable, user, executable, .. } = *leaf;
         let rights = Rights { writable, user, executable };
-        Self { root, va, level, frame: leaf.frame(), rights, global: leaf.global() }
+        Self { root, va, level, frame: leaf.frame(), rights, global: leaf.global(), since: 0 }
     }
 
     /// The frames that it maps.
     pub(super) fn frames(&self) -> FrameRange {
         FrameRange::new(self.frame, self.level.frames()).unwrap_or(FrameRange::single(self.frame))
+    }
+
+    /// Whether both say the same of their place, since whenever.
+    pub(super) fn says(&self, other: &Self) -> bool {
+        Self { since: other.since, ..*self } == *other
+    }
+
+    /// Takes the number of the grant over from what the entry said before, if that was the same
+    /// translation: who cached it then may still do so, whatever became of its rights.
+    fn inherit(&mut self, old: Option<&Self>) {
+        if let Some(old) = old
+            && (old.frame, old.global) == (self.frame, self.global)
+        {
+            self.since = old.since;
+        }
     }
 
     const fn by_va(&self) -> ByVa {
@@ -68,6 +85,13 @@ impl Mapping {
     const fn by_frame(&self) -> ByFrame {
         (self.rights.class(), self.level, self.frame, self.root, self.va)
     }
+}
+
+/// A table that is linked, and the number of the event that did so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Link {
+    frame: Gfn,
+    since: u64,
 }
 
 type ByVa = (Gpa, Gva, Level);
@@ -122,7 +146,7 @@ pub(super) fn path_rights(tables: &impl Tables, root: Gpa, va: Gva, level: Level
 pub(super) struct Index {
     mappings: BTreeMap<ByVa, Mapping>,
     by_frame: BTreeSet<ByFrame>,
-    tables: BTreeMap<ByVa, Gfn>,
+    tables: BTreeMap<ByVa, Link>,
     /// Number of places at which each table is linked.
     links: BTreeMap<Gfn, usize>,
     budget: usize,
@@ -197,7 +221,17 @@ impl Index {
         self.tables
             .range((root, first, Level::Pt)..=(root, last, Level::Pml4))
             .filter(move |((_, _, table), _)| *table < level)
-            .map(|((_, va, table), frame)| (*frame, *va, *table))
+            .map(|((_, va, table), link)| (link.frame, *va, *table))
+    }
+
+    /// Number of the event that linked the table of this level there; 0 if it is not known.
+    pub(super) fn linked_since(&self, root: Gpa, va: Gva, level: Level) -> u64 {
+        self.tables.get(&(root, va, level)).map_or(0, |link| link.since)
+    }
+
+    /// The table of this level that is linked there.
+    pub(super) fn table(&self, root: Gpa, va: Gva, level: Level) -> Option<Gfn> {
+        self.tables.get(&(root, va.align_down(level.span() << 9), level)).map(|link| link.frame)
     }
 
     /// As [`Self::tables_below`]: frame and address.
@@ -213,8 +247,8 @@ impl Index {
     /// Where a frame is linked as a table, if anywhere.
     pub(super) fn table_at(&self, frames: FrameRange) -> Option<(Gfn, Gpa, Gva)> {
         self.links.range(frames.start()..frames.end()).next()?;
-        let (key, frame) = self.tables.iter().find(|(_, frame)| frames.contains(**frame))?;
-        Some((*frame, key.0, key.1))
+        let (key, link) = self.tables.iter().find(|(_, link)| frames.contains(link.frame))?;
+        Some((link.frame, key.0, key.1))
     }
 
     /// Number of places at which a frame is linked as a table.
@@ -223,32 +257,39 @@ impl Index {
     }
 
     /// Takes a record over and returns what the entries map now. Leaves are taken from the record;
-    /// where a table is linked or unlinked, what lies below is read from memory.
-    pub(super) fn apply(&mut self, write: &EntryWrite, tables: &impl Tables) -> Walked {
+    /// where a table is linked or unlinked, what lies below is read from memory. `since` is the
+    /// number of the grant.
+    pub(super) fn apply(&mut self, write: &EntryWrite, since: u64, tables: &impl Tables) -> Walked {
         let last = write.va.wrapping_add(write.span() - 1);
         let links = write.level > Level::Pt
             && (is_table(write.old, write.level)
                 || is_table(write.new, write.level)
                 || self.tables_in(write.root, (write.va, last), write.level).next().is_some());
-        if links { self.apply_links(write, last, tables) } else { self.apply_leaves(write, tables) }
+        if links {
+            self.apply_links(write, last, since, tables)
+        } else {
+            self.apply_leaves(write, since, tables)
+        }
     }
 
-    fn apply_leaves(&mut self, write: &EntryWrite, tables: &impl Tables) -> Walked {
+    fn apply_leaves(&mut self, write: &EntryWrite, since: u64, tables: &impl Tables) -> Walked {
         let path = path_rights(tables, write.root, write.va, write.level);
         let mut walked = Walked::default();
         for index in 0..u64::from(write.count) {
             let va = write.va.wrapping_add(index * write.level.span());
-            self.remove(&(write.root, va, write.level));
+            let old = self.remove(&(write.root, va, write.level));
             let entry = write.new.nth_of_run(write.level, index);
             if entry.is_present() && entry.is_leaf(write.level) {
-                let mapping = Mapping {
+                let mut mapping = Mapping {
                     root: write.root,
                     va,
                     level: write.level,
                     frame: entry.frame(write.level),
                     rights: path.and(entry),
                     global: entry.has(Entry::GLOBAL),
+                    since,
                 };
+                mapping.inherit(old.as_ref());
                 self.insert(mapping);
                 walked.leaves.push(mapping);
             }
@@ -256,7 +297,13 @@ impl Index {
         walked
     }
 
-    fn apply_links(&mut self, write: &EntryWrite, last: Gva, tables: &impl Tables) -> Walked {
+    fn apply_links(
+        &mut self,
+        write: &EntryWrite,
+        last: Gva,
+        since: u64,
+        tables: &impl Tables,
+    ) -> Walked {
         // The entries may have been written again since: what the record says comes first.
         let place = locate(tables, write.root, write.va, write.level).ok();
         let read = |at: Gpa| {
@@ -270,7 +317,8 @@ impl Index {
         let inside = |va: Gva| va >= write.va && va <= last;
         walked.leaves.retain(|leaf| inside(leaf.va) && leaf.level <= write.level);
         walked.tables.retain(|(_, va, level)| inside(*va) && *level < write.level);
-        self.replace(write.root, (write.va, last), write.level, &walked);
+        walked.leaves.iter_mut().for_each(|leaf| leaf.since = since);
+        self.replace_since(write.root, (write.va, last), write.level, &walked, since);
         walked
     }
 
@@ -282,14 +330,36 @@ impl Index {
         level: Level,
         walked: &Walked,
     ) {
+        self.replace_since(root, (first, last), level, walked, 0);
+    }
+
+    /// The same with the number of the grant for tables that were not linked there before.
+    fn replace_since(
+        &mut self,
+        root: Gpa,
+        (first, last): (Gva, Gva),
+        level: Level,
+        walked: &Walked,
+        since: u64,
+    ) {
         let span = (root, first, Level::Pt)..=(root, last, Level::Pml4);
-        let old: Vec<ByVa> = self.in_span(root, (first, last)).map(Mapping::by_va).collect();
-        old.iter().filter(|key| key.2 <= level).for_each(|key| self.remove(key));
-        let old: Vec<ByVa> = self.tables.range(span).map(|(key, _)| *key).collect();
-        for key in old.iter().filter(|key| key.2 < level) {
+        let mut old: Vec<Mapping> = self.in_span(root, (first, last)).copied().collect();
+        old.retain(|mapping| mapping.level <= level);
+        for mapping in &old {
+            self.remove(&mapping.by_va());
+        }
+        let mut links: Vec<(ByVa, Link)> =
+            self.tables.range(span).map(|(key, link)| (*key, *link)).collect();
+        links.retain(|(key, _)| key.2 < level);
+        for (key, _) in &links {
             self.remove_table(key);
         }
-        walked.leaves.iter().for_each(|leaf| self.insert(*leaf));
+        for leaf in &walked.leaves {
+            let mut leaf = *leaf;
+            let at = old.binary_search_by_key(&leaf.by_va(), Mapping::by_va);
+            leaf.inherit(at.ok().map(|at| &old[at]));
+            self.insert(leaf);
+        }
         for (frame, va, level) in &walked.tables {
             // One table may be linked at many places, but hardly by a guest that means well.
             if self.tables.len() >= self.budget.saturating_mul(64) {
@@ -298,7 +368,10 @@ impl Index {
             }
             let key = (root, *va, *level);
             self.remove_table(&key);
-            self.tables.insert(key, *frame);
+            let old = links.binary_search_by_key(&key, |(key, _)| *key).ok().map(|at| links[at].1);
+            let old = old.filter(|link| link.frame == *frame);
+            let since = old.map_or(since, |link| link.since);
+            self.tables.insert(key, Link { frame: *frame, since });
             *self.links.entry(*frame).or_default() += 1;
         }
     }
@@ -313,7 +386,7 @@ impl Index {
     }
 
     fn remove_table(&mut self, key: &ByVa) {
-        let Some(frame) = self.tables.remove(key) else { return };
+        let Some(Link { frame, .. }) = self.tables.remove(key) else { return };
         if let Some(links) = self.links.get_mut(&frame) {
             *links -= 1;
             if *links == 0 {
@@ -332,10 +405,10 @@ impl Index {
         self.mappings.insert(mapping.by_va(), mapping);
     }
 
-    fn remove(&mut self, key: &ByVa) {
-        if let Some(mapping) = self.mappings.remove(key) {
-            self.by_frame.remove(&mapping.by_frame());
-        }
+    fn remove(&mut self, key: &ByVa) -> Option<Mapping> {
+        let mapping = self.mappings.remove(key)?;
+        self.by_frame.remove(&mapping.by_frame());
+        Some(mapping)
     }
 
     fn overlapping(

@@ -3,8 +3,8 @@
 use super::Audit;
 use super::finding::{Finding, Rule};
 use super::frames::runs;
-use super::obligations::cpu_list;
-use super::stale_tables::revoke_of;
+use super::tlb::{cpu_list, members};
+use super::writes::revoke_of;
 use lacuna_abi::addr::{FrameRange, Gfn};
 use lacuna_abi::event::Life;
 
@@ -67,14 +67,14 @@ impl Audit {
     }
 
     pub(super) fn judge_table_page(&mut self, frame: Gfn, seq: u64) {
-        for duty in self.table_duties.of_table(frame, &self.epochs) {
+        for duty in self.tlb.of_table(frame) {
             let detail = format!(
                 "{} may still walk through the table, unlinked by event {}; an INVLPG, a root \
                  load or a PGE change there in between would have discharged it",
                 cpu_list(duty.cpus),
                 duty.seq
             );
-            let cpu = super::epochs::members(duty.cpus).next();
+            let cpu = members(duty.cpus).next();
             let (va, root) = (Some(duty.va), Some(duty.root));
             let (frame, revoked) = (Some(frame), revoke_of(&duty));
             let finding = Finding::new(Rule::StaleTable, seq, detail);

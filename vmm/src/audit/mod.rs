@@ -13,7 +13,7 @@
 //! | `history` | the last records, for stories |
 //! | `story` | how a finding came about, step by step |
 //! | `index` | which entries map a frame |
-//! | `duty`, `obligations`, `epochs`, `stale_tables`, `cpus` | what may still be cached, and where |
+//! | `tlb` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
 //! | `writes`, `fills` | entry-write records; what tables hold when they are linked |
 //! | `life` | life-cycle records |
@@ -24,9 +24,6 @@
 #![warn(clippy::cast_possible_truncation)]
 
 mod arrival;
-mod cpus;
-mod duty;
-mod epochs;
 mod fills;
 mod finding;
 mod frames;
@@ -34,36 +31,32 @@ mod history;
 mod index;
 mod life;
 mod mappings;
-mod obligations;
 mod probe;
 mod quiesce;
-mod stale_tables;
 mod story;
 #[cfg(test)]
 mod tests;
+mod tlb;
 mod world;
 mod writes;
 
 pub use finding::{AuditResult, Finding, Revoke, Rule, Step, Tally, What};
 pub use frames::Frames;
 pub use probe::{Probe, ProbeKind, ProbeTally, Touched};
+pub use tlb::Profile;
 pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, World};
 
-use cpus::Cpus;
-use duty::PageFlush;
-use epochs::Epochs;
 use fills::Fills;
 use finding::Ledger;
 use history::History;
 use index::{Index, walk};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
-use lacuna_abi::event::{Event, Flush, Record};
+use lacuna_abi::event::{Event, Record};
 use lacuna_abi::gate::{CpuRegistration, Status};
 use lacuna_abi::paging::Level;
 use lacuna_abi::walk::EVERYTHING;
-use obligations::Obligations;
-use stale_tables::TableDuties;
 use story::Moment;
+use tlb::{Start, Tlb, TooMany};
 
 /// Most roots that may be registered at once.
 pub const MAX_ROOTS: usize = 16;
@@ -77,11 +70,10 @@ pub struct Audit {
     config: AuditConfig,
     frames: Frames,
     index: Index,
-    epochs: Epochs,
-    duties: Obligations,
-    table_duties: TableDuties,
+    tlb: Tlb,
     fills: Fills,
-    cpus: Cpus,
+    /// Descriptor tables of each CPU, once it has registered them.
+    registrations: Vec<Option<CpuRegistration>>,
     roots: Vec<(Gpa, u16)>,
     ledger: Ledger,
     history: History,
@@ -97,11 +89,9 @@ impl Audit {
         let mut audit = Self {
             frames: Frames::new(&config.layout),
             index: Index::new(pool),
-            epochs: Epochs::default(),
-            duties: Obligations::new(),
-            table_duties: TableDuties::default(),
+            tlb: Tlb::new(config.layout.cpus, start_of(&config), config.profile),
             fills: Fills::default(),
-            cpus: Cpus::new(config.layout.cpus, config.boot_root),
+            registrations: vec![None; config.layout.cpus],
             roots: Vec::new(),
             ledger: Ledger::new(config.max_findings),
             history: History::default(),
@@ -110,6 +100,7 @@ impl Audit {
             probes: ProbeTally::default(),
             config,
         };
+        audit.tlb.start(0);
         if audit.register_root(config.boot_root, 0, world).is_err() {
             audit.ledger.inconclusive(format!("the boot root {} is no table", config.boot_root));
         }
@@ -152,7 +143,7 @@ impl Audit {
         if !self.is_registered(root) {
             return Err(Status::BadRoot);
         }
-        if self.cpus.may_cache(root, false) != 0 {
+        if self.tlb.may_cache(root) != 0 {
             return Err(Status::BadState);
         }
         self.roots.retain(|(registered, _)| *registered != root);
@@ -164,18 +155,26 @@ impl Audit {
     /// its root maps. Of one that does not run nothing is expected, and events or operations that
     /// name it make no sense.
     pub fn start_cpu(&mut self, cpu: u8) {
-        self.cpus.start(cpu);
+        self.tlb.start(cpu);
+    }
+
+    /// A CPU was reset: it caches nothing any more, and runs again only after
+    /// [`Self::start_cpu`].
+    pub fn stop_cpu(&mut self, cpu: u8) {
+        self.tlb.stop(cpu, start_of(&self.config));
     }
 
     /// Numbers of the CPUs that run.
     pub fn running(&self) -> impl Iterator<Item = u8> + use<> {
-        self.cpus.numbers()
+        tlb::members(self.tlb.running())
     }
 
     /// Notes the descriptor tables that a CPU registered: from now on they must not change.
     pub fn register_cpu(&mut self, cpu: u8, registration: CpuRegistration) {
-        if let Some(cpu) = self.cpus.get_mut(cpu) {
-            cpu.registration = Some(registration);
+        if self.tlb.is_running(cpu)
+            && let Some(known) = self.registrations.get_mut(usize::from(cpu))
+        {
+            *known = Some(registration);
         }
     }
 
@@ -191,20 +190,28 @@ impl Audit {
         if !matches!(event, Event::Host(..)) {
             self.history.push(record);
         }
-        let Some(state) = self.cpus.get_mut(cpu) else {
+        if !self.tlb.is_running(cpu) {
             self.ledger.inconclusive(format!("event {seq} names CPU {cpu}, which does not run"));
             return;
-        };
-        state.went_on(seq);
+        }
+        let kept = self.tlb.went_on(cpu, seq);
+        self.note_dropped(kept);
         match event {
             Event::EntryWrite(write) => self.entry_write(cpu, &write, seq, world),
             Event::TableFill(fill) => self.table_fill(cpu, &fill, seq),
-            Event::Flush(flush) => self.flush(cpu, &flush, seq),
+            Event::Flush(flush) => {
+                let kept = self.tlb.flush(cpu, &flush, seq);
+                self.note_dropped(kept);
+            }
+            Event::Control { register, old, new } => {
+                let kept = self.tlb.control(cpu, register, (old, new), seq);
+                self.note_dropped(kept);
+            }
             Event::RootLoad { root, pcid, no_flush } => {
                 self.root_load(cpu, (root, pcid), no_flush, seq);
             }
             Event::Life(life, frames) => self.life(cpu, life, frames, seq),
-            Event::Control { .. } | Event::ShootdownAck(_) | Event::Host(..) => {}
+            Event::ShootdownAck(_) | Event::Host(..) => {}
         }
         self.tell(&Moment::Record(record), world);
     }
@@ -241,16 +248,6 @@ impl Audit {
         self.ledger.result()
     }
 
-    fn flush(&mut self, cpu: u8, flush: &Flush, seq: u64) {
-        let pcid = self.cpus.get(cpu).map_or(0, |state| state.pcid);
-        self.epochs.flush(cpu, pcid, flush, seq);
-        if let Flush::Pages { va, count, level } = *flush {
-            let pages = PageFlush { va, count, level, pcid, seq };
-            let kept = self.duties.invalidate(cpu, &pages, &self.epochs);
-            self.note_dropped(kept.is_err());
-        }
-    }
-
     fn root_load(&mut self, cpu: u8, (root, pcid): (Gpa, u16), no_flush: bool, seq: u64) {
         self.ledger.checked(Rule::ControlState, 1);
         if !self.roots.contains(&(root, pcid)) {
@@ -259,15 +256,8 @@ impl Audit {
             self.ledger.violation(Finding { cpu: Some(cpu), root: Some(root), ..finding });
             return;
         }
-        let followed =
-            self.cpus.get_mut(cpu).is_some_and(|state| state.load(root, pcid, no_flush, seq));
-        if !followed {
-            self.ledger
-                .inconclusive(format!("CPU {cpu} has more address spaces than are followed"));
-        }
-        if !no_flush {
-            self.epochs.flush(cpu, pcid, &Flush::NonGlobal, seq);
-        }
+        let kept = self.tlb.load(cpu, (root, pcid), no_flush, seq);
+        self.note_dropped(kept);
     }
 
     fn is_registered(&self, root: Gpa) -> bool {
@@ -275,13 +265,20 @@ impl Audit {
     }
 
     /// An obligation that is not kept can no longer be found broken: the run must not pass.
-    fn note_dropped(&mut self, dropped: bool) {
-        if dropped {
+    fn note_dropped(&mut self, kept: Result<(), TooMany>) {
+        if kept.is_err() {
             for rule in [Rule::StaleDirectMap, Rule::StaleWindow, Rule::StaleTable] {
                 self.ledger.not_checked(rule, 1);
             }
-            let reason = "more revoked translations are open than are kept".to_owned();
+            let reason =
+                "more revoked translations or address spaces are open than are kept".to_owned();
             self.ledger.inconclusive(reason);
         }
     }
+}
+
+/// How CPUs start.
+const fn start_of(config: &AuditConfig) -> Start {
+    let ControlPolicy { cr0_set, cr4_set, efer_set, .. } = config.control;
+    Start { root: config.boot_root, cr0: cr0_set, cr4: cr4_set, efer: efer_set }
 }

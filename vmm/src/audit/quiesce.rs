@@ -18,7 +18,7 @@ impl Audit {
     /// writes that a standing intent announces.
     pub fn quiesce(&mut self, seq: u64, world: &impl World) {
         self.link_work = 0;
-        let intents = self.cpus.numbers().filter_map(|cpu| world.intent(cpu));
+        let intents = self.running().filter_map(|cpu| world.intent(cpu));
         let intents: Vec<_> = intents.filter(EntryWrite::is_well_formed).collect();
         for (root, _) in self.roots.clone() {
             self.compare_root(root, &intents, seq, world);
@@ -32,7 +32,7 @@ impl Audit {
         let known_zero = self.frames.pooled().filter(|frame| self.frames.is_known_zero(*frame));
         let what = "marked zero in the pool and is not zero; it was written to after zeroing";
         judge_zero(&mut self.ledger, known_zero, what, (None, seq), world);
-        for cpu in self.cpus.numbers() {
+        for cpu in self.running() {
             self.judge_control(cpu, seq, world);
         }
         self.tell(&Moment::Quiesce, world);
@@ -88,7 +88,7 @@ impl Audit {
         let mut different = Vec::new();
         for leaf in leaves {
             let known = self.index.get(root, leaf.va, leaf.level).copied();
-            if known != Some(*leaf) {
+            if !known.is_some_and(|known| known.says(leaf)) {
                 different.push((leaf.va, known, Some(*leaf)));
             }
         }
@@ -154,7 +154,7 @@ impl Audit {
             (!self.is_registered(root))
                 .then(|| format!("CR3 is {:#x}, which is no registered root", state.cr3)),
         ];
-        match self.cpus.get(cpu).and_then(|cpu| cpu.registration) {
+        match self.registrations.get(usize::from(cpu)).copied().flatten() {
             Some(r) => judged.extend([
                 wrong_table("IDTR", (state.idt_base, state.idt_limit), (r.idt_base, r.idt_limit)),
                 wrong_table("GDTR", (state.gdt_base, state.gdt_limit), (r.gdt_base, r.gdt_limit)),

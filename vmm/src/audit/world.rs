@@ -1,5 +1,6 @@
 //! What the audit asks of the machine, and what it is told about it at the start.
 
+use super::Profile;
 use lacuna_abi::addr::{Gfn, Gpa};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::layout::Layout;
@@ -139,8 +140,10 @@ pub struct AuditConfig {
     pub boot_root: Gpa,
     /// Whether a completed seal denies access and drops translations; false with the seal off.
     pub seal_closes: bool,
-    /// What the control registers must hold.
+    /// What the control registers must hold. Bits that must be set are from the start.
     pub control: ControlPolicy,
+    /// How the CPUs invalidate.
+    pub profile: Profile,
     /// Most findings that are kept in words; the counts stay exact.
     pub max_findings: usize,
 }

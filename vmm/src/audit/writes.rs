@@ -1,13 +1,10 @@
 //! Entry-write records: what they revoke becomes an obligation, what they map is judged.
 
-use super::duty::Duty;
-use super::epochs::only;
 use super::finding::{Finding, Revoke, Rule};
 use super::index::{Mapping, Walked, is_table};
-use super::obligations::cpu_list;
-use super::stale_tables::{TableDuty, revoke_of};
+use super::tlb::{CpuSet, Duty, EVERY, Leaves, Path, TableDuty, Written, cpu_list, members, only};
 use super::{Audit, MAX_LINK_WORK, World};
-use lacuna_abi::addr::{FrameRange, Gpa, Gva};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::event::{EntryWrite, TableFill, mapped_frames};
 use lacuna_abi::layout::Place;
 use lacuna_abi::paging::{Entry, Level};
@@ -36,17 +33,26 @@ impl Audit {
             self.ledger.inconclusive(reason);
             return;
         }
-        self.judge_claim(cpu, write, seq);
-        self.judge_remap(write, seq);
-        self.oblige_leaves(write, seq);
+        let grants = self.judge_claim(cpu, write, seq);
+        self.judge_remap(write, grants, seq);
+        self.oblige_leaves(write, grants, seq);
         if write.level > Level::Pt {
             self.oblige_tables(write, seq);
         }
+        // A remap carries the number that it took before its store.
+        let since = if write.grant == 0 { seq } else { write.grant.min(seq) };
+        let stale = self.stale_table_of(write);
+        if let Some(table) = stale {
+            self.note_written(table, write, since, seq);
+        }
         let Self { index, fills, .. } = self;
         let tables = |at: Gpa| fills.entry(at).or_else(|| world.read_entry(at));
-        let walked = index.apply(write, &tables);
+        let walked = index.apply(write, since, &tables);
         if !walked.tables.is_empty() {
             self.link_work += walked.tables.len() + walked.leaves.len();
+            if let Some(table) = stale {
+                self.note_linked(table, write, &walked);
+            }
         }
         self.judge_links(cpu, write, &walked, seq);
         self.judge_walked(write.root, &walked, Some(cpu), seq);
@@ -72,6 +78,23 @@ impl Audit {
         // Whoever fills a table uses its page again, whatever was said of its life.
         self.ledger.checked(Rule::StaleTable, 1);
         self.judge_table_page(table, seq);
+        if self.tlb.is_stale_table(table) {
+            let (level, bytes) = (fill.level, fill.level.span() << 9);
+            let new = mapped_frames(fill.first, level, 512);
+            let new = new.map(|frames| (frames, fill.first.has(Entry::GLOBAL)));
+            let (offset, revoked, since) = (0, true, seq);
+            let kept = self.tlb.written(&Written {
+                table,
+                offset,
+                bytes,
+                revoked,
+                new,
+                level,
+                since,
+                seq,
+            });
+            self.note_dropped(kept);
+        }
         self.fills.add(fill);
     }
 
@@ -85,7 +108,7 @@ impl Audit {
             }
             self.ledger.checked(Rule::StaleTable, 1);
             let here = |duty: &&TableDuty| duty.root == write.root && duty.va == *va;
-            let duties = self.table_duties.of_table(*table, &self.epochs);
+            let duties = self.tlb.of_table(*table);
             for duty in duties.iter().filter(|duty| !here(duty)) {
                 let detail = format!(
                     "the table is linked at {va} while {} may still walk to it from {}, unlinked by \
@@ -106,77 +129,73 @@ impl Audit {
 
     /// `trace-honesty`: what a record says that its entries held is what the records before it made
     /// of them. A revoke cannot be hidden behind a false "before": the translations that are known
-    /// to be there become obligations whatever the record claims.
-    fn judge_claim(&mut self, cpu: u8, write: &EntryWrite, seq: u64) {
+    /// to be there become obligations whatever the record claims. The result is when the entries were
+    /// granted.
+    fn judge_claim(&mut self, cpu: u8, write: &EntryWrite, seq: u64) -> Grants {
         self.ledger.checked(Rule::TraceHonesty, 1);
         let span = (write.va, write.va.wrapping_add(write.span() - 1));
         let known = self.index.in_span(write.root, span).filter(|m| m.level == write.level);
-        let known: Vec<Mapping> = known.copied().collect();
-        let mut known = known.iter();
-        let mut next = known.next();
+        let mut known = known.peekable();
+        let mut grants = known.peek().map_or(Grants::All(0), |first| Grants::All(first.since));
         let mut hidden: Vec<Mapping> = Vec::new();
         let mut first_lie = None;
         for index in 0..u64::from(write.count) {
             let va = write.va.wrapping_add(index * write.level.span());
-            let held = next.filter(|mapping| mapping.va == va);
-            if held.is_some() {
-                next = known.next();
+            let held = known.next_if(|mapping| mapping.va == va);
+            if held.is_some_and(|held| grants != Grants::All(held.since)) {
+                grants = Grants::Each;
             }
             let claimed = leaf(write.old.nth_of_run(write.level, index), write.level);
             if !agrees(held, claimed, write.level) {
                 first_lie.get_or_insert((va, held.map(|mapping| mapping.frame)));
                 hidden.extend(held);
+                // Nothing is known of when the rest was granted.
+                grants = Grants::All(0);
             }
         }
-        let claims_table = (0..u64::from(write.count))
-            .any(|index| is_table(write.old.nth_of_run(write.level, index), write.level));
-        let linked = self.index.tables_in(write.root, span, write.level).next();
-        if let Some((table, va)) = linked.filter(|_| !claims_table) {
-            first_lie.get_or_insert((va, Some(table)));
+        drop(known);
+        if write.level > Level::Pt {
+            let claims_table = (0..u64::from(write.count))
+                .any(|index| is_table(write.old.nth_of_run(write.level, index), write.level));
+            let linked = self.index.tables_in(write.root, span, write.level).next();
+            if let Some((table, va)) = linked.filter(|_| !claims_table) {
+                first_lie.get_or_insert((va, Some(table)));
+            }
         }
-        let Some((va, frame)) = first_lie else { return };
+        let Some((va, frame)) = first_lie else { return grants };
         let detail =
             "the record's old value is not what earlier records and the first tables left \
                       in the entry; a record must carry the entry as it was before the store"
                 .to_owned();
         let finding = Finding::new(Rule::TraceHonesty, seq, detail);
         let (va, root, cpu) = (Some(va), Some(write.root), Some(cpu));
-        let finding = Finding { frame, va, cpu, root, ..finding };
-        let duties: Vec<Duty> = hidden
-            .iter()
-            .filter_map(|mapping| {
-                let Mapping { root, va, level, global, .. } = *mapping;
-                let (frames, pcid) = (mapping.frames(), write.pcid);
-                self.with_cpus(Duty { root, pcid, global, level, va, frames, seq, cpus: 0 })
-            })
-            .collect();
-        let mut kept = true;
-        for duty in &duties {
-            kept &= self.duties.add(duty, &self.epochs).is_ok();
+        self.ledger.violation(Finding { frame, va, cpu, root, ..finding });
+        for mapping in &hidden {
+            self.oblige(&leaves_of(mapping), seq);
         }
-        self.ledger.violation(finding);
-        self.note_dropped(!kept);
+        Grants::All(0)
     }
 
     /// `stale-window`: a window address that gets a new translation has no old one left on the
     /// window's own CPU.
-    fn judge_remap(&mut self, write: &EntryWrite, seq: u64) {
-        let Some((owner, grants)) = self.window_of(write.va).zip(leaf(write.new, write.level))
-        else {
+    fn judge_remap(&mut self, write: &EntryWrite, grants: Grants, seq: u64) {
+        let Some((owner, new)) = self.window_of(write.va).zip(leaf(write.new, write.level)) else {
             return;
         };
         self.ledger.checked(Rule::StaleWindow, u64::from(write.count));
-        if self.cpus.may_cache(write.root, false) & !only(owner) != 0 {
+        if self.tlb.may_cache(write.root) & !only(owner) != 0 {
             // Copies that other CPUs may have made speculatively are not followed.
             self.ledger.not_checked(Rule::StaleWindow, u64::from(write.count));
         }
         let last = write.va.wrapping_add(write.span() - 1);
-        let mut stale = self.duties.at(write.va, last, &self.epochs);
-        stale.retain(|duty| duty.global || duty.pcid == write.pcid);
-        if let Some(revokes) = leaf(write.old, write.level)
-            && revokes.frame(write.level) != grants.frame(write.level)
+        let mut stale = self.tlb.at(write.va, last);
+        stale.retain(|duty| duty.tag.is_used_under(write.pcid));
+        if let Some(old) = leaf(write.old, write.level)
+            && old.frame(write.level) != new.frame(write.level)
         {
-            stale.extend(self.duty_of(write, revokes, seq));
+            self.revoked_leaves(write, old, grants, |audit, leaves| {
+                stale.extend(audit.tlb.would_owe(leaves, only(owner), seq));
+            });
         }
         for duty in stale.iter().filter(|duty| duty.cpus & only(owner) != 0) {
             let detail = format!(
@@ -190,67 +209,138 @@ impl Audit {
     }
 
     /// Leaves that the record revokes.
-    fn oblige_leaves(&mut self, write: &EntryWrite, seq: u64) {
-        if let Some(revokes) = leaf(write.old, write.level)
+    fn oblige_leaves(&mut self, write: &EntryWrite, grants: Grants, seq: u64) {
+        if let Some(old) = leaf(write.old, write.level)
             && revoked(write.old, write.new, write.level)
-            && let Some(duty) = self.duty_of(write, revokes, seq)
         {
-            let kept = self.duties.add(&duty, &self.epochs);
-            self.note_dropped(kept.is_err());
+            self.revoked_leaves(write, old, grants, |audit, leaves| audit.oblige(leaves, seq));
+        }
+    }
+
+    /// The leaves of the run that starts with `old`, in parts that were granted together.
+    fn revoked_leaves(
+        &mut self,
+        write: &EntryWrite,
+        old: Entry,
+        grants: Grants,
+        mut each: impl FnMut(&mut Self, &Leaves),
+    ) {
+        let EntryWrite { root, va, level, count, .. } = *write;
+        let global = old.has(Entry::GLOBAL);
+        match grants {
+            Grants::All(since) => {
+                if let Some(frames) = mapped_frames(old, level, count) {
+                    each(self, &Leaves { root, va, level, frames, global, since });
+                }
+            }
+            Grants::Each => {
+                let span = (va, va.wrapping_add(write.span() - 1));
+                let known = self.index.in_span(root, span).filter(|m| m.level == level);
+                let parts: Vec<Leaves> = joined(known.map(leaves_of)).collect();
+                parts.iter().for_each(|leaves| each(self, leaves));
+            }
         }
     }
 
     /// Tables that the record takes out of the address space, or grants fewer rights, with the
     /// leaves in them.
     fn oblige_tables(&mut self, write: &EntryWrite, seq: u64) {
-        let cpus = self.cpus.may_cache(write.root, false);
+        let EntryWrite { root, level, .. } = *write;
         for index in 0..u64::from(write.count) {
-            let old = write.old.nth_of_run(write.level, index);
-            let new = write.new.nth_of_run(write.level, index);
-            if !is_table(old, write.level) || !revoked(old, new, write.level) {
+            let old = write.old.nth_of_run(level, index);
+            let new = write.new.nth_of_run(level, index);
+            let Some(below) = level.below().filter(|_| is_table(old, level)) else { continue };
+            if !revoked(old, new, level) {
                 continue;
             }
-            let va = write.va.wrapping_add(index * write.level.span());
-            let span = (va, va.wrapping_add(write.level.span() - 1));
-            let below = self.index.in_span(write.root, span).filter(|m| m.level < write.level);
-            let leaves: Vec<Duty> = joined(below.map(|mapping| {
-                let Mapping { root, va, level, global, .. } = *mapping;
-                let (frames, pcid) = (mapping.frames(), write.pcid);
-                Duty { root, pcid, global, level, va, frames, seq, cpus: 0 }
-            }))
-            .filter_map(|duty| self.with_cpus(duty))
-            .collect();
-            let mut kept = true;
-            for duty in &leaves {
-                kept &= self.duties.add(duty, &self.epochs).is_ok();
+            let va = write.va.wrapping_add(index * level.span());
+            let span = (va, va.wrapping_add(level.span() - 1));
+            let mut tables: Vec<_> = self.index.tables_below(root, span, level).collect();
+            let own = (old.frame(level), va, below);
+            if !tables.contains(&own) {
+                tables.push(own);
             }
-            let mut tables: Vec<_> = self.index.tables_in(write.root, span, write.level).collect();
-            tables.push((old.frame(write.level), va));
-            tables.retain(|(table, _)| self.config.layout.pool.contains(table.gpa()));
-            for (table, va) in tables {
-                let duty = TableDuty { root: write.root, pcid: write.pcid, va, seq, cpus };
-                kept &= self.table_duties.add(table, duty, &self.epochs);
+            for (table, va, level) in tables {
+                self.oblige_table(root, (table, va, level), seq);
             }
-            self.note_dropped(!kept);
         }
     }
 
-    /// The obligation of a whole run; `None` where no rule asks.
-    fn duty_of(&self, write: &EntryWrite, revokes: Entry, seq: u64) -> Option<Duty> {
-        let EntryWrite { root, pcid, va, level, count, .. } = *write;
-        let frames = mapped_frames(revokes, level, count)?;
-        let global = revokes.has(Entry::GLOBAL);
-        self.with_cpus(Duty { root, pcid, global, level, va, frames, seq, cpus: 0 })
+    /// One table of `level` that is no longer reached from `va`, with its own leaves.
+    fn oblige_table(&mut self, root: Gpa, (table, va, level): (Gfn, Gva, Level), seq: u64) {
+        let above = Level::from_number(level.number() + 1).unwrap_or(Level::Pml4);
+        let span = (va, va.wrapping_add(above.span() - 1));
+        let own = self.index.in_span(root, span).filter(|mapping| mapping.level == level);
+        let leaves: Vec<(Leaves, CpuSet)> =
+            joined(own.map(leaves_of)).map(|leaves| (leaves, self.among(leaves.va))).collect();
+        if !self.config.layout.pool.contains(table.gpa()) {
+            leaves.iter().for_each(|(leaves, _)| self.oblige(leaves, seq));
+            return;
+        }
+        let since = self.index.linked_since(root, va, level);
+        let path = Path { root, va, level: above, table, since };
+        let kept = self.tlb.unlink(&path, &leaves, seq);
+        self.note_dropped(kept);
     }
 
-    /// The obligation with the CPUs that may cache it; of a window only the owner's copy is
-    /// followed. `None` where no rule asks.
-    fn with_cpus(&self, duty: Duty) -> Option<Duty> {
-        let live = self.cpus.may_cache(duty.root, duty.global);
-        match self.config.layout.place_of(duty.va) {
-            Place::DirectMap => Some(Duty { cpus: live, ..duty }),
-            Place::Window(_) => Some(Duty { cpus: live & only(self.window_of(duty.va)?), ..duty }),
-            Place::Pool | Place::Other => None,
+    /// The table that the record's entries are in, if CPUs may still walk to it by a revoked path.
+    fn stale_table_of(&self, write: &EntryWrite) -> Option<Gfn> {
+        if !self.tlb.has_stale_tables() {
+            return None;
+        }
+        let table = self.index.table(write.root, write.va, write.level)?;
+        self.tlb.is_stale_table(table).then_some(table)
+    }
+
+    /// What is written into such a table may be cached where it is no longer mapped.
+    fn note_written(&mut self, table: Gfn, write: &EntryWrite, since: u64, seq: u64) {
+        let level = write.level;
+        let new = mapped_frames(write.new, level, write.count);
+        let written = Written {
+            table,
+            offset: write.va.0 & ((level.span() << 9) - 1),
+            bytes: write.span(),
+            revoked: revoked(write.old, write.new, level),
+            new: new.map(|frames| (frames, write.new.has(Entry::GLOBAL))),
+            level,
+            since,
+            seq,
+        };
+        let kept = self.tlb.written(&written);
+        self.note_dropped(kept);
+    }
+
+    /// Likewise what is reached through it.
+    fn note_linked(&mut self, parent: Gfn, write: &EntryWrite, walked: &Walked) {
+        for (table, va, level) in &walked.tables {
+            let above = Level::from_number(level.number() + 1).unwrap_or(Level::Pml4);
+            let inside =
+                |leaf: &&Mapping| leaf.level == *level && leaf.va.align_down(above.span()) == *va;
+            let own = walked.leaves.iter().filter(inside).map(leaves_of);
+            let leaves: Vec<Leaves> = joined(own).collect();
+            let path = Path { root: write.root, va: *va, level: above, table: *table, since: 0 };
+            let offset = va.0 & ((write.level.span() << 9) - 1);
+            let kept = self.tlb.linked(parent, offset, &path, &leaves);
+            self.note_dropped(kept);
+        }
+    }
+
+    /// Makes the leaves a duty of the CPUs that may cache them; of none where no rule asks.
+    fn oblige(&mut self, leaves: &Leaves, seq: u64) {
+        let among = self.among(leaves.va);
+        if among != 0 {
+            let kept = self.tlb.revoke(leaves, among, seq);
+            self.note_dropped(kept);
+        }
+    }
+
+    /// The CPUs whose copies of what is mapped at the address are followed: of a window only the
+    /// owner's.
+    fn among(&self, va: Gva) -> CpuSet {
+        match self.config.layout.place_of(va) {
+            Place::DirectMap => EVERY,
+            Place::Window(_) => self.window_of(va).map_or(0, only),
+            Place::Pool | Place::Other => 0,
         }
     }
 
@@ -263,16 +353,30 @@ impl Audit {
     }
 }
 
+/// When the entries of a run were granted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Grants {
+    /// All by the event with this number.
+    All(u64),
+    /// Not all by the same.
+    Each,
+}
+
+fn leaves_of(mapping: &Mapping) -> Leaves {
+    let Mapping { root, va, level, global, since, .. } = *mapping;
+    Leaves { root, va, level, frames: mapping.frames(), global, since }
+}
+
 /// Joins small pages of one table that follow each other, frames and all: a table of them is mostly
 /// one run.
-fn joined(duties: impl Iterator<Item = Duty>) -> impl Iterator<Item = Duty> {
-    let mut duties = duties.peekable();
+fn joined(leaves: impl Iterator<Item = Leaves>) -> impl Iterator<Item = Leaves> {
+    let mut leaves = leaves.peekable();
     std::iter::from_fn(move || {
-        let mut run = duties.next()?;
-        while let Some(next) = duties.next_if(|next| {
+        let mut run = leaves.next()?;
+        while let Some(next) = leaves.next_if(|next| {
             run.level == Level::Pt
                 && next.level == Level::Pt
-                && next.global == run.global
+                && (next.global, next.since) == (run.global, run.since)
                 && next.va.align_down(Level::Pd.span()) == run.va.align_down(Level::Pd.span())
                 && next.va.0 == run.va.0 + run.frames.count() * Level::Pt.span()
                 && next.frames.start() == run.frames.end()
@@ -299,6 +403,12 @@ fn agrees(held: Option<&Mapping>, claimed: Option<Entry>, level: Level) -> bool 
         }
         _ => false,
     }
+}
+
+/// The revoke of a path that a CPU may still cache.
+pub(super) fn revoke_of(duty: &TableDuty) -> Option<Revoke> {
+    let cpu = members(duty.cpus).next()?;
+    Some(Revoke { seq: duty.seq, cpu, va: duty.va })
 }
 
 /// A finding about an obligation that is still open on `cpu`.

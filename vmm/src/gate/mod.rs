@@ -17,7 +17,7 @@ mod world;
 pub use probes::ProbeSummary;
 pub use types::{GateCounters, GateFailure, GateSetup, Observer, Prober, Served, Vcpus};
 
-use crate::audit::{Audit, AuditConfig, ControlPolicy};
+use crate::audit::{Audit, AuditConfig, ControlPolicy, Profile};
 use crate::events::{RingReader, Sequencer, Standing};
 use crate::leak::LeakScanner;
 use crate::machine::memory::Memory;
@@ -101,6 +101,7 @@ impl Gate {
             boot_root,
             seal_closes: stage.closes(),
             control: ControlPolicy::default(),
+            profile: Profile::Intel,
             max_findings,
         };
         let cpus = vec![None; layout.cpus];

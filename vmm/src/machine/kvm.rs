@@ -170,6 +170,8 @@ impl Vm {
         (sregs.idt.base, sregs.idt.limit) = (0, 0);
         (sregs.gdt.base, sregs.gdt.limit) = (0, 0);
         sregs.apic_base &= !APIC_ENABLED;
+        // From the start: what a guest sent it before its first touch would be pending.
+        fd.set_sregs(&sregs).what("take the probe vCPU's local APIC away")?;
         Ok(ProbeVcpu { vcpu: Vcpu { fd, _memory: Arc::clone(&self.memory) }, sregs })
     }
 

@@ -2,6 +2,7 @@
 
 use super::StoryStep;
 use super::layout::labelled;
+use crate::printable::steers;
 
 const INDENT: usize = 4;
 
@@ -25,6 +26,6 @@ pub(super) fn story(out: &mut String, steps: &[StoryStep]) {
 fn columns(step: &StoryStep) -> [String; 3] {
     let number = step.seq.map_or_else(String::new, |seq| format!("event {seq}"));
     let cpu = step.cpu.map_or_else(String::new, |cpu| format!("CPU {cpu}"));
-    let what = step.what.chars().take(14).collect();
+    let what = step.what.chars().filter(|char| !steers(*char)).take(14).collect();
     [number, cpu, what]
 }

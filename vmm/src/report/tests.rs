@@ -288,6 +288,60 @@ fn the_text_form_shows_findings_accesses_and_reasons() {
     }
 }
 
+fn told(seq: Option<u64>, cpu: Option<u8>, what: &str, function: &str, text: &str) -> StoryStep {
+    let function = Some(function.to_owned()).filter(|name| !name.is_empty());
+    StoryStep { seq, cpu, what: what.into(), function, text: text.into() }
+}
+
+#[test]
+fn a_story_is_an_aligned_list_that_wraps_behind_its_labels() {
+    let mut report = broken();
+    let violation = &mut report.violations[0];
+    violation.rule = Rule::StaleDirectMap.name().into();
+    violation.detail = "CPU 1 may still cache the direct map's global translation".into();
+    violation.story = vec![
+        told(None, None, "made", "", "before the guest started: the VMM mapped 0xffff888100200000"),
+        told(
+            Some(41),
+            Some(0),
+            "revoked",
+            "flip::PageAllocator::remove_from_direct_map",
+            "cleared the entry for 0xffff888100200000, of the frame 0x100200000 (2 MiB, writable, \
+             global); until it flushes, a CPU may go on using the old translation",
+        ),
+        told(
+            Some(1042),
+            Some(1),
+            "flush",
+            "shootdown::Shootdowns::serve",
+            "reloaded CR3: does not count, because it spares global translations, and this one was \
+             global",
+        ),
+        told(None, None, "left-out", "", "7 more of the like, none of which counts"),
+        told(Some(1234), Some(0), "mattered", "", "asked the host to open 512 frames"),
+        told(None, None, "right", "", "on CPU 1, between event 41 and the call: an INVLPG"),
+    ];
+    let text = report.to_text();
+    let start = text.find("Violation 1").unwrap();
+    let end = start + text[start..].find("\n\n").unwrap();
+    let expected = "\
+Violation 1: stale-direct-map
+  frame 0x100200000, at 0xffff888100200000, vCPU 0, root 0x400000, event 1234
+  CPU 1 may still cache the direct map's global translation
+  How it came to that:
+                       made      before the guest started: the VMM mapped 0xffff888100200000
+    event 41    CPU 0  revoked   in flip::PageAllocator::remove_from_direct_map: cleared the entry
+                                 for 0xffff888100200000, of the frame 0x100200000 (2 MiB, writable,
+                                 global); until it flushes, a CPU may go on using the old
+                                 translation
+    event 1042  CPU 1  flush     in shootdown::Shootdowns::serve: reloaded CR3: does not count,
+                                 because it spares global translations, and this one was global
+                       left-out  7 more of the like, none of which counts
+    event 1234  CPU 0  mattered  asked the host to open 512 frames
+                       right     on CPU 1, between event 41 and the call: an INVLPG";
+    assert_eq!(&text[start..end], expected, "\n{}", &text[start..end]);
+}
+
 #[test]
 fn a_simulated_run_says_what_repeats_it() {
     for (schedule, said) in [("seeded", "seed 77 repeats it"), ("threads", "it cannot be repeated")]

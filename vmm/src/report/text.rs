@@ -254,7 +254,10 @@ fn findings(out: &mut String, report: &Report) {
         .collect();
         paragraph(out, 2, &facts.join(", "));
         paragraph(out, 2, &violation.detail);
-        story(out, &violation.story);
+        if !violation.story.is_empty() {
+            paragraph(out, 2, "How it came to that:");
+            story(out, &violation.story);
+        }
         out.push('\n');
     }
     // The list itself may be cut short; the counts are exact.

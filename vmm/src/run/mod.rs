@@ -175,11 +175,14 @@ impl Machine {
                 let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
                 let vcpus = vcpus.collect::<Result<_, _>>()?;
                 let wanted = plan.probes > 0 && stage.closes();
-                let probe = wanted.then(|| vm.probe_vcpu()).transpose().unwrap_or_else(|error| {
-                    why_no_prober = Some(format!("there is no probe vCPU: {error}"));
-                    None
-                });
-                (Cpus::Kvm(vcpus, vm.interrupts(), probe.map(Box::new)), stage)
+                let probe = wanted
+                    .then(|| vm.probe_vcpu().map(Box::new))
+                    .transpose()
+                    .unwrap_or_else(|error| {
+                        why_no_prober = Some(format!("there is no probe vCPU: {error}"));
+                        None
+                    });
+                (Cpus::Kvm(vcpus, vm.interrupts(), probe), stage)
             }
             Host::Sim(schedule) => {
                 let frames = Arc::new(Frames::new(layout.zone_frames()));

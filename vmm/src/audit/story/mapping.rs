@@ -1,7 +1,7 @@
 //! Stories of mappings that must not be: the event that made them, since when the frame is secret,
 //! where it is open.
 
-use super::{Finding, Moment, Rule, Step, Teller, What, note, step, words};
+use super::{Finding, Maker, Moment, Rule, Step, Teller, What, note, step, words};
 use lacuna_abi::addr::{Gfn, Gpa, Gva};
 use lacuna_abi::event::{Event, HostAct, Record};
 use lacuna_abi::gate::OpKind;
@@ -24,15 +24,19 @@ impl Teller<'_> {
     }
 
     fn mapped(&self, root: Option<Gpa>, va: Gva, end: u64, all: &[Finding]) -> Step {
-        let origin = self.origin(root, va, end, None);
         let lied = |other: &Finding| {
             other.rule == Rule::TraceHonesty && other.va == Some(va) && other.root == root
         };
-        if origin.is_none() && all.iter().any(lied) {
-            let text = format!("no record tells who mapped {va}: only the tables show it");
-            return note(What::Made, text);
+        let mut maker = self.maker(root, va, end);
+        if matches!(maker, Maker::FirstTables) && all.iter().any(lied) {
+            maker = Maker::Nobody;
         }
-        self.made(origin.as_ref(), va, false)
+        let mut step = self.made(&maker, va, None);
+        step.text.push_str(match maker {
+            Maker::Nobody => ": only the tables show it",
+            _ => "; nothing has cleared the entry since",
+        });
+        step
     }
 
     /// The seal that made the frame secret, and what was done to it last.

@@ -100,34 +100,44 @@ impl Teller<'_> {
         }
     }
 
-    /// The record that last made the translation of `va`, before `before`: of a page, or with
-    /// `table` the link of that table.
-    fn origin(
+    /// What made the translation of `va` that there was before `before`: the last record of an
+    /// entry for it.
+    fn maker(&self, root: Option<Gpa>, va: Gva, before: u64) -> Maker<'_> {
+        let mut older = self.writes(root, va, before);
+        let Some((record, entry, level)) = older.next() else { return Maker::FirstTables };
+        if !entry.is_present() {
+            Maker::Nobody
+        } else if entry.is_leaf(level) {
+            Maker::Record(Origin { record, entry, level, fill: None })
+        } else {
+            self.fill(record, entry.frame(level), va).map_or(Maker::Nobody, Maker::Record)
+        }
+    }
+
+    /// What last linked a table for `va`, before `before`.
+    fn linker(&self, root: Option<Gpa>, va: Gva, table: Gfn, before: u64) -> Maker<'_> {
+        let leads_there = |(_, entry, level): &(&Record, Entry, Level)| {
+            entry.is_present() && !entry.is_leaf(*level) && entry.frame(*level) == table
+        };
+        let link = self.writes(root, va, before).find(leads_there);
+        link.map_or(Maker::FirstTables, |(record, entry, level)| {
+            Maker::Record(Origin { record, entry, level, fill: None })
+        })
+    }
+
+    /// The records of entries for `va`, before `before`, with what they left there; the newest first.
+    fn writes(
         &self,
         root: Option<Gpa>,
         va: Gva,
         before: u64,
-        table: Option<Gfn>,
-    ) -> Option<Origin<'_>> {
-        let mut records = self.history.back().filter(|record| record.seq < before);
-        records.find_map(|record| {
-            let Event::EntryWrite(write) = &record.event else { return None };
-            let entry = new_at(write, va).filter(|entry| entry.is_present())?;
-            if root.is_some_and(|root| root != write.root) {
-                return None;
+    ) -> impl Iterator<Item = (&Record, Entry, Level)> {
+        let older = self.history.back().filter(move |record| record.seq < before);
+        older.filter_map(move |record| match &record.event {
+            Event::EntryWrite(write) if root.is_none_or(|root| root == write.root) => {
+                Some((record, new_at(write, va)?, write.level))
             }
-            let level = write.level;
-            let leaf = entry.is_leaf(level);
-            match table {
-                None if leaf => Some(Origin { record, entry, level, fill: None }),
-                None => self.fill(record, entry.frame(level), va),
-                Some(table) => (!leaf && entry.frame(level) == table).then_some(Origin {
-                    record,
-                    entry,
-                    level,
-                    fill: None,
-                }),
-            }
+            _ => None,
         })
     }
 
@@ -160,6 +170,24 @@ impl Teller<'_> {
                 _ => None,
             }
         })
+    }
+}
+
+/// Who made a translation.
+enum Maker<'h> {
+    Record(Origin<'h>),
+    /// No record that is kept is of its entry.
+    FirstTables,
+    /// The last record of its entry does not say so.
+    Nobody,
+}
+
+impl<'h> Maker<'h> {
+    const fn origin(&self) -> Option<&Origin<'h>> {
+        match self {
+            Self::Record(origin) => Some(origin),
+            Self::FirstTables | Self::Nobody => None,
+        }
     }
 }
 
@@ -200,14 +228,13 @@ const fn note(what: What, text: String) -> Step {
     Step { seq: None, cpu: None, what, site: None, text }
 }
 
-/// Leaves the middle of many steps out.
-fn shortened(mut steps: Vec<Step>, name: &str) -> Vec<Step> {
-    if steps.len() > MANY {
-        let tail = steps.split_off(steps.len() - ENDS);
-        let left = steps.len() - ENDS;
-        steps.truncate(ENDS);
-        steps.push(note(What::LeftOut, format!("{left} more {name}")));
-        steps.extend(tail);
+/// What is told of many: all, or both ends and how many lie between them.
+fn ends<T>(mut many: Vec<T>) -> (Vec<T>, usize, Vec<T>) {
+    if many.len() <= MANY {
+        return (many, 0, Vec::new());
     }
-    steps
+    let last = many.split_off(many.len() - ENDS);
+    let left = many.len() - ENDS;
+    many.truncate(ENDS);
+    (many, left, last)
 }

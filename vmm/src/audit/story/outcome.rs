@@ -22,7 +22,7 @@ impl Teller<'_> {
                     OpKind::Release => (None, "release"),
                 };
                 let after = match seq {
-                    None => format!(" after event {}", finding.seq),
+                    None => format!(", after event {},", finding.seq),
                     Some(_) => String::new(),
                 };
                 let frames = words::frames(op.frames);
@@ -52,7 +52,7 @@ impl Teller<'_> {
                 format!("{cpu} may still read and write these frames through the old translation")
             }
             Rule::StaleWindow if matches!(self.moment, Moment::Call(..)) => {
-                format!("{cpu} may still reach them in its window when they have another owner")
+                format!("{cpu} may still reach the frame in its window when it has another owner")
             }
             Rule::StaleWindow => {
                 format!("{cpu} may still reach the old frame there instead of the new one")
@@ -198,10 +198,11 @@ impl Teller<'_> {
             let record = self.history.get(revoke.seq)?;
             let Event::EntryWrite(write) = &record.event else { return None };
             let old = super::old_at(write, revoke.va).filter(|old| old.is_leaf(write.level));
-            let origin = || {
-                self.origin(finding.root, revoke.va, revoke.seq, None).map(|origin| origin.entry)
+            let made = || {
+                let maker = self.maker(finding.root, revoke.va, revoke.seq);
+                maker.origin().map(|origin| origin.entry)
             };
-            old.or_else(origin)
+            old.or_else(made)
         });
         taken.map_or(finding.rule == Rule::StaleDirectMap, |entry| entry.has(Entry::GLOBAL))
     }

@@ -1,12 +1,14 @@
 //! Stories of translations that may still be cached: who made them, who revoked them, and why each
 //! flush since did not remove them.
 
-use super::{Finding, Origin, Rule, Step, Teller, What, note, old_at, shortened, step, words};
+use super::{Finding, Maker, Origin, Rule, Step, Teller, What, ends, note, old_at, step, words};
 use crate::audit::finding::Revoke;
+use crate::audit::tlb::{cpu_list, only};
 use lacuna_abi::addr::{Gfn, Gva};
 use lacuna_abi::event::{Event, Flush, HostAct, Record};
 use lacuna_abi::layout::Place;
 use lacuna_abi::paging::{Entry, Level};
+use std::ops::Range;
 
 /// How far before a revoke a flush is told of, in event numbers: one that came just too early.
 const SHORTLY: u64 = 32;
@@ -17,6 +19,8 @@ struct Old {
     pcid: u16,
     va: Gva,
     level: Level,
+    /// The entry, as far as it is known.
+    entry: Option<(Entry, Level)>,
     /// It is a path to a table, in the paging-structure caches.
     table: bool,
 }
@@ -56,38 +60,64 @@ impl Teller<'_> {
         let table = finding.frame.filter(|_| finding.rule == Rule::StaleTable);
         let Some(revoke) = finding.revoked.or_else(|| self.find_revoke(finding, table, end)) else {
             // A table that is still linked: nothing was revoked.
-            return finding.va.map_or_else(Vec::new, |va| {
-                let link = self.origin(finding.root, va, end, table);
-                vec![self.made(link.as_ref(), va, table.is_some())]
-            });
+            let link = finding.va.zip(table);
+            let link = link.map(|(va, table)| (va, self.linker(finding.root, va, table, end)));
+            return link.iter().map(|(va, link)| self.made(link, *va, None)).collect();
         };
         let Revoke { seq, cpu, va } = revoke;
-        let origin = self.origin(finding.root, va, seq, table);
+        let maker = match table {
+            Some(table) => self.linker(finding.root, va, table, seq),
+            None => self.maker(finding.root, va, seq),
+        };
         let revoked = self.history.get(seq);
-        let old = self.old(&revoke, revoked, origin.as_ref(), table);
-        let mut steps = vec![self.made(origin.as_ref(), old.va, old.table)];
-        let early = self.flushes(seq.saturating_sub(SHORTLY)..seq, cpu).last();
+        let old = self.old(&revoke, revoked, maker.origin(), table);
+        let mut steps = vec![self.made(&maker, va, old.entry)];
+        let shortly = seq.saturating_sub(SHORTLY);
+        let shortly = maker.origin().map_or(shortly, |made| shortly.max(made.record.seq));
+        let early = self.flushes(shortly..seq, cpu).last();
         steps.extend(early.map(|record| self.flush(record, &old, true)));
         steps.push(match revoked {
-            Some(record) => step(record, What::Revoked, revoked_text(record, va)),
+            Some(record) => step(record, What::Revoked, revoked_text(record, &old)),
             None => Step { seq: Some(seq), ..note(What::Revoked, self.unknown("not kept")) },
         });
-        let mut between: Vec<Step> = self
-            .flushes(seq.saturating_add(1)..end, cpu)
-            .map(|record| self.flush(record, &old, false))
-            .collect();
-        between.extend(self.acknowledgements(seq, end, cpu));
-        between.extend(finding.frame.into_iter().flat_map(|frame| self.seals(frame, seq, end)));
-        between.sort_by_key(|step| step.seq);
-        let mut between = shortened(between, "of the like, none of which counts");
-        // What is left out has no number of its own, and stays where it is.
+        let mut between = self.between(finding.frame, &old, (seq, end, cpu));
         if let Some(elsewhere) = self.elsewhere(seq, end, cpu) {
+            // What is left out has no number of its own, and stays where it is.
             let later = |step: &Step| step.seq > elsewhere.seq;
             let place = between.iter().position(later).unwrap_or(between.len());
             between.insert(place, elsewhere);
         }
         steps.extend(between);
         steps
+    }
+
+    /// What came after the revoke on the CPU that may cache the translation, and did not remove it.
+    fn between(
+        &self,
+        frame: Option<Gfn>,
+        old: &Old,
+        (from, end, cpu): (u64, u64, u8),
+    ) -> Vec<Step> {
+        let after = from.saturating_add(1);
+        let mut records: Vec<&Record> = self.flushes(after..end, cpu).collect();
+        records.extend(self.history.back().filter(|record| {
+            let acknowledges = matches!(record.event, Event::ShootdownAck(_));
+            (after..end).contains(&record.seq) && record.cpu == cpu && acknowledges
+        }));
+        records.extend(frame.into_iter().flat_map(|frame| self.vain_seals(frame, after..end)));
+        records.sort_by_key(|record| record.seq);
+        let (first, left, last) = ends(records);
+        let tell = |record: &&Record| match record.event {
+            Event::ShootdownAck(_) => {
+                let text = format!("{}: it had done no more than the above", words::record(record));
+                step(record, What::Acknowledged, text)
+            }
+            Event::Host(..) => step(record, What::Sealed, self.vain_seal()),
+            _ => self.flush(record, old, false),
+        };
+        let out = (left > 0)
+            .then(|| note(What::LeftOut, format!("{left} more of the like, none of which counts")));
+        first.iter().map(tell).chain(out).chain(last.iter().map(tell)).collect()
     }
 
     /// The last record that took away the finding's translation, where the finding does not say.
@@ -124,38 +154,39 @@ impl Teller<'_> {
         let taken = write.and_then(|write| Some((old_at(write, va)?, write.level)));
         let leaf = taken.filter(|(entry, level)| entry.is_present() && entry.is_leaf(*level));
         let known = leaf.or_else(|| origin.map(|origin| (origin.entry, origin.level)));
+        let entry = taken.filter(|(entry, level)| {
+            entry.is_present() && (entry.is_leaf(*level) || table.is_some())
+        });
         let (global, level) = known.map_or_else(
             || (self.config.layout.place_of(va) == Place::DirectMap, Level::Pt),
             |(entry, level)| (entry.has(Entry::GLOBAL), level),
         );
-        Old { global, pcid, va, level, table: table.is_some() }
+        Old { global, pcid, va, level, entry, table: table.is_some() }
     }
 
-    /// The step that made the translation or linked the table.
-    pub(super) fn made(&self, origin: Option<&Origin<'_>>, va: Gva, table: bool) -> Step {
-        let Some(Origin { record, entry, level, fill }) = origin else {
-            let what = if table { "linked the table for" } else { "mapped" };
-            let before = format!("before the guest started: the VMM {what} {va}");
-            let text = match self.history.begins_at() {
-                Some(_) => format!("made {}", self.unknown("")),
-                None => before,
+    /// The step that made the translation or linked the table; without a record of it, what is known
+    /// of the entry says what it was.
+    pub(super) fn made(&self, maker: &Maker<'_>, va: Gva, known: Option<(Entry, Level)>) -> Step {
+        let Maker::Record(Origin { record, entry, level, fill }) = maker else {
+            let what = known.map_or_else(
+                || format!("mapped {va}"),
+                |(entry, level)| words::made(entry, level, va),
+            );
+            let text = match (maker, self.history.begins_at()) {
+                (Maker::Nobody, _) => format!("no record tells who {what}"),
+                (_, Some(_)) => format!("made {}", self.unknown("")),
+                (_, None) => format!("before the guest started: the VMM {what}"),
             };
             return note(What::Made, text);
         };
-        let at = va.align_down(level.span());
-        let what = if table { "linked" } else { "mapped" };
         let how = fill.map_or_else(String::new, |fill| {
             format!(", by linking the table that event {} had filled", fill.seq)
         });
-        step(record, What::Made, format!("{what} {} at {at}{how}", words::entry(*entry, *level)))
+        step(record, What::Made, format!("{}{how}", words::made(*entry, *level, va)))
     }
 
     /// Flushes and root loads of a CPU with numbers in a range, in order.
-    fn flushes(
-        &self,
-        numbers: std::ops::Range<u64>,
-        cpu: u8,
-    ) -> impl DoubleEndedIterator<Item = &Record> {
+    fn flushes(&self, numbers: Range<u64>, cpu: u8) -> impl DoubleEndedIterator<Item = &Record> {
         let flushes = |record: &Record| {
             matches!(record.event, Event::Flush(_) | Event::RootLoad { .. }) && record.cpu == cpu
         };
@@ -210,32 +241,20 @@ impl Teller<'_> {
         self.history.back().filter(|older| older.seq < record.seq).find_map(loads).unwrap_or(0)
     }
 
-    fn acknowledgements(&self, from: u64, end: u64, cpu: u8) -> impl Iterator<Item = Step> {
-        self.history.back().filter(move |r| r.seq > from && r.seq < end && r.cpu == cpu).filter_map(
-            |record| match record.event {
-                Event::ShootdownAck(_) => {
-                    let text =
-                        format!("{}: it had done no more than the above", words::record(record));
-                    Some(step(record, What::Acknowledged, text))
-                }
-                _ => None,
-            },
-        )
+    /// Seals of the frame that closed nothing, and so dropped no translation.
+    fn vain_seals(&self, frame: Gfn, numbers: Range<u64>) -> impl Iterator<Item = &Record> {
+        let acts = self.acts(frame, numbers.end);
+        let acts = acts.filter(move |(record, _)| record.seq >= numbers.start);
+        acts.filter(|(_, act)| *act == HostAct::HeldOpen).map(|(record, _)| record)
     }
 
-    /// Seals of the frame that closed nothing, and so dropped no translation.
-    fn seals(&self, frame: Gfn, from: u64, end: u64) -> impl Iterator<Item = Step> {
+    fn vain_seal(&self) -> String {
         let why = if self.config.seal_closes {
             "its granule was held open: no translation was dropped"
         } else {
             "the seal is off: nothing was closed and no translation dropped"
         };
-        self.acts(frame, end).take_while(move |(record, _)| record.seq > from).filter_map(
-            move |(record, act)| {
-                let text = format!("had the frame sealed: does not count, because {why}");
-                (act == HostAct::HeldOpen).then(|| step(record, What::Sealed, text))
-            },
-        )
+        format!("had the frame sealed: does not count, because {why}")
     }
 
     /// Flushes on other CPUs, in one line.
@@ -249,21 +268,18 @@ impl Teller<'_> {
         let mut found: Vec<&Record> = self.history.back().filter(flushes).collect();
         found.sort_by_key(|record| record.seq);
         let (first, last) = (*found.first()?, *found.last()?);
-        let nothing = format!("removes nothing of what CPU {blamed} caches");
         if found.len() == 1 {
-            let text = format!("{}: {nothing}", words::record(first));
+            let text =
+                format!("{}: it removes nothing of what CPU {blamed} caches", words::record(first));
             return Some(step(first, What::Flush, text));
         }
-        let mut cpus: Vec<u8> = found.iter().map(|record| record.cpu).collect();
-        cpus.sort_unstable();
-        cpus.dedup();
-        let cpus: Vec<String> = cpus.iter().map(u8::to_string).collect();
-        let (count, last) = (found.len(), last.seq);
+        let on = found.iter().fold(0, |set, record| set | only(record.cpu));
         let text = format!(
-            "up to event {last}, {count} flushes on CPU {}: none {nothing}",
-            cpus.join(", ")
+            "up to event {}, {} flushes on {}: none removes anything of what CPU {blamed} caches",
+            last.seq,
+            found.len(),
+            cpu_list(on)
         );
-        let text = text.replace("none removes nothing", "none removes anything");
         Some(Step { seq: Some(first.seq), ..note(What::Flush, text) })
     }
 }
@@ -277,8 +293,11 @@ fn covers(va: Gva, count: u32, level: Level, old: &Old) -> bool {
         .any(|index| va.wrapping_add(index * level.span()).align_down(page) == first)
 }
 
-fn revoked_text(record: &Record, va: Gva) -> String {
+fn revoked_text(record: &Record, old: &Old) -> String {
     let Event::EntryWrite(write) = &record.event else { return words::record(record) };
-    let left = "; until it flushes, a CPU may go on using the old translation";
-    format!("{}{left}", words::write(write, va))
+    let left = match old.table {
+        true => "until it flushes, a CPU may go on walking through the table",
+        false => "until it flushes, a CPU may go on using the old translation",
+    };
+    format!("{}; {left}", words::write(write, old.va))
 }

@@ -1,10 +1,10 @@
 //! Stories of frames, entries and registers: what was last said of them.
 
-use super::{Finding, Step, Teller, What, note, shortened, step, words};
+use super::{Finding, Step, Teller, What, note, step, words};
 use lacuna_abi::event::{ControlRegister, Event, HostAct, Record};
 
 /// Most steps in the life of a frame that are told.
-const LIFE: usize = 8;
+const LIFE: usize = 6;
 
 impl Teller<'_> {
     /// The last steps in the life of the finding's frame: what the guest reported of it and what
@@ -26,14 +26,18 @@ impl Teller<'_> {
             .filter_map(|record| {
                 about(record).map(|what| step(record, what, words::record(record)))
             })
-            .take(LIFE)
+            .take(LIFE + 1)
             .collect();
+        if told.len() > LIFE {
+            told.truncate(LIFE);
+            told.push(note(What::LeftOut, "earlier steps in its life".to_owned()));
+        }
         told.sort_by_key(|step| step.seq);
         if told.is_empty() {
             let text = self.unknown("nothing was reported of the frame, and it was never sealed");
             told.push(note(What::Recorded, text));
         }
-        shortened(told, "steps in its life")
+        told
     }
 
     /// The last record of the finding's entry.

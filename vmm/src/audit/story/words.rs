@@ -18,7 +18,7 @@ pub(super) fn entry(entry: Entry, level: Level) -> String {
         return "nothing".to_owned();
     }
     if !entry.is_leaf(level) {
-        return format!("a table at {}", entry.frame(level).gpa());
+        return format!("the table at {}", entry.frame(level).gpa());
     }
     let mut rights = vec![size(level)];
     rights.extend(entry.has(Entry::WRITABLE).then_some("writable"));
@@ -26,6 +26,16 @@ pub(super) fn entry(entry: Entry, level: Level) -> String {
     rights.extend(entry.has(Entry::USER).then_some("for ring 3"));
     rights.extend(entry.has(Entry::GLOBAL).then_some("global"));
     format!("the frame {} ({})", entry.frame(level), rights.join(", "))
+}
+
+/// A page that was mapped or a table that was linked, for the address `va` in it.
+pub(super) fn made(new: Entry, level: Level, va: Gva) -> String {
+    let at = va.align_down(level.span());
+    if new.is_leaf(level) {
+        format!("mapped {} at {at}", entry(new, level))
+    } else {
+        format!("linked {} for {at}", entry(new, level))
+    }
 }
 
 /// The name of a page's size.
@@ -49,7 +59,7 @@ pub(super) fn write(write: &EntryWrite, va: Gva) -> String {
         count => format!(", one of {count} entries"),
     };
     match (old.is_present(), new.is_present()) {
-        (false, true) => format!("mapped {} at {at}{run}", entry(new, level)),
+        (false, true) => format!("{}{run}", made(new, level, va)),
         (true, false) => format!("cleared the entry for {at}{run}, of {}", entry(old, level)),
         (true, true) => {
             format!(

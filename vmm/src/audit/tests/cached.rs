@@ -1,6 +1,7 @@
 //! Rules about what a CPU may still cache: each flush that suffices, and each that does not.
 
 use super::*;
+use lacuna_abi::event::ControlRegister;
 
 fn block_flush(frames: FrameRange) -> Flush {
     Flush::Pages { va: direct_map(frames.start().gpa()), count: 1, level: Level::Pd }
@@ -101,9 +102,9 @@ fn fewer_rights_are_a_revoke_and_more_are_none() {
         scene.write(0, va, Level::Pd, 1, entry(less));
         scene.flush(0, Flush::Everything);
         scene.write(0, va, Level::Pd, 1, entry(more));
-        assert_eq!(scene.audit.duties.of_frames(block, &scene.audit.epochs), []);
+        assert_eq!(scene.audit.tlb.of_frames(block), []);
         scene.write(0, va, Level::Pd, 1, entry(less));
-        assert_eq!(scene.audit.duties.of_frames(block, &scene.audit.epochs).len(), 1);
+        assert_eq!(scene.audit.tlb.of_frames(block).len(), 1);
     }
 }
 
@@ -278,12 +279,14 @@ fn of_a_window_only_its_own_cpu_is_followed() {
     let mut scene = Scene::with_seal(2, Denial::NotEnforced);
     let block = scene.block(1);
     scene.flip(block);
-    let duties = scene.audit.duties.of_frames(block, &scene.audit.epochs);
+    let duties = scene.audit.tlb.of_frames(block);
     assert_eq!(duties.iter().map(|duty| duty.cpus).collect::<Vec<_>>(), [0b01]);
 }
 
 /// A second root that shares the first one's tables, registered with PCID 1.
 fn second_root(scene: &mut Scene) -> Gpa {
+    let (register, old) = (ControlRegister::Cr4, ControlPolicy::default().cr4_set);
+    scene.record(0, Event::Control { register, old, new: old | ControlPolicy::CR4_PCIDE });
     let other = scene.machine.clone_root();
     scene.audit.register_root(other, 1, &scene.machine).unwrap();
     other
@@ -312,7 +315,7 @@ fn a_root_load_discharges_like_a_flush_of_its_pcid_unless_it_flushes_nothing() {
         scene.flip(block);
         let root = scene.machine.root;
         scene.record(0, Event::RootLoad { root, pcid: 0, no_flush });
-        let duties = scene.audit.duties.of_frames(block, &scene.audit.epochs);
+        let duties = scene.audit.tlb.of_frames(block);
         assert_eq!(duties.len(), left);
     }
 }
@@ -336,6 +339,39 @@ fn a_root_may_be_unregistered_once_every_cpu_has_gone_on_without_it() {
 }
 
 #[test]
+fn a_cpu_that_was_reset_owes_nothing_and_is_not_heard_until_it_starts_again() {
+    let mut scene = Scene::new(2);
+    let block = scene.block(1);
+    scene.unmap_block(block);
+    scene.flush(0, Flush::Everything);
+    scene.audit.stop_cpu(1);
+    scene.op(0, OpKind::Seal, block).unwrap();
+    scene.assert_clean(&[Rule::StaleDirectMap]);
+    assert!(scene.audit.running().eq([0]));
+    scene.audit.start_cpu(1);
+    let other = scene.block(2);
+    scene.unmap_block(other);
+    scene.flush(0, Flush::Everything);
+    scene.op(0, OpKind::Seal, other).unwrap();
+    assert_eq!(scene.audit.result().findings[0].cpu, Some(1));
+}
+
+#[test]
+fn a_change_of_a_control_register_discharges_what_the_manual_says() {
+    let (pge, pae) = (ControlPolicy::CR4_PGE, 1 << 5);
+    let set = ControlPolicy::default().cr4_set;
+    let cases = [(set, set & !pge, true), (set, set | pae, false), (set & !pge, set, false)];
+    for (old, new, clean) in cases {
+        let mut scene = Scene::new(1);
+        let block = scene.block(1);
+        scene.unmap_block(block);
+        scene.record(0, Event::Control { register: ControlRegister::Cr4, old, new });
+        scene.op(0, OpKind::Seal, block).unwrap();
+        assert_eq!(scene.found().is_empty(), clean, "{old:#x} to {new:#x}");
+    }
+}
+
+#[test]
 fn a_table_that_was_linked_and_is_gone_again_has_left_its_leaves_behind() {
     let mut scene = Scene::new(1);
     let frame = scene.block(3).start();
@@ -347,6 +383,6 @@ fn a_table_that_was_linked_and_is_gone_again_has_left_its_leaves_behind() {
     // Both records are taken when memory has moved on.
     scene.record(0, Event::EntryWrite(linked));
     scene.record(0, Event::EntryWrite(unlinked));
-    let duties = scene.audit.duties.at(va, va, &scene.audit.epochs);
+    let duties = scene.audit.tlb.at(va, va);
     assert_eq!(duties.iter().map(|duty| duty.frames.start()).collect::<Vec<_>>(), [frame]);
 }

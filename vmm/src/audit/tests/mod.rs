@@ -8,16 +8,19 @@ mod protocol;
 mod rules;
 mod split;
 mod state;
+mod story;
 
 use super::*;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_SIZE, FrameRange, Gva};
-use lacuna_abi::event::{EntryWrite, Life};
+use lacuna_abi::event::{EntryWrite, Flush, Life};
 use lacuna_abi::gate::{Op, OpKind};
 use lacuna_abi::layout::{IMAGE, Layout, Needs, POOL, direct_map, window};
 use lacuna_abi::paging::{Entry, Level};
 use lacuna_abi::walk::{Tables, entry_address, locate};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Record `n` is made by the code at this and `n`.
+const SITES: u32 = 0x8000_0000;
 const BLOCK_ENTRY: u64 = Entry::DATA | Entry::PAGE_SIZE;
 
 struct Machine {
@@ -42,6 +45,9 @@ impl Tables for Machine {
 impl World for Machine {
     fn content_is_zero(&self, frame: Gfn) -> Option<bool> {
         (!self.hidden.contains(&frame)).then(|| !self.dirty.contains(&frame))
+    }
+    fn first_nonzero(&self, frame: Gfn) -> Option<u64> {
+        self.dirty.contains(&frame).then_some(0x123)
     }
     fn denial(&self, frame: Gfn) -> Denial {
         self.denials.get(&frame).copied().unwrap_or(Denial::Open)
@@ -147,7 +153,8 @@ struct Scene {
 fn config(machine: &Machine, seal_closes: bool) -> AuditConfig {
     let control = ControlPolicy::default();
     let (layout, boot_root) = (machine.layout, machine.root);
-    AuditConfig { layout, boot_root, seal_closes, control, max_findings: 100 }
+    let profile = Profile::Intel;
+    AuditConfig { layout, boot_root, seal_closes, control, profile, max_findings: 100 }
 }
 
 impl Scene {
@@ -175,7 +182,8 @@ impl Scene {
 
     fn record(&mut self, cpu: u8, event: Event) {
         self.seq += 1;
-        self.audit.event(&Record { seq: self.seq, cpu, site: 0, event }, &self.machine);
+        let site = u32::try_from(self.seq).unwrap() + SITES;
+        self.audit.event(&Record { seq: self.seq, cpu, site, event }, &self.machine);
     }
 
     /// Stores a run of entries of the boot root.
@@ -224,7 +232,7 @@ impl Scene {
     }
 
     fn flush_all(&mut self, flush: Flush) {
-        for cpu in self.audit.cpus.numbers() {
+        for cpu in self.audit.running() {
             self.flush(cpu, flush);
         }
     }

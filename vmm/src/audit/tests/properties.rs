@@ -1,8 +1,7 @@
 //! What holds for any sequence of events: the index, the obligations, determinism, no panic.
 
-use super::super::duty::Duty;
-use super::super::epochs::only;
-use super::super::index::{Index, walk};
+use super::super::index::{Index, Mapping, walk};
+use super::super::tlb::{Duty, Tag, only};
 use super::*;
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::walk::EVERYTHING;
@@ -145,9 +144,10 @@ impl Reference {
 /// The obligations taken apart into pages and CPUs.
 fn taken_apart(scene: &Scene, cpus: u8) -> BTreeSet<(u8, Gva, Gfn, bool)> {
     let everything = FrameRange::new(Gfn(0), 1 << 40).unwrap();
-    let duties = scene.audit.duties.of_frames(everything, &scene.audit.epochs);
+    let duties = scene.audit.tlb.of_frames(everything);
     let mut pages = BTreeSet::new();
-    for Duty { va, frames, global, cpus: left, .. } in duties {
+    for Duty { va, frames, tag, cpus: left, .. } in duties {
+        let global = tag == Tag::Global;
         for (index, frame) in (0..).zip(frames.iter()) {
             for cpu in (0..cpus).filter(|cpu| left & only(*cpu) != 0) {
                 pages.insert((cpu, va.wrapping_add(index * PAGE_SIZE), frame, global));
@@ -219,10 +219,11 @@ proptest! {
         let walked = walk(&scene.machine, root, EVERYTHING, 1000);
         let mut fresh = Index::new(1000);
         fresh.replace(root, EVERYTHING, Level::Pml4, &walked);
-        let known: Vec<_> = scene.audit.index.all().copied().collect();
+        let timeless = |mapping: &Mapping| Mapping { since: 0, ..*mapping };
+        let known: Vec<_> = scene.audit.index.all().map(timeless).collect();
         prop_assert_eq!(&known, &fresh.all().copied().collect::<Vec<_>>());
         let zone = scene.machine.layout.zone_frames();
-        let frames = |index: &Index| index.of_frames(zone).copied().collect::<Vec<_>>();
+        let frames = |index: &Index| index.of_frames(zone).map(timeless).collect::<Vec<_>>();
         prop_assert_eq!(frames(&scene.audit.index), frames(&fresh));
     }
 
@@ -269,7 +270,7 @@ proptest! {
             if let Some((frame, count)) = sealed {
                 let start = scene.machine.layout.zone_frames().start().wrapping_add(frame);
                 let frames = FrameRange::new(start, count).unwrap();
-                scene.audit.duties.discharge(frames, u64::MAX, &scene.audit.epochs).unwrap();
+                scene.audit.tlb.discharge(frames, u64::MAX).unwrap();
                 reference.discharge(frames);
             }
             let expected: BTreeSet<_> = reference.stale.keys().copied().collect();

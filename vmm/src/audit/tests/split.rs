@@ -110,8 +110,7 @@ fn a_table_is_judged_by_what_it_held_when_it_was_linked() {
         }
         split.scene.quiesce();
         split.scene.assert_clean(&[Rule::TraceHonesty]);
-        let stale =
-            split.scene.audit.duties.of_frames(first(split.block, 1), &split.scene.audit.epochs);
+        let stale = split.scene.audit.tlb.of_frames(first(split.block, 1));
         let levels: BTreeSet<_> = stale.iter().map(|duty| duty.level).collect();
         assert_eq!(levels, BTreeSet::from([Level::Pt, Level::Pd]), "both may be cached");
     }
@@ -180,7 +179,7 @@ fn the_large_translation_outlives_a_split_until_a_flush_that_reaches_globals() {
         split.split();
         let flush = cure(&split);
         split.scene.flush(0, flush);
-        let duties = split.scene.audit.duties.of_frames(split.block, &split.scene.audit.epochs);
+        let duties = split.scene.audit.tlb.of_frames(split.block);
         assert_eq!(duties.iter().map(|duty| duty.frames.count()).sum::<u64>(), left, "{flush:?}");
     }
 }
@@ -239,7 +238,7 @@ fn a_whole_table_of_small_entries_is_one_duty() {
     split.clear(16);
     split.scene.flush(0, Flush::Everything);
     split.merge();
-    let duties = split.scene.audit.duties.of_frames(split.block, &split.scene.audit.epochs);
+    let duties = split.scene.audit.tlb.of_frames(split.block);
     let runs: Vec<_> = duties.iter().map(|duty| duty.frames.count()).collect();
     assert_eq!(runs, [496]);
 }

@@ -1,0 +1,375 @@
+//! Paths to page tables that were revoked and that a CPU may still have in its paging-structure
+//! caches. While it does, it may cache whatever is in such a table at the old address.
+
+use super::duty::{Duty, PageFlush, Tag, cut};
+use super::epochs::Scope;
+use super::fill::{Fill, Healed, Run};
+use super::set::{CpuSet, only};
+use super::store::{Numbers, TooMany};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
+use lacuna_abi::paging::Level;
+
+/// Most revoked paths that are kept, over all tables and CPUs.
+const MAX_PATHS: usize = 1 << 14;
+/// Most that are kept for one table: it is rarely linked at more than one place.
+const MAX_PER_TABLE: usize = 512;
+
+/// A revoked path to a table, for one CPU.
+#[derive(Clone, Debug)]
+pub(super) struct StalePath {
+    pub cpu: u8,
+    /// Root of the address space.
+    pub root: Gpa,
+    /// PCID under which the path may be cached.
+    pub pcid: u16,
+    /// Level of the entry that led to the table.
+    pub level: Level,
+    /// First address that the table spanned there.
+    pub va: Gva,
+    /// Number of the revoke.
+    pub seq: u64,
+    /// CR4.PGE was clear: entries with the Global bit have the PCID's tag.
+    pub takes_globals: bool,
+    pub fill: Fill,
+    /// It could be cached only in what the CPU is about to lose.
+    pub passing: bool,
+}
+
+impl StalePath {
+    /// The tag of what is cached through it.
+    pub(super) fn tag(&self, global: bool) -> Tag {
+        if global && !self.takes_globals { Tag::Global } else { Tag::Pcid(self.pcid) }
+    }
+
+    /// What the CPU may have cached of a run of the table's entries, whose address is counted from
+    /// the table's first.
+    fn duties(&self, run: &Run, each: &mut dyn FnMut(Duty)) {
+        let run = Run { va: self.va.wrapping_add(run.va.0), ..*run };
+        let tag = self.tag(run.global);
+        self.fill.held(&run, tag, &mut |run: Run| {
+            let Run { va, level, frames, since, .. } = run;
+            let passing = self.passing && tag != Tag::Global;
+            let (root, seq, cpus) = (self.root, self.seq.max(since), only(self.cpu));
+            each(Duty { root, tag, level, va, frames, since, seq, cpus, passing });
+        });
+    }
+}
+
+/// A table that some CPU may still walk to.
+#[derive(Clone, Debug, Default)]
+struct StaleTable {
+    /// What its entries map; addresses are counted from its first.
+    leaves: Vec<Run>,
+    paths: Vec<StalePath>,
+}
+
+/// A path to a table that CPUs may still walk, for reports.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::audit) struct TableDuty {
+    /// Root of the address space.
+    pub root: Gpa,
+    /// PCID under which the path may be cached.
+    pub pcid: u16,
+    /// First address that the table spans there.
+    pub va: Gva,
+    /// Number of the revoke.
+    pub seq: u64,
+    /// CPUs that may cache it.
+    pub cpus: CpuSet,
+}
+
+/// All such tables.
+#[derive(Clone, Debug, Default)]
+pub(super) struct StaleTables {
+    tables: Numbers<Gfn, StaleTable>,
+    paths: usize,
+}
+
+impl StaleTables {
+    pub(super) fn is_empty(&self) -> bool {
+        self.tables.is_empty()
+    }
+
+    pub(super) fn has(&self, table: Gfn) -> bool {
+        !self.is_empty() && self.tables.contains_key(&table)
+    }
+
+    /// Adds a path to a table that holds `leaves`.
+    pub(super) fn add(
+        &mut self,
+        table: Gfn,
+        path: StalePath,
+        leaves: &[Run],
+    ) -> Result<(), TooMany> {
+        let same = |old: &&mut StalePath| {
+            (old.cpu, old.root, old.pcid, old.va, old.level, old.takes_globals)
+                == (path.cpu, path.root, path.pcid, path.va, path.level, path.takes_globals)
+        };
+        let known = self.tables.entry(table).or_default();
+        learn(&mut known.leaves, leaves);
+        if let Some(old) = known.paths.iter_mut().find(same) {
+            // The older path is still cached; the newer one may be too.
+            old.seq = old.seq.max(path.seq);
+            old.passing &= path.passing;
+            if path.fill.until.is_none() || path.fill.until > old.fill.until {
+                old.fill = path.fill;
+            }
+            return Ok(());
+        }
+        if self.paths >= MAX_PATHS || known.paths.len() >= MAX_PER_TABLE {
+            return Err(TooMany);
+        }
+        known.paths.push(path);
+        self.paths += 1;
+        Ok(())
+    }
+
+    /// Entries of a table changed, `offset` bytes of address after its first. What CPUs may have
+    /// cached of the old ones is reported if they were revoked.
+    pub(super) fn written(
+        &mut self,
+        table: Gfn,
+        (offset, bytes): (u64, u64),
+        new: Option<Run>,
+        (revoked, seq): (bool, u64),
+        each: &mut dyn FnMut(Duty),
+    ) {
+        let Some(StaleTable { leaves, paths }) = self.tables.get_mut(&table) else { return };
+        let end = offset + bytes;
+        let touched = |run: &Run| run.va.0 < end && run_end(run) > offset;
+        if !revoked && leaves.iter().any(touched) {
+            return;
+        }
+        let mut old = std::mem::take(leaves);
+        old.retain(|run| {
+            if !touched(run) {
+                return true;
+            }
+            let gone = between(run, offset, end);
+            for path in paths.iter() {
+                path.duties(&gone, &mut |duty| each(Duty { seq, ..duty }));
+            }
+            leaves.extend(cut(run.frames, gone.frames).map(|frames| part(run, frames)));
+            false
+        });
+        leaves.append(&mut old);
+        if let Some(run) = new {
+            leaves.extend(stored(run));
+        }
+    }
+
+    /// A table was linked into another one, which CPUs may still walk to: they may walk on to it.
+    pub(super) fn extend(
+        &mut self,
+        parent: Gfn,
+        (offset, level): (u64, Level),
+        table: Gfn,
+        leaves: &[Run],
+    ) -> Result<(), TooMany> {
+        let paths: Vec<StalePath> =
+            self.tables.get(&parent).map(|known| known.paths.clone()).unwrap_or_default();
+        paths.into_iter().try_for_each(|path| {
+            let va = path.va.wrapping_add(offset);
+            self.add(table, StalePath { va, level, ..path }, leaves)
+        })
+    }
+
+    /// The CPU runs under `pcid` from now on, or with paging off.
+    pub(super) fn switch(&mut self, cpu: u8, active: Option<u16>) {
+        for path in self.of_cpu(cpu) {
+            if active == Some(path.pcid) { path.fill.resume() } else { path.fill.end() }
+        }
+    }
+
+    /// What the CPU announced has been carried out.
+    pub(super) fn went_on(&mut self, cpu: u8, seq: u64, each: &mut dyn FnMut(Duty)) {
+        for path in self.of_cpu(cpu) {
+            path.fill.went_on(seq);
+        }
+        self.drop_paths(|path| path.cpu == cpu && path.passing, &|global| global, each);
+    }
+
+    /// A big flush. What was cached through the paths that go and is not flushed itself is reported.
+    pub(super) fn flush(&mut self, cpu: u8, scope: Scope, seq: u64, each: &mut dyn FnMut(Duty)) {
+        let goes = |path: &StalePath| {
+            path.cpu == cpu && scope.reaches(Tag::Pcid(path.pcid)) && path.seq < seq
+        };
+        let spared = |global| global && scope != Scope::Everything;
+        self.drop_paths(goes, &spared, each);
+    }
+
+    /// A flush of pages. Paths that lead to them go, or all of the PCID.
+    pub(super) fn flush_pages(
+        &mut self,
+        cpu: u8,
+        flush: &PageFlush,
+        all_paths: bool,
+        each: &mut dyn FnMut(Duty),
+    ) {
+        let goes = |path: &StalePath| {
+            path.cpu == cpu
+                && path.pcid == flush.pcid
+                && path.seq < flush.seq
+                && (all_paths || flush.hits(path.va, path.level))
+        };
+        self.drop_paths(goes, &|_| true, each);
+        let healed = Healed::Pages { flush: *flush, leaves: true, paths: false };
+        for path in self.of_cpu(cpu).filter(|path| path.fill.until.is_some()) {
+            if flush.globals && flush.hits(path.va, path.level) {
+                path.fill.heal(healed);
+            }
+        }
+    }
+
+    /// The second stage was closed for these frames: what is not filled again is gone.
+    pub(super) fn heal(&mut self, frames: FrameRange) {
+        let paths = self.tables.values_mut().flat_map(|known| &mut known.paths);
+        for path in paths.filter(|path| path.fill.until.is_some()) {
+            path.fill.heal(Healed::Frames(frames));
+        }
+    }
+
+    /// The CPU caches nothing any more.
+    pub(super) fn forget_cpu(&mut self, cpu: u8) {
+        self.drop_paths(|path| path.cpu == cpu, &|_| false, &mut |_| ());
+    }
+
+    /// What CPUs may have cached through the paths, and may cache again.
+    pub(super) fn duties(&self, wanted: impl Fn(&Duty) -> bool, all: &mut Vec<Duty>) {
+        for StaleTable { leaves, paths } in self.tables.values() {
+            for path in paths {
+                for run in leaves {
+                    path.duties(run, &mut |duty| {
+                        if !wanted(&duty) {
+                            return;
+                        }
+                        match all.iter_mut().find(|old| old.is_same(&duty)) {
+                            Some(old) => old.cpus |= duty.cpus,
+                            None => all.push(duty),
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    /// Duties of a table.
+    pub(super) fn of_table(&self, table: Gfn) -> Vec<TableDuty> {
+        let mut all: Vec<TableDuty> = Vec::new();
+        let paths = self.tables.get(&table).into_iter().flat_map(|known| &known.paths);
+        for StalePath { cpu, root, pcid, va, seq, .. } in paths {
+            let same = |old: &&mut TableDuty| (old.root, old.pcid, old.va) == (*root, *pcid, *va);
+            match all.iter_mut().find(same) {
+                Some(old) => (old.cpus, old.seq) = (old.cpus | only(*cpu), old.seq.max(*seq)),
+                None => {
+                    let cpus = only(*cpu);
+                    all.push(TableDuty { root: *root, pcid: *pcid, va: *va, seq: *seq, cpus });
+                }
+            }
+        }
+        all
+    }
+
+    fn of_cpu(&mut self, cpu: u8) -> impl Iterator<Item = &mut StalePath> {
+        let paths = self.tables.values_mut().flat_map(|known| &mut known.paths);
+        paths.filter(move |path| path.cpu == cpu)
+    }
+
+    /// Drops paths and reports what was cached through them, of entries whose Global bit is spared.
+    fn drop_paths(
+        &mut self,
+        goes: impl Fn(&StalePath) -> bool,
+        spared: &dyn Fn(bool) -> bool,
+        each: &mut dyn FnMut(Duty),
+    ) {
+        if self.is_empty() {
+            return;
+        }
+        self.paths = 0;
+        self.tables.retain(|_, StaleTable { leaves, paths }| {
+            paths.retain(|path| {
+                if !goes(path) {
+                    return true;
+                }
+                for run in leaves.iter() {
+                    if spared(path.tag(run.global) == Tag::Global) {
+                        path.duties(run, &mut |duty| each(Duty { passing: false, ..duty }));
+                    }
+                }
+                false
+            });
+            self.paths += paths.len();
+            !paths.is_empty()
+        });
+    }
+}
+
+fn run_end(run: &Run) -> u64 {
+    run.va.0 + run.frames.count().div_ceil(run.level.frames()) * run.level.span()
+}
+
+/// Large pages are stored one by one.
+fn stored(run: Run) -> impl Iterator<Item = Run> {
+    let small = run.level == Level::Pt;
+    small.then_some(run).into_iter().chain((!small).then(|| run.entries()).into_iter().flatten())
+}
+
+/// The part of the run in these bytes of address; a large page is whole.
+fn between(run: &Run, from: u64, to: u64) -> Run {
+    if run.level != Level::Pt {
+        return *run;
+    }
+    let page = |va: u64| va.saturating_sub(run.va.0) / Level::Pt.span();
+    let (first, end) = (page(from), page(to).min(run.frames.count()));
+    let start = run.frames.start().wrapping_add(first);
+    FrameRange::new(start, end.saturating_sub(first)).map_or(*run, |frames| part(run, frames))
+}
+
+fn part(run: &Run, frames: FrameRange) -> Run {
+    let skipped = frames.start().0 - run.frames.start().0;
+    Run { va: run.va.wrapping_add(skipped * Level::Pt.span()), frames, ..*run }
+}
+
+/// Takes over what a table holds. Of an entry that is known already the older grant counts: through
+/// one path it may have been reachable earlier than through another.
+fn learn(known: &mut Vec<Run>, leaves: &[Run]) {
+    if known.is_empty() {
+        known.extend(leaves.iter().copied().flat_map(stored));
+        return;
+    }
+    for run in leaves.iter().copied().flat_map(stored) {
+        let older = |old: &&mut Run| {
+            (old.va, old.level, old.frames, old.global)
+                == (run.va, run.level, run.frames, run.global)
+        };
+        if let Some(old) = known.iter_mut().find(older) {
+            old.since = old.since.min(run.since);
+        } else {
+            merge(known, &run);
+        }
+    }
+}
+
+/// The same where runs do not lie alike, entry by entry.
+fn merge(known: &mut Vec<Run>, run: &Run) {
+    for entry in run.entries() {
+        let covers = |old: &&Run| old.va.0 < run_end(&entry) && run_end(old) > entry.va.0;
+        match known.iter().find(covers) {
+            Some(old) if old.since <= entry.since => {}
+            Some(_) => {
+                let old: Vec<Run> = std::mem::take(known);
+                for run in old {
+                    let gone = run.va.0 < run_end(&entry) && run_end(&run) > entry.va.0;
+                    if gone {
+                        let gone = between(&run, entry.va.0, run_end(&entry));
+                        known.extend(cut(run.frames, gone.frames).map(|f| part(&run, f)));
+                    } else {
+                        known.push(run);
+                    }
+                }
+                known.push(entry);
+            }
+            None => known.push(entry),
+        }
+    }
+}

@@ -1,0 +1,371 @@
+//! The duties: stored once, found by frame and by address, discharged one by one or by epochs.
+
+use super::duty::{Duty, PageFlush};
+use super::epochs::Epochs;
+use super::set::only;
+use lacuna_abi::addr::{BLOCK_ORDER, FrameRange, Gfn, Gva, PAGE_SHIFT};
+use lacuna_abi::paging::Level;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// Most duties that are kept. A guest that follows any flush discipline stays far below.
+pub(in crate::audit) const MAX_DUTIES: usize = 1 << 16;
+
+/// Duties below which none are swept.
+const FEW: usize = 1024;
+
+/// Something had to be dropped: there is too much of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::audit) struct TooMany;
+
+/// No duty.
+const NONE: u32 = u32::MAX;
+
+/// A hash of numbers: the same in every run.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Fast(u64);
+
+impl Hasher for Fast {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        self.0 = (self.0.rotate_left(26) ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+pub(super) type Numbers<K, V> = HashMap<K, V, BuildHasherDefault<Fast>>;
+
+/// Where an index finds a duty: the number of the 2 MiB part, or for large pages of the 1 GiB part,
+/// of memory or of the address space.
+type Spot = u64;
+
+/// Which index.
+#[derive(Clone, Copy)]
+enum By {
+    Frame,
+    Address,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    before: u32,
+    after: u32,
+}
+
+const LOOSE: Link = Link { before: NONE, after: NONE };
+
+#[derive(Clone, Debug)]
+struct Slot {
+    /// `None` in a free slot.
+    duty: Option<Duty>,
+    /// Neighbours at the same spot, in each index.
+    links: [Link; 2],
+}
+
+/// All duties.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Duties {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// The first duty at each spot, in each index.
+    heads: [Numbers<Spot, u32>; 2],
+    sweep_at: usize,
+    /// Kept to be filled again.
+    found: Vec<u32>,
+}
+
+impl Duties {
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Adds a run of entries of one table that map consecutive frames.
+    pub(super) fn add(&mut self, run: &Duty, epochs: &Epochs) -> Result<(), TooMany> {
+        if run.level == Level::Pt {
+            return run
+                .frames
+                .by_block()
+                .try_for_each(|frames| self.insert(run.part(frames), epochs));
+        }
+        let step = run.level.frames();
+        (0..run.frames.count().div_ceil(step)).try_for_each(|entry| {
+            let start = run.frames.start().0 + entry * step;
+            let frames = FrameRange::new(Gfn(start), step.min(run.frames.end().0 - start));
+            let va = run.va.wrapping_add(entry * run.level.span());
+            self.insert(Duty { va, frames: frames.ok_or(TooMany)?, ..*run }, epochs)
+        })
+    }
+
+    /// Pages are invalidated on one CPU.
+    pub(super) fn invalidate(
+        &mut self,
+        cpu: u8,
+        flush: &PageFlush,
+        epochs: &Epochs,
+    ) -> Result<(), TooMany> {
+        let found = self.at_addresses(flush.va, flush.last());
+        let mut kept = Ok(());
+        for id in &found {
+            let Some(duty) = self.get(*id).filter(|duty| duty.cpus & only(cpu) != 0) else {
+                continue;
+            };
+            if let Some(gone) = flush.removes(&duty) {
+                self.remove(*id);
+                let others = Duty { cpus: duty.cpus & !only(cpu), ..duty.part(gone) };
+                for piece in duty.without(gone).chain([others]) {
+                    kept = kept.and(self.insert(piece, epochs));
+                }
+            }
+        }
+        self.found = found;
+        kept
+    }
+
+    /// No translation to these frames that was revoked before `seq` is left on any CPU.
+    pub(super) fn discharge(
+        &mut self,
+        frames: FrameRange,
+        seq: u64,
+        epochs: &Epochs,
+    ) -> Result<(), TooMany> {
+        if self.len() == 0 {
+            return Ok(());
+        }
+        let found = self.on_frames(frames);
+        let mut kept = Ok(());
+        for id in &found {
+            let Some(duty) = self.get(*id).filter(|duty| duty.seq < seq) else { continue };
+            if duty.frames.intersection(frames).is_some() {
+                self.remove(*id);
+                for piece in duty.without(frames) {
+                    kept = kept.and(self.insert(piece, epochs));
+                }
+            }
+        }
+        self.found = found;
+        kept
+    }
+
+    /// The CPU caches nothing any more.
+    pub(super) fn forget_cpu(&mut self, cpu: u8) {
+        for id in self.all() {
+            if let Some(duty) = self.duty_mut(id) {
+                duty.cpus &= !only(cpu);
+                if duty.cpus == 0 {
+                    self.remove(id);
+                }
+            }
+        }
+    }
+
+    /// Duties for any of these frames, with the CPUs that may still cache them.
+    pub(super) fn of_frames(&self, frames: FrameRange, epochs: &Epochs, all: &mut Vec<Duty>) {
+        let touching = |duty: &Duty| duty.frames.intersection(frames).is_some();
+        self.visit(By::Frame, frame_spots(frames), |_, duty| {
+            if touching(duty) {
+                all.extend(pending(duty, epochs));
+            }
+        });
+    }
+
+    /// Duties for any address in `first..=last`, with the CPUs that may still cache them.
+    pub(super) fn at(&self, (first, last): (Gva, Gva), epochs: &Epochs, all: &mut Vec<Duty>) {
+        self.visit(By::Address, va_spots(first, last), |_, duty| {
+            if duty.va <= last && duty.last() >= first {
+                all.extend(pending(duty, epochs));
+            }
+        });
+    }
+
+    fn get(&self, id: u32) -> Option<Duty> {
+        self.slots.get(usize::try_from(id).ok()?)?.duty
+    }
+
+    fn duty_mut(&mut self, id: u32) -> Option<&mut Duty> {
+        self.slots.get_mut(usize::try_from(id).ok()?)?.duty.as_mut()
+    }
+
+    fn link_mut(&mut self, id: u32, by: By) -> Option<&mut Link> {
+        Some(&mut self.slots.get_mut(usize::try_from(id).ok()?)?.links[by as usize])
+    }
+
+    fn on_frames(&mut self, frames: FrameRange) -> Vec<u32> {
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        self.visit(By::Frame, frame_spots(frames), |id, _| found.push(id));
+        found
+    }
+
+    fn at_addresses(&mut self, first: Gva, last: Gva) -> Vec<u32> {
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        self.visit(By::Address, va_spots(first, last), |id, _| found.push(id));
+        found
+    }
+
+    fn all(&self) -> impl Iterator<Item = u32> + use<> {
+        0..u32::try_from(self.slots.len()).unwrap_or(NONE)
+    }
+
+    /// Visits every duty that has one of the spots, and where these are more than there are duties
+    /// perhaps others too.
+    fn visit(&self, by: By, spots: [(u64, u64); 2], mut each: impl FnMut(u32, &Duty)) {
+        let live = self.len();
+        if live == 0 {
+            return;
+        }
+        let wanted = spots
+            .iter()
+            .fold(0_u64, |sum, (first, last)| sum.saturating_add((last - first).saturating_add(1)));
+        if wanted > u64::try_from(live).unwrap_or(u64::MAX).max(2) {
+            for (id, slot) in (0..).zip(&self.slots) {
+                slot.duty.iter().for_each(|duty| each(id, duty));
+            }
+            return;
+        }
+        for (wide, (first, last)) in [false, true].into_iter().zip(spots) {
+            for part in first..=last {
+                let mut next = self.head(by, part << 1 | u64::from(wide));
+                while let Some(slot) = usize::try_from(next).ok().and_then(|n| self.slots.get(n)) {
+                    slot.duty.iter().for_each(|duty| each(next, duty));
+                    next = slot.links[by as usize].after;
+                }
+            }
+        }
+    }
+
+    fn head(&self, by: By, spot: Spot) -> u32 {
+        self.heads[by as usize].get(&spot).copied().unwrap_or(NONE)
+    }
+
+    /// Inserts a duty that lies in one part of memory and one of the address space.
+    fn insert(&mut self, mut duty: Duty, epochs: &Epochs) -> Result<(), TooMany> {
+        duty.cpus = epochs.left(&duty);
+        if duty.cpus == 0 {
+            return Ok(());
+        }
+        let mut next = self.head(By::Address, va_spot(&duty));
+        while let Some(slot) = usize::try_from(next).ok().and_then(|n| self.slots.get_mut(n)) {
+            let (id, after) = (next, slot.links[By::Address as usize].after);
+            next = after;
+            let Some(old) = slot.duty.as_mut() else { continue };
+            let left = epochs.left(old);
+            if old.is_same(&duty) {
+                // Only CPUs that may still cache the old one are carried over: its number changes.
+                *old = Duty { cpus: duty.cpus | left, seq: duty.seq.max(old.seq), ..duty };
+                return Ok(());
+            }
+            if left == 0 {
+                self.remove(id);
+            }
+        }
+        if self.len() >= self.sweep_at.max(FEW) {
+            self.sweep(epochs);
+        }
+        if self.len() >= MAX_DUTIES {
+            return Err(TooMany);
+        }
+        let slot = Slot { duty: Some(duty), links: [LOOSE; 2] };
+        let id = match self.free.pop() {
+            Some(id) => {
+                self.slots[usize::try_from(id).map_err(|_| TooMany)?] = slot;
+                id
+            }
+            None => {
+                self.slots.push(slot);
+                u32::try_from(self.slots.len() - 1).map_err(|_| TooMany)?
+            }
+        };
+        self.hang(id, By::Frame, frame_spot(&duty));
+        self.hang(id, By::Address, va_spot(&duty));
+        Ok(())
+    }
+
+    fn hang(&mut self, id: u32, by: By, spot: Spot) {
+        let after = self.heads[by as usize].insert(spot, id).unwrap_or(NONE);
+        if let Some(link) = self.link_mut(id, by) {
+            link.after = after;
+        }
+        if let Some(link) = self.link_mut(after, by) {
+            link.before = id;
+        }
+    }
+
+    fn remove(&mut self, id: u32) {
+        let Some(slot) = usize::try_from(id).ok().and_then(|n| self.slots.get_mut(n)) else {
+            return;
+        };
+        let Some(duty) = slot.duty.take() else { return };
+        let links = slot.links;
+        self.unhang(links[0], By::Frame, frame_spot(&duty));
+        self.unhang(links[1], By::Address, va_spot(&duty));
+        self.free.push(id);
+    }
+
+    fn unhang(&mut self, Link { before, after }: Link, by: By, spot: Spot) {
+        if let Some(link) = self.link_mut(after, by) {
+            link.before = before;
+        }
+        if let Some(link) = self.link_mut(before, by) {
+            link.after = after;
+        } else if after == NONE {
+            self.heads[by as usize].remove(&spot);
+        } else {
+            self.heads[by as usize].insert(spot, after);
+        }
+    }
+
+    /// Drops what epochs have discharged. The next sweep waits until as many have come anew.
+    pub(super) fn sweep(&mut self, epochs: &Epochs) {
+        for id in self.all() {
+            if let Some(duty) = self.duty_mut(id) {
+                duty.cpus = epochs.left(duty);
+                if duty.cpus == 0 {
+                    self.remove(id);
+                }
+            }
+        }
+        let full = self.len() >= MAX_DUTIES;
+        let next = (2 * self.len()).clamp(FEW, MAX_DUTIES);
+        // With nothing to drop at the limit, another sweep for each new duty would be in vain.
+        self.sweep_at = if full { usize::MAX } else { next };
+    }
+}
+
+fn pending(duty: &Duty, epochs: &Epochs) -> Option<Duty> {
+    let cpus = epochs.left(duty);
+    (cpus != 0).then_some(Duty { cpus, ..*duty })
+}
+
+/// log2 of the pages of a part.
+const fn order(wide: bool) -> u32 {
+    if wide { 2 * BLOCK_ORDER } else { BLOCK_ORDER }
+}
+
+fn frame_spot(duty: &Duty) -> Spot {
+    let wide = duty.level > Level::Pd;
+    duty.frames.start().0 >> order(wide) << 1 | u64::from(wide)
+}
+
+fn va_spot(duty: &Duty) -> Spot {
+    let wide = duty.level > Level::Pd;
+    duty.va.0 >> (PAGE_SHIFT + order(wide)) << 1 | u64::from(wide)
+}
+
+/// Numbers of the first and last part, 2 MiB and 1 GiB, that the frames touch.
+fn frame_spots(frames: FrameRange) -> [(u64, u64); 2] {
+    let last = frames.end().0 - 1;
+    [false, true].map(|wide| (frames.start().0 >> order(wide), last >> order(wide)))
+}
+
+/// Numbers of the first and last part, 2 MiB and 1 GiB, that the addresses touch.
+fn va_spots(first: Gva, last: Gva) -> [(u64, u64); 2] {
+    let part = |va: Gva, wide| va.0 >> (PAGE_SHIFT + order(wide));
+    [false, true].map(|wide| (part(first, wide), part(last, wide).max(part(first, wide))))
+}

@@ -1,0 +1,1 @@
+//! The model against a slow and obviously right reference.
