@@ -5,6 +5,7 @@
 
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 use lacuna::image::{Image, ORDINARY, WITH_FAULTS};
+use lacuna_abi::fault::{Fault, Slip};
 
 /// Instructions beyond the feature sets below that KVM's emulator lacks.
 const FORBIDDEN: [Mnemonic; 13] = [
@@ -156,11 +157,38 @@ fn ordinary_instructions_are_not_forbidden() {
     }
 }
 
+/// Functions by which the code asks whether a slip is planted, and calls of them. They are never
+/// inlined (`guest/src/image/machine.rs`), so that no question goes unseen.
+fn questions(file: &[u8]) -> (usize, usize) {
+    let image = Image::parse(file).unwrap();
+    let asks = |name: &str| name.contains("Platform") && name.contains("planted");
+    let slips = |name: &str| name.contains("Platform") && name.contains("slips");
+    let functions: Vec<_> = image.functions().collect();
+    let starts: Vec<u64> =
+        functions.iter().filter(|f| asks(f.2) || slips(f.2)).map(|f| f.0).collect();
+    let code = functions.iter().flat_map(|(start, code, _)| decode(code, *start));
+    let calls = code.filter(|i| i.is_call_near() && starts.contains(&i.near_branch_target()));
+    (starts.len(), calls.count())
+}
+
 #[test]
-fn the_ordinary_image_does_not_contain_the_faults() {
-    let asks = |file: &[u8]| {
+fn the_ordinary_image_never_asks_for_faults() {
+    assert_eq!(questions(ORDINARY), (0, 0));
+}
+
+#[test]
+fn twin_the_image_with_faults_asks_for_each_of_them() {
+    let (functions, calls) = questions(WITH_FAULTS);
+    assert_eq!(functions, 2, "one asks for faults, one for slips");
+    let all = Fault::ALL.len() + Slip::ALL.len();
+    assert!(calls >= all, "{calls} questions for {all} faults and slips");
+}
+
+#[test]
+fn the_ordinary_image_is_smaller_by_the_code_of_the_faults() {
+    let size = |file: &[u8]| {
         let image = Image::parse(file).unwrap();
         image.segments.iter().map(|segment| segment.bytes.len()).sum::<usize>()
     };
-    assert!(asks(ORDINARY) < asks(WITH_FAULTS), "the code of the faults takes room");
+    assert!(size(ORDINARY) < size(WITH_FAULTS), "the code of the faults takes room");
 }

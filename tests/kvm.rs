@@ -7,6 +7,8 @@
 mod stories;
 mod support;
 
+use lacuna::config::MachineKind;
+use lacuna_abi::fault::{Fault, Slip};
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -14,9 +16,10 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use stories::{STORIES, story_is_told};
+use support::matrix::{SEALS, Twin, seals};
 use support::{
     Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
-    selftest, trial,
+    selftest, slips, trial,
 };
 
 fn main() {
@@ -42,17 +45,30 @@ fn trials() -> Vec<Trial> {
         trial("bad_gate_calls_are_answered", bad_calls),
         trial("a_foreign_file_is_no_image", foreign_image),
     ];
-    for seal in ["guard", "memslot", "off"] {
+    for seal in SEALS {
         trials.push(trial(&format!("replay_is_clean_under_{seal}"), move || clean_replay(seal)));
         let name = format!("converting_in_place_is_clean_under_{seal}");
         trials.push(trial(&name, move || clean_in_place(seal)));
     }
-    for (fault, rule, seals) in FAULTS {
-        for seal in *seals {
-            let name = format!("{fault}_is_found_under_{seal}");
-            trials.push(trial(&name, move || planted(fault, rule, seal)));
+    for fault in Fault::ALL.iter().filter(|fault| fault.vcpus() == 1) {
+        for seal in seals(*fault) {
+            // The clean twins of these runs are `replay_is_clean_under_…`,
+            // `converting_in_place_is_clean_under_…` and
+            // `without_prezero_pages_are_zeroed_when_handed_out`: the same configurations.
+            let name = format!("{}_is_found_under_{seal}", fault.name());
+            let config = Twin::of(*fault).config(1);
+            trials.push(trial(&name, move || fault_is_found(&config, *fault, &["--seal", seal])));
         }
     }
+    for slip in Slip::ALL.iter().filter(|slip| slip.vcpus() == 1) {
+        let seal = slips::seals(*slip)[0];
+        let name = format!("slip_{}_is_found_under_{seal}", slip.name());
+        let found = move || slips::is_found(*slip, MachineKind::Kvm, 1, seal);
+        trials.push(trial(&name, found));
+    }
+    trials.push(trial("the_ordinary_image_does_not_listen_for_faults", || {
+        slips::the_ordinary_image_does_not_listen(MachineKind::Kvm)
+    }));
     for story in STORIES {
         let name = format!("{}_tells_its_story", story.fault);
         trials.push(trial(&name, || story_is_told(story, &[])));
@@ -75,24 +91,6 @@ fn trials() -> Vec<Trial> {
     }
     trials
 }
-
-/// Faults, the rule that finds each, and the seals under which it shows.
-const FAULTS: &[(&str, &str, &[&str])] = &[
-    ("leave-direct-map-alias", "direct-map-alias", &["guard", "memslot", "off"]),
-    ("partial-block-unmap", "direct-map-alias", &["guard", "memslot", "off"]),
-    ("global-window", "global-window", &["guard", "memslot", "off"]),
-    ("skip-flip-flush", "stale-direct-map", &["guard", "memslot", "off"]),
-    ("cr3-flip-flush", "stale-direct-map", &["guard"]),
-    ("flush-before-unmap", "stale-direct-map", &["guard"]),
-    ("split-without-flush", "stale-direct-map", &["guard", "memslot", "off"]),
-    ("table-free-stale", "stale-table", &["guard", "memslot", "off"]),
-    ("skip-window-flush", "stale-window", &["off"]),
-    ("free-before-window-flush", "stale-window", &["off"]),
-    ("skip-seal", "second-stage-open", &["guard", "memslot"]),
-    ("open-early", "stale-direct-map", &["guard", "memslot", "off"]),
-    ("skip-zero", "residue", &["guard"]),
-    ("skip-scrub-on-remap", "residue", &["guard", "memslot"]),
-];
 
 /// Ways to touch a sealed frame, and the kind that the report must name.
 const TOUCHES: &[(&str, &str)] = &[
@@ -345,25 +343,6 @@ fn required_rule() -> Check {
 fn expected_access() -> Check {
     let config = "[workload]\nprogram = \"idle\"\n[audit]\nexpect = [\"sealed-access\"]\n";
     lacuna(config, &[])?.expect(5, "inconclusive")
-}
-
-fn planted(fault: &str, rule: &str, seal: &str) -> Check {
-    // The clean twins of these runs are `replay_is_clean_under_…`, for slips of conversions
-    // `converting_in_place_is_clean_under_…` and, for skip-zero,
-    // `without_prezero_pages_are_zeroed_when_handed_out`: the same configurations.
-    let in_place = ["partial-block-unmap", "split-without-flush", "table-free-stale"];
-    let config = if in_place.contains(&fault) {
-        dirty(&replay_in_place(EVENTS, 100))
-    } else {
-        dirty(&replay(EVENTS, "all"))
-    };
-    // Zeroing at hand-out can be skipped only where the pool is not zeroed ahead of demand.
-    let config = if fault == "skip-zero" {
-        config.replace("[guest]\n", "[guest]\nprezero = false\n")
-    } else {
-        config
-    };
-    fault_is_found(&config, fault, rule, &["--seal", seal])
 }
 
 fn sealed_touch(touch: &str, kind: &str, seal: &str) -> Check {

@@ -4,7 +4,6 @@
 
 #[path = "probes/rig.rs"]
 mod rig;
-#[expect(dead_code, reason = "other tests use the rest")]
 mod support;
 
 use lacuna::audit::{AuditResult, Rule};

@@ -7,7 +7,6 @@ mod support;
 use lacuna::config::{Config, MachineKind, Overrides};
 use lacuna::run::{End, Host, Machine, Plan};
 use lacuna::stop::Stopped;
-use lacuna_abi::fault::Fault;
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -16,16 +15,14 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use stories::{STORIES, story_is_told};
+use support::matrix::SEALS;
 use support::{
-    Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
-    selftest, trial,
+    Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest, trial,
 };
 
 fn main() {
     support::run(trials(), false);
 }
-
-const SEALS: [&str; 3] = ["guard", "memslot", "off"];
 
 fn trials() -> Vec<Trial> {
     let mut trials = vec![
@@ -52,14 +49,6 @@ fn trials() -> Vec<Trial> {
     for story in STORIES {
         let name = format!("{}_tells_its_story", story.fault);
         trials.push(trial(&name, || story_is_told(story, &["--machine", "sim"])));
-    }
-    for slip in Fault::ALL {
-        for seal in SEALS {
-            if shows_under(*slip, seal) {
-                let name = format!("{}_is_found_under_{seal}", slip.name());
-                trials.push(trial(&name, move || fault(*slip, seal)));
-            }
-        }
     }
     for test in Selftest::ALL {
         trials.push(trial(test.name(), move || sim(&selftest(*test), &[])?.clean()));
@@ -219,31 +208,6 @@ fn stale_use() -> Check {
         }
     }
     Err("twenty seeds, and no CPU used a stale translation of a secret frame".into())
-}
-
-/// Whether the slip can be found under this seal: a completed seal makes window flushes
-/// superfluous, and what is never closed cannot be left open.
-fn shows_under(fault: Fault, seal: &str) -> bool {
-    match fault {
-        Fault::SkipWindowFlush | Fault::FreeBeforeWindowFlush => seal == "off",
-        _ => true,
-    }
-}
-
-fn fault(fault: Fault, seal: &str) -> Check {
-    let conversions = [Fault::PartialBlockUnmap, Fault::SplitWithoutFlush, Fault::TableFreeStale];
-    let in_place = if conversions.contains(&fault) { "in_place = 100\n" } else { "" };
-    let workload = replay(EVENTS, "all") + in_place;
-    let config = on_cpus(fault.vcpus(), &dirty(&workload));
-    // Zeroing at hand-out can be skipped only where the pool is not zeroed ahead of demand.
-    let config = if fault == Fault::SkipZero {
-        config.replace("[guest]\n", "[guest]\nprezero = false\n")
-    } else {
-        config
-    };
-    sim(&config, &["--seal", seal])?.clean()?;
-    let args = ["--machine", "sim", "--seal", seal];
-    fault_is_found(&config, fault.name(), fault.rule(), &args)
 }
 
 fn sealed_touch(touch: &str, seal: &str) -> Check {

@@ -1,12 +1,22 @@
 //! Calls `lacuna run` and reads its JSON report.
 
-use lacuna_abi::addr::{FrameRange, Gpa};
-use lacuna_abi::event::{Event, HostAct, Life};
+#![allow(dead_code, reason = "each test program uses its part")]
+
+#[path = "support/matrix.rs"]
+pub mod matrix;
+#[path = "support/slips.rs"]
+pub mod slips;
+#[path = "support/witness.rs"]
+pub mod witness;
+
+use lacuna_abi::event::HostAct;
+use lacuna_abi::fault::Fault;
 use lacuna_abi::workload::Selftest;
 use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use witness::{Seen, Witness};
 
 /// The binary under test.
 pub const LACUNA: &str = env!("CARGO_BIN_EXE_lacuna");
@@ -135,36 +145,30 @@ pub fn dirty(workload: &str) -> String {
     )
 }
 
-/// Runs the configuration with the fault planted: the rule finds it, in frames that were secret.
-pub fn fault_is_found(config: &str, fault: &str, rule: &str, args: &[&str]) -> Check {
+/// Runs the configuration with the fault planted: exit status 1, and its rule finds it, each time in
+/// a frame and on a CPU for which the recorded events show the same.
+pub fn fault_is_found(config: &str, fault: Fault, args: &[&str]) -> Check {
     let folder = tempfile::tempdir()?;
     let out = folder.path().display().to_string();
-    let run = lacuna(config, &[args, &["--inject", fault, "--out", &out]].concat())?;
+    let run = lacuna(config, &[args, &["--inject", fault.name(), "--out", &out]].concat())?;
     run.expect(1, "violation")?;
+    ensure(run.check(fault.rule(), "violations") > 0, "the count says that there is none")?;
     let violations = run.report["violations"].as_array().ok_or("no violations")?;
-    let found: Vec<_> = violations.iter().filter(|v| v["rule"] == rule).collect();
-    ensure(!found.is_empty(), &format!("{rule} is not among {violations:#?}"))?;
-    // The right frames: those that the host sealed or opened in this run, and for a block that was
-    // never sealed, those that the guest says it put into the pool;
-    // tables that the guest made.
-    let mut secret: Vec<FrameRange> = Vec::new();
+    let found: Vec<_> = violations.iter().filter(|v| v["rule"] == fault.rule()).collect();
+    ensure(!found.is_empty(), &format!("{} is not among {violations:#?}", fault.rule()))?;
+    let mut witness = Witness(Vec::new());
     let events = std::fs::File::open(folder.path().join("events.bin"))?;
-    lacuna::events::read_events(
-        std::io::BufReader::new(events),
-        &mut |record| match record.event {
-            Event::Host(HostAct::Sealed | HostAct::HeldOpen | HostAct::Opened, frames)
-            | Event::Life(Life::Pooled | Life::PooledZero, frames) => secret.push(frames),
-            Event::Life(Life::TableAllocated, frames) if rule == "stale-table" => {
-                secret.push(frames);
-            }
-            _ => {}
-        },
-    )?;
-    for violation in &found {
-        let frame = violation["frame"].as_str().unwrap_or_default();
-        let frame = u64::from_str_radix(frame.trim_start_matches("0x"), 16).unwrap_or(0);
-        let known = secret.iter().any(|range| range.contains(Gpa(frame).frame()));
-        ensure(known, &format!("the frame never was secret, nor a table: {violation:#}"))?;
+    let events = std::io::BufReader::new(events);
+    lacuna::events::read_events(events, &mut |record| witness.0.push(record))?;
+    for violation in found {
+        let seen = Seen::from_json(violation)?;
+        witness.confirms(&seen)?;
+        if fault == Fault::PartialBlockUnmap {
+            // The slip forgets the last page of each range.
+            let last = [HostAct::Sealed, HostAct::HeldOpen];
+            let last = last.iter().any(|act| witness.ends_a_range(seen.frame, *act));
+            ensure(last, &format!("not the page that was forgotten: {seen:?}"))?;
+        }
     }
     Ok(())
 }

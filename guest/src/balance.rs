@@ -5,8 +5,8 @@ use crate::alloc::{AllocError, PageAllocator};
 use crate::error::{FirstFailure, UseError};
 use crate::freetype::Migratetype;
 use crate::meta::{Chunk, State};
-use crate::platform::{Platform, gate_each};
-use crate::zeroing::Purpose;
+use crate::platform::{Platform, gate_each, slips};
+use crate::zeroing::{Purpose, all_but_the_last};
 use crate::zone::{BLOCK_PAGES, Zone};
 use core::sync::atomic::Ordering::Relaxed;
 use lacuna_abi::addr::{FrameRange, Gfn};
@@ -195,10 +195,15 @@ impl<P: Platform> PageAllocator<'_, P> {
             failure.note(zeroed.map_err(UseError::Window));
         }
         ops.iter_mut().for_each(|op| op.0 = OpKind::Seal);
-        gate_each(self.platform, &ops[..opened], |number, error| {
-            failure.note(Err(UseError::Unsealed(error)));
-            self.mark_left_open(chunks, ops[number].1);
-        });
+        if slips!(self.platform, SealOneFrameShort) {
+            let short = ops[..opened].iter().map(|(_, frames)| all_but_the_last(*frames));
+            short.for_each(|frames| failure.note(self.seal_open(frames)));
+        } else {
+            gate_each(self.platform, &ops[..opened], |number, error| {
+                failure.note(Err(UseError::Unsealed(error)));
+                self.mark_left_open(chunks, ops[number].1);
+            });
+        }
         let result = failure.result();
         // One record for each range: it says as much as one for each page, and costs the guest and
         // the host less.

@@ -102,8 +102,6 @@ impl<P: Platform> PageAllocator<'_, P> {
 
     /// Seals frames that are open.
     pub(crate) fn seal_open(&self, frames: FrameRange) -> Result<(), UseError> {
-        let short = slips!(self.platform, SealOneFrameShort);
-        let frames = if short { all_but_the_last(frames) } else { frames };
         let sealed: Result<(), GateError> = self.platform.gate(&[(OpKind::Seal, frames)]);
         sealed.map_err(UseError::Unsealed)
     }
@@ -162,6 +160,6 @@ impl<P: Platform> PageAllocator<'_, P> {
 }
 
 /// The frames without the last of several.
-fn all_but_the_last(frames: FrameRange) -> FrameRange {
+pub(crate) fn all_but_the_last(frames: FrameRange) -> FrameRange {
     FrameRange::new(frames.start(), frames.count() - 1).unwrap_or(frames)
 }

@@ -107,7 +107,7 @@ named_enum! {
         LargeWindowUnflushed = "large-window-unflushed",
         /// Before blocks are released, only the own CPU's window is flushed.
         ReleaseFlushLocal = "release-flush-local",
-        /// The end of a use seals all frames but the last.
+        /// Ranges of scrubbed pages go to the pool with all frames sealed but the last.
         SealOneFrameShort = "seal-one-frame-short",
         /// A scrub of several pages leaves out the last.
         ScrubOnePageShort = "scrub-one-page-short",

@@ -7,6 +7,17 @@ use super::{Audit, Ledger};
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::layout::{Layout, Place, Region};
 
+/// Rules that judge every mapping: of those that a walk does not reach they cannot tell.
+const OF_MAPPINGS: [Rule; 7] = [
+    Rule::DirectMapAlias,
+    Rule::ForeignAlias,
+    Rule::GlobalWindow,
+    Rule::TableAlias,
+    Rule::WriteExecute,
+    Rule::UserAccess,
+    Rule::TraceHonesty,
+];
+
 impl Audit {
     /// Judges all mappings that were found or written, and where their tables lie.
     pub(super) fn judge_walked(&mut self, root: Gpa, walked: &Walked, cpu: Option<u8>, seq: u64) {
@@ -30,6 +41,9 @@ impl Audit {
             self.ledger.violation(Finding { frame, va, cpu, root: Some(root), ..finding });
         }
         if walked.endless {
+            for rule in OF_MAPPINGS {
+                self.ledger.not_checked(rule, 1);
+            }
             let reason = format!("root {root} reaches more tables than the pool has pages");
             self.ledger.inconclusive(reason);
         }

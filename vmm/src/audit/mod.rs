@@ -267,6 +267,9 @@ impl Audit {
     /// An obligation that is not kept can no longer be found broken: the run must not pass.
     fn note_dropped(&mut self, kept: Result<(), TooMany>) {
         if kept.is_err() {
+            for rule in [Rule::StaleDirectMap, Rule::StaleWindow, Rule::StaleTable] {
+                self.ledger.not_checked(rule, 1);
+            }
             let reason =
                 "more revoked translations or address spaces are open than are kept".to_owned();
             self.ledger.inconclusive(reason);

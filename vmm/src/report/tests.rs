@@ -234,6 +234,18 @@ fn a_required_rule_must_have_been_checked() {
 }
 
 #[test]
+fn every_rule_that_is_required_and_never_checked_makes_a_run_inconclusive() {
+    for rule in Rule::ALL {
+        let requiring = Audit { require: vec![*rule], ..audit() };
+        let mut report = clean();
+        report.checks.retain(|check| check.rule != rule.name());
+        let report = judged(report, &requiring);
+        assert_eq!(report.verdict, Verdict::Inconclusive);
+        assert!(report.inconclusive.iter().any(|reason| reason.contains(rule.name())));
+    }
+}
+
+#[test]
 fn judging_twice_changes_nothing() {
     let requiring = Audit { require: vec![Rule::StaleTable], ..audit() };
     let once = judged(clean(), &requiring);

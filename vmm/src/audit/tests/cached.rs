@@ -202,7 +202,7 @@ fn a_frame_is_not_released_while_its_window_may_be_cached() {
 }
 
 /// Splits a block, merges it again, and frees its table, with `between` before the last step.
-fn merge(between: impl FnOnce(&mut Scene)) -> (Scene, Gfn) {
+pub(super) fn merge(between: impl FnOnce(&mut Scene)) -> (Scene, Gfn) {
     let mut scene = Scene::new(2);
     let block = scene.block(1);
     let va = direct_map(block.start().gpa());

@@ -5,6 +5,7 @@ mod cached;
 mod probe;
 mod properties;
 mod protocol;
+mod rules;
 mod split;
 mod state;
 mod story;

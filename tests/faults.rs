@@ -1,0 +1,100 @@
+//! Every planted fault, and slips at other places, on the simulated machine: each is found by its
+//! rule, and without it the same run is clean. (On KVM: `kvm.rs`, `smp.rs`.)
+
+mod support;
+
+use lacuna::audit::Rule;
+use lacuna::config::MachineKind;
+use lacuna_abi::fault::{Fault, Slip};
+use libtest_mimic::Trial;
+use support::matrix::{SEALS, Twin, seals};
+use support::{Check, ensure, fault_is_found, lacuna, slips, trial};
+
+fn main() {
+    support::run(trials(), false);
+}
+
+fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for cpus in [1, 2, 4] {
+        for twin in Twin::ALL {
+            for seal in SEALS {
+                let name = format!("{}_is_clean_on_{cpus}_cpus_under_{seal}", twin.name());
+                trials.push(trial(&name, move || clean_twin(twin, cpus, seal)));
+            }
+        }
+        for fault in Fault::ALL.iter().filter(|fault| fault.vcpus() <= cpus) {
+            for seal in seals(*fault) {
+                let name = format!("{}_is_found_on_{cpus}_cpus_under_{seal}", fault.name());
+                let args = ["--machine", "sim", "--seal", *seal];
+                let config = Twin::of(*fault).config(cpus);
+                trials.push(trial(&name, move || fault_is_found(&config, *fault, &args)));
+            }
+        }
+    }
+    for fault in [Fault::SkipWindowFlush, Fault::FreeBeforeWindowFlush] {
+        let name = format!("a_completed_seal_makes_up_for_{}", fault.name());
+        trials.push(trial(&name, move || healed(fault)));
+    }
+    for slip in Slip::ALL {
+        for seal in slips::seals(*slip) {
+            for cpus in [1, 2, 4].into_iter().filter(|cpus| *cpus >= slip.vcpus()).take(2) {
+                let name = format!("slip_{}_is_found_on_{cpus}_cpus_under_{seal}", slip.name());
+                let found = move || slips::is_found(*slip, MachineKind::Sim, cpus, seal);
+                trials.push(trial(&name, found));
+            }
+        }
+    }
+    for rule in Rule::ALL {
+        let name = format!("a_run_that_requires_{}_must_exercise_it", rule.name());
+        trials.push(trial(&name, move || required(*rule)));
+    }
+    trials
+}
+
+/// Runs on the simulated machine.
+fn sim(config: &str, args: &[&str]) -> Result<support::Run, libtest_mimic::Failed> {
+    lacuna(config, &[&["--machine", "sim"], args].concat())
+}
+
+/// The twin of the faults that have this configuration.
+fn clean_twin(twin: Twin, cpus: u8, seal: &str) -> Check {
+    let run = sim(&twin.config(cpus), &["--seal", seal])?;
+    run.clean()?;
+    ensure(run.report["inconclusive"] == serde_json::json!([]), "something is doubtful")?;
+    ensure(twin != Twin::Wrapping || run.counter("window_flushes") > 0, "no window wrapped")
+}
+
+/// With a page's own granule every seal completes at once, and discharges what the slip left.
+fn healed(fault: Fault) -> Check {
+    let config = Twin::of(fault).config(1);
+    sim(&config, &["--seal", "guard", "--inject", fault.name()])?.clean()
+}
+
+/// Rules that every guest exercises, because it has tables and registers.
+const ALWAYS: [Rule; 7] = [
+    Rule::DirectMapAlias,
+    Rule::ForeignAlias,
+    Rule::TableAlias,
+    Rule::WriteExecute,
+    Rule::UserAccess,
+    Rule::ControlState,
+    Rule::TraceHonesty,
+];
+
+fn required(rule: Rule) -> Check {
+    let name = rule.name();
+    let config = format!(
+        "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"idle\"\n[audit]\nrequire = [{name:?}]\n"
+    );
+    let run = sim(&config, &[])?;
+    let checked = run.check(name, "checked");
+    if ALWAYS.contains(&rule) {
+        ensure(checked > 0, "it was not exercised")?;
+        return run.expect(0, "pass");
+    }
+    ensure(checked == 0, "it was exercised")?;
+    run.expect(5, "inconclusive")?;
+    let reason = format!("the rule {name} is required and was never checked");
+    ensure(run.report["inconclusive"].to_string().contains(&reason), &run.report.to_string())
+}

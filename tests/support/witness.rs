@@ -1,0 +1,228 @@
+//! Whether a finding names the right frame and CPU: worked out again, and independently of the
+//! audit, from the events that the run recorded.
+
+use super::{Check, ensure};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
+use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record, mapped_frames};
+use lacuna_abi::layout::{MERMAP, WINDOW_STRIDE, direct_map};
+use lacuna_abi::paging::{Entry, Level};
+use libtest_mimic::Failed;
+use serde_json::Value;
+
+/// A finding, as a report or the audit itself gives it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub rule: String,
+    pub frame: Gfn,
+    pub va: Option<Gva>,
+    pub cpu: Option<u8>,
+    pub seq: u64,
+}
+
+impl Seen {
+    /// A violation of a JSON report.
+    pub fn from_json(violation: &Value) -> Result<Self, Failed> {
+        let address = |name: &str| {
+            let text = violation[name].as_str()?.trim_start_matches("0x");
+            u64::from_str_radix(text, 16).ok()
+        };
+        Ok(Self {
+            rule: violation["rule"].as_str().ok_or("no rule")?.to_owned(),
+            frame: Gpa(address("frame").ok_or("no frame")?).frame(),
+            va: address("va").map(Gva),
+            cpu: violation["vcpu"].as_u64().and_then(|cpu| u8::try_from(cpu).ok()),
+            seq: violation["seq"].as_u64().ok_or("no event")?,
+        })
+    }
+
+    /// The CPU in whose window the address lies.
+    fn window(&self) -> Option<u8> {
+        let offset = self.va?.offset_from(MERMAP)?;
+        u8::try_from(offset / WINDOW_STRIDE).ok().filter(|cpu| *cpu < 8)
+    }
+
+    fn in_direct_map(&self, frame: Gfn) -> bool {
+        let offset = self.va.and_then(|va| direct_map(frame.gpa()).offset_from(va));
+        offset.is_some_and(|offset| offset < Level::Pd.span())
+    }
+}
+
+/// All events of a run, in order.
+pub struct Witness(pub Vec<Record>);
+
+impl Witness {
+    /// Whether the finding is what the events show.
+    pub fn confirms(&self, seen: &Seen) -> Check {
+        let holds = match seen.rule.as_str() {
+            "direct-map-alias" => {
+                seen.in_direct_map(seen.frame)
+                    && self.is_secret(seen)
+                    && self.maps(seen, direct_map(seen.frame.gpa())) != Some(false)
+            }
+            "foreign-alias" => {
+                self.is_secret(seen)
+                    && seen.va.is_some_and(|va| self.maps(seen, va) == Some(true))
+                    && seen.window().is_some_and(|owner| !self.is_open(seen, owner))
+            }
+            "global-window" => {
+                let written = seen.va.and_then(|va| self.last_write(seen, va));
+                self.is_secret(seen)
+                    && seen.window().is_some_and(|owner| seen.cpu.is_none_or(|cpu| cpu == owner))
+                    && written.is_some_and(|(_, write)| write.new.has(Entry::GLOBAL))
+            }
+            "stale-direct-map" => {
+                self.became_secret(seen.frame)
+                    && seen.window().is_none()
+                    && self.is_cached(seen, |flush| matches!(flush, Flush::Everything))
+            }
+            "stale-window" => {
+                seen.window().is_some_and(|owner| seen.cpu == Some(owner))
+                    && self.became_secret(seen.frame)
+                    && self.is_cached(seen, |flush| !matches!(flush, Flush::Pages { .. }))
+            }
+            "stale-table" => self.is_cached_table(seen),
+            "second-stage-open" => {
+                self.is_pooled(seen.frame)
+                    && (!matches!(self.act(seen), Some(HostAct::Sealed | HostAct::HeldOpen))
+                        || (0..8).any(|cpu| self.is_open(seen, cpu)))
+            }
+            "residue" => self.is_secret(seen),
+            other => return Err(format!("no witness for {other}").into()),
+        };
+        ensure(holds, &format!("the events do not show {seen:?}"))
+    }
+
+    /// Records up to the finding, the last first.
+    fn before(&self, seen: &Seen) -> impl Iterator<Item = &Record> {
+        let seq = seen.seq;
+        self.0.iter().rev().filter(move |record| record.seq <= seq)
+    }
+
+    /// What the host had last done with the frame.
+    fn act(&self, seen: &Seen) -> Option<HostAct> {
+        self.before(seen).find_map(|record| host_act(record, seen.frame))
+    }
+
+    /// Secret at the finding: the host says so before, or completes the call that it is about.
+    fn is_secret(&self, seen: &Seen) -> bool {
+        let secret = |act| matches!(act, HostAct::Sealed | HostAct::HeldOpen | HostAct::Opened);
+        let mut after = self.0.iter().filter(|record| record.seq > seen.seq);
+        self.act(seen).is_some_and(secret)
+            || after.find_map(|record| host_act(record, seen.frame)).is_some_and(secret)
+    }
+
+    /// Secret at some time of the run.
+    fn became_secret(&self, frame: Gfn) -> bool {
+        let acts = || self.0.iter().filter_map(|record| host_act(record, frame));
+        acts().any(|act| matches!(act, HostAct::Sealed | HostAct::HeldOpen | HostAct::Opened))
+    }
+
+    fn is_pooled(&self, frame: Gfn) -> bool {
+        self.0.iter().any(|record| {
+            matches!(record.event, Event::Life(Life::Pooled | Life::PooledZero | Life::Freed, frames)
+                if frames.contains(frame))
+        })
+    }
+
+    /// Whether the CPU has the frame open: more opens than seals of it. The finding may be about a
+    /// seal on its arrival, which the host notes later.
+    fn is_open(&self, seen: &Seen, cpu: u8) -> bool {
+        let mut opens = 0;
+        for record in &self.0 {
+            let Some(act) = host_act(record, seen.frame) else { continue };
+            let late = record.seq > seen.seq;
+            match act {
+                HostAct::Opened if record.cpu == cpu && !late => opens += 1,
+                HostAct::Sealed | HostAct::HeldOpen if record.cpu == cpu => {
+                    opens = i32::max(opens - 1, 0);
+                }
+                _ => {}
+            }
+            if late {
+                break;
+            }
+        }
+        opens > 0
+    }
+
+    fn writes(&self, seen: &Seen) -> impl Iterator<Item = (&Record, &EntryWrite)> {
+        self.before(seen).filter_map(|record| match &record.event {
+            Event::EntryWrite(write) => Some((record, write)),
+            _ => None,
+        })
+    }
+
+    fn last_write(&self, seen: &Seen, va: Gva) -> Option<(&Record, &EntryWrite)> {
+        self.writes(seen).find(|(_, write)| spans(write.va, write.span(), va))
+    }
+
+    /// Whether the frame is mapped at the address by the last record of it, if there is one that says
+    /// so: one that links a table does not.
+    fn maps(&self, seen: &Seen, va: Gva) -> Option<bool> {
+        let (_, write) = self.last_write(seen, va)?;
+        if write.new.is_present() && !write.new.is_leaf(write.level) {
+            return None;
+        }
+        Some(mapped_frames(write.new, write.level, write.count).is_some())
+    }
+
+    /// Whether the finding's CPU may cache a translation that was taken away: it made no flush since
+    /// that removes it.
+    fn is_cached(&self, seen: &Seen, removes: impl Fn(&Flush) -> bool) -> bool {
+        let Some((va, cpu)) = seen.va.zip(seen.cpu) else { return false };
+        let revoke = self.writes(seen).find(|(_, write)| {
+            let old = mapped_frames(write.old, write.level, write.count);
+            spans(write.va, write.span(), va) && old.is_some_and(|old| old.contains(seen.frame))
+        });
+        let Some((revoke, _)) = revoke else { return false };
+        !self.flushes(seen, cpu, revoke.seq).any(|flush| match flush {
+            Flush::Pages { va: first, count, level } => {
+                spans(*first, u64::from(*count) * level.span(), va)
+            }
+            flush => removes(flush),
+        })
+    }
+
+    /// Whether the finding's CPU may walk through the table, which was unlinked: it made no flush
+    /// since, of any kind that the guest makes.
+    fn is_cached_table(&self, seen: &Seen) -> bool {
+        let made = self.before(seen).any(|record| {
+            matches!(record.event, Event::Life(Life::TableAllocated, frames)
+                if frames.contains(seen.frame))
+        });
+        let unlink = self.writes(seen).find(|(_, write)| {
+            !write.old.is_leaf(write.level) && write.old.frame(write.level) == seen.frame
+        });
+        let Some(((unlink, _), cpu)) = unlink.zip(seen.cpu) else { return false };
+        made && self.flushes(seen, cpu, unlink.seq).next().is_none()
+    }
+
+    fn flushes(&self, seen: &Seen, cpu: u8, since: u64) -> impl Iterator<Item = &Flush> {
+        self.before(seen).take_while(move |record| record.seq > since).filter_map(move |record| {
+            match &record.event {
+                Event::Flush(flush) if record.cpu == cpu => Some(flush),
+                _ => None,
+            }
+        })
+    }
+
+    /// Whether the frame is the last of a range that the host did this with.
+    pub fn ends_a_range(&self, frame: Gfn, wanted: HostAct) -> bool {
+        self.0.iter().any(|record| {
+            matches!(record.event, Event::Host(act, frames)
+                if act == wanted && frames.end() == Gfn(frame.0 + 1))
+        })
+    }
+}
+
+fn host_act(record: &Record, frame: Gfn) -> Option<HostAct> {
+    match record.event {
+        Event::Host(HostAct::Quiesced | HostAct::Refused, _) => None,
+        Event::Host(act, frames) if FrameRange::contains(frames, frame) => Some(act),
+        _ => None,
+    }
+}
+
+fn spans(start: Gva, bytes: u64, va: Gva) -> bool {
+    va.offset_from(start).is_some_and(|offset| offset < bytes)
+}
