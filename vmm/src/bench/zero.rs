@@ -34,11 +34,10 @@ pub struct Zero {
 /// # Errors
 /// [`BenchError`].
 pub fn zero(lab: &Lab) -> Result<Zero, BenchError> {
-    let effort = if lab.is_sim() {
-        Effort { warm: 20, rounds: 400, pairs: 15 }
-    } else {
-        Effort { warm: 4, rounds: 8, pairs: 5 }
-    };
+    let effort = lab.effort(
+        Effort { warm: 20, rounds: 400, pairs: 15 },
+        Effort { warm: 4, rounds: 8, pairs: 5 },
+    );
     let kind = |bench| Kind::new(Work::Rounds(bench, 9), Policy::Pool { kib: 0 });
     let samples = lab.compare(&[kind(Bench::ZeroWindow), kind(Bench::ZeroDirect)], effort)?;
     let (window, direct) = (&samples[0], &samples[1]);

@@ -25,7 +25,7 @@ use crate::second_stage::SecondStage;
 use crate::stop::Stop;
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
-use lacuna_abi::event::{EntryWrite, HostAct};
+use lacuna_abi::event::{EntryWrite, HostAct, Record};
 use lacuna_abi::gate::{
     ARGS_WORD, COUNT_WORD, Call, CpuRegistration, ExceptionReport, LOG_BYTES, Op, OpKind,
     PAGE_WORDS, STATUS_WORD, Status, read_ops,
@@ -57,6 +57,8 @@ pub struct Gate {
     audit: Audit,
     rings: Vec<RingReader>,
     sequencer: Sequencer,
+    /// Room for records that are judged.
+    settled: Vec<Record>,
     intents: Vec<Option<EntryWrite>>,
     cpus: Vec<Option<Registers>>,
     registered: Vec<bool>,
@@ -109,6 +111,7 @@ impl Gate {
             audit,
             rings,
             sequencer: Sequencer::default(),
+            settled: Vec::new(),
             intents,
             cpus,
             registered: vec![false; layout.cpus],
