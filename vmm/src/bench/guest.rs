@@ -1,7 +1,7 @@
 //! Guests that are measured: which there are, how one is run, and how several are compared.
 
 use super::BenchError;
-use super::sample::Sample;
+use super::sample::{Sample, float};
 use crate::config::{Config, MachineKind, Overrides, Seal};
 use crate::run::{End, Host, Machine, Plan};
 use crate::sim::Schedule;
@@ -140,7 +140,12 @@ impl Lab {
             for (kind, samples) in kinds.iter().zip(&mut samples) {
                 let short = self.run(kind, warm)?;
                 let long = self.run(kind, warm + rounds)?;
-                samples.push(long.per_round(&short, super::sample::float(rounds)));
+                let mut sample = long.per_round(&short, float(rounds));
+                if self.quick {
+                    // Of so short runs the difference is chance.
+                    sample.times = long.times(1.0 / float(warm + rounds)).times;
+                }
+                samples.push(sample);
             }
         }
         Ok(samples)
