@@ -39,7 +39,7 @@ pub struct Speed {
 /// [`BenchError`].
 pub(super) fn speed(quick: bool) -> Result<Vec<Speed>, BenchError> {
     // Whole runs, so that processor time, which is counted in hundredths of a second, means something.
-    let (less, pairs) = if quick { (40, 1) } else { (1, 5) };
+    let (less, pairs) = if quick { (160, 1) } else { (1, 5) };
     let mut speeds = Vec::new();
     for cpus in CPUS {
         let kind = |bench, kib| Kind {
@@ -48,11 +48,11 @@ pub(super) fn speed(quick: bool) -> Result<Vec<Speed>, BenchError> {
             ..Kind::new(Work::Rounds(bench, 0), Policy::Pool { kib })
         };
         let share = u64::from(cpus);
-        let hits = Effort { warm: 100 / less, rounds: 4800 / less / share, pairs };
+        let hits = Effort { warm: 100 / less, rounds: (4800 / less / share).max(1), pairs };
         let per_round = float(2 * BLOCK_FRAMES * share);
         let hit = kind(Bench::SecretUnused, 64 << 10);
         speeds.push(one("pool hits", &hit, hits, |_| per_round)?);
-        let flips = Effort { warm: 2, rounds: 320 / less / share, pairs };
+        let flips = Effort { warm: 2, rounds: (320 / less / share).max(1), pairs };
         let flip = kind(Bench::Flip, 2 << 10);
         speeds.push(one("flips", &flip, flips, |round| round.counts.flips_out)?);
     }
