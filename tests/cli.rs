@@ -88,6 +88,7 @@ refused! {
         ["run", "a.toml"], ["a.toml", "ELF", "docs/guests.md"];
     no_command: [], [], ["Usage"];
     an_unknown_bench: [], ["bench", "warp"], ["warp", "alloc", "boot"];
+    two_benches: [], ["bench", "zero", "flip"], ["flip", "Usage"];
     an_unknown_machine_for_a_bench: [], ["bench", "zero", "--machine", "abacus"], ["abacus", "sim"];
     a_bench_that_measures_a_processor:
         [], ["bench", "boot", "--machine", "sim"], ["bench boot", "--machine kvm", "zero"];
@@ -117,6 +118,30 @@ fn help_and_version_are_no_errors() {
     let help = String::from_utf8_lossy(&help.stdout).into_owned();
     for needle in ["Exit status", "--seal", "--inject", "global-window", "Examples"] {
         assert!(help.contains(needle), "{needle:?} is missing in: {help}");
+    }
+}
+
+#[test]
+fn without_a_name_bench_lists_what_can_be_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let list = lacuna(folder.path(), &["bench"]);
+    assert_eq!(list.status.code(), Some(0));
+    let help = lacuna(folder.path(), &["bench", "--help"]);
+    let json = lacuna(folder.path(), &["bench", "--json"]);
+    let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    let named = json.as_array().unwrap();
+    assert!(named.len() >= 5, "{json:#}");
+    for bench in named {
+        let line = format!("  {}", bench["name"].as_str().unwrap());
+        let what = bench["what"].as_str().unwrap();
+        for text in [&list.stdout, &help.stdout] {
+            let text = String::from_utf8_lossy(text);
+            let has = |l: &str| l.starts_with(&line) && l.ends_with(what);
+            assert!(text.lines().any(has), "{line} is missing in: {text}");
+        }
+    }
+    for flag in ["--quick", "--machine", "--json"] {
+        assert!(String::from_utf8_lossy(&help.stdout).contains(flag), "{flag}");
     }
 }
 

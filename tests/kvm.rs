@@ -4,9 +4,11 @@
 //! Where `/dev/kvm` cannot be used, every test here is listed as ignored and counted; with
 //! `LACUNA_REQUIRE_KVM=1` it runs and fails instead.
 
+mod benches;
 mod stories;
 mod support;
 
+use benches::quick;
 use lacuna::config::MachineKind;
 use lacuna_abi::fault::{Fault, Slip};
 use lacuna_abi::workload::Selftest;
@@ -44,6 +46,8 @@ fn trials() -> Vec<Trial> {
         trial("out_holds_report_log_and_events", out_folder),
         trial("bad_gate_calls_are_answered", bad_calls),
         trial("a_foreign_file_is_no_image", foreign_image),
+        trial("a_quick_bench_of_zeroing_measures_both_ways", bench_zero),
+        trial("a_quick_bench_of_flips_brings_every_block_back", bench_flip),
     ];
     for seal in SEALS {
         trials.push(trial(&format!("replay_is_clean_under_{seal}"), move || clean_replay(seal)));
@@ -114,6 +118,26 @@ const CRASHES: &[(&str, &[&str])] = &[
     ("triple-fault", &["triple fault"]),
     ("write-text", &["#PF", "error code 0x3"]),
 ];
+
+fn bench_zero() -> Check {
+    let results = quick("zero", "kvm")?;
+    for field in ["window_page_ticks", "direct_page_ticks", "speed_ratio"] {
+        let positive = results[field].as_f64().is_some_and(|value| value > 0.0);
+        ensure(positive, &format!("{field} is not measured: {results:#}"))?;
+    }
+    ensure(results["window"]["local_flushes"] == 1.0, &format!("{results:#}"))
+}
+
+fn bench_flip() -> Check {
+    let results = quick("flip", "kvm")?;
+    let batches = results["batches"].as_array().ok_or("there are no batches")?;
+    for batch in batches {
+        let counts = &batch["per_block"];
+        let back = counts["flips_out"] == 1.0 && counts["flips_back"] == 1.0;
+        ensure(back && batch["block_ticks"].as_f64() > Some(0.0), &format!("{batch:#}"))?;
+    }
+    ensure(batches.len() == 3, &format!("{results:#}"))
+}
 
 /// As [`replay`], all of it secret, with this percentage of what can be converted in place.
 fn replay_in_place(events: u64, percent: u8) -> String {

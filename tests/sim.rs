@@ -1,9 +1,11 @@
 //! End to end on the simulated machine: the command line as a user calls it, judged by its JSON
 //! report and its exit status. Nothing here needs `/dev/kvm`.
 
+mod benches;
 mod stories;
 mod support;
 
+use benches::quick;
 use lacuna::config::{Config, MachineKind, Overrides};
 use lacuna::run::{End, Host, Machine, Plan};
 use lacuna::stop::Stopped;
@@ -37,6 +39,8 @@ fn trials() -> Vec<Trial> {
         trial("a_panic_on_another_cpu_is_named", panic_elsewhere),
         trial("shootdowns_through_the_gate_are_clean", gate_shootdowns),
         trial("a_bench_prints_what_it_measured_and_what_was_aimed_at", bench_zero),
+        trial("a_quick_bench_of_flips_counts_a_shootdown_for_each_batch", bench_flip),
+        trial("a_quick_bench_of_pages_has_every_line_with_its_counts_and_ratios", bench_alloc),
         trial("being_told_to_stop_ends_a_run_wherever_it_is", cancel),
         trial("without_prezero_pages_are_zeroed_when_handed_out", no_prezero),
     ];
@@ -120,11 +124,7 @@ fn quickstart(cpus: u8, seal: &str) -> Check {
 }
 
 fn bench_zero() -> Check {
-    let output =
-        Command::new(LACUNA).args(["bench", "zero", "--machine", "sim", "--json"]).output()?;
-    ensure(output.status.success(), &String::from_utf8_lossy(&output.stderr))?;
-    let results: Value = serde_json::from_slice(&output.stdout)?;
-    ensure(results["machine"] == "sim", "another machine was measured")?;
+    let results = quick("zero", "sim")?;
     for field in ["window_page_ticks", "direct_page_ticks", "speed_ratio"] {
         let positive = results[field].as_f64().is_some_and(|value| value > 0.0);
         ensure(positive, &format!("{field} is not measured: {results:#}"))?;
@@ -137,6 +137,57 @@ fn bench_zero() -> Check {
     ensure(goal["goal"] == 0.95 && goal["value"] == results["speed_ratio"], &format!("{goal:#}"))?;
     let met = results["speed_ratio"].as_f64().map(|ratio| ratio >= 0.95);
     ensure(goal["met"].as_bool() == met, &format!("{goal:#}"))
+}
+
+fn bench_flip() -> Check {
+    let results = quick("flip", "sim")?;
+    let batches = results["batches"].as_array().ok_or("there are no batches")?;
+    ensure(batches.len() == 3, &format!("{results:#}"))?;
+    for (batch, blocks) in batches.iter().zip([1.0, 4.0, 16.0]) {
+        let per_block = |name: &str| batch["per_block"][name].as_f64().map(|n| n * blocks);
+        ensure(batch["blocks"] == blocks, &format!("not {blocks} blocks: {batch:#}"))?;
+        // One shootdown takes them out, another ends the windows through which they were zeroed.
+        ensure(per_block("shootdowns") == Some(2.0), &format!("{batch:#}"))?;
+        ensure(per_block("flips_back") == Some(blocks), &format!("{batch:#}"))?;
+        ensure(batch["block_ticks"].as_f64() > Some(0.0), &format!("{batch:#}"))?;
+    }
+    Ok(())
+}
+
+fn bench_alloc() -> Check {
+    let results = quick("alloc", "sim")?;
+    let lines = |name: &str| results[name].as_array().cloned().unwrap_or_default();
+    let (pages, policies) = (lines("pages"), lines("policies"));
+    ensure(pages.len() == 6 && policies.len() == 15, &format!("{results:#}"))?;
+    for line in pages.iter().chain(&policies) {
+        for ratio in ["cycle", "cycle_without_gate", "page", "page_without_gate"] {
+            let measured = line["ratios"][ratio].as_f64().is_some_and(|ratio| ratio >= 0.0);
+            ensure(measured, &format!("{ratio} is not measured: {line:#}"))?;
+        }
+        // A use is one open and one seal, unless 512 small allocations stand for a large one; what
+        // is more belongs to the scrub that a use makes necessary.
+        let uses = &line["per_use"];
+        let mapped = line["name"].as_str().is_some_and(|name| name.starts_with("mapped"));
+        let calls = |name: &str| uses[name].as_f64().unwrap_or(-1.0);
+        let used = |name: &str| if mapped { calls(name) == 0.0 } else { calls(name) >= 1.0 };
+        let all = ["gate_calls", "seals", "opens"].iter().all(|name| used(name));
+        ensure(all, &format!("counts of a use: {line:#}"))?;
+    }
+    for (index, line) in pages.iter().enumerate() {
+        ensure(line["unzeroed_ratios"]["cycle"].is_number(), &format!("{line:#}"))?;
+        // Pages of a dry pool come from pageblocks that flip, those of the others do not.
+        let flips = line["per_page"]["flips_out"].as_f64().map(|n| n * 512.0);
+        ensure(flips == Some(if index < 4 { 0.0 } else { 1.0 }), &format!("{line:#}"))?;
+    }
+    let small = policies.iter().any(|line| {
+        line["order"] == 9
+            && line["name"].as_str().is_some_and(|name| name.contains("512 of order 0"))
+    });
+    ensure(small, "nothing goes page by page at order 9")?;
+    ensure(results["refill"]["page_ticks"].as_f64() > Some(0.0), &format!("{results:#}"))?;
+    let speed = lines("speed");
+    let cpus: Vec<_> = speed.iter().filter_map(|line| line["cpus"].as_u64()).collect();
+    ensure(cpus == [1, 1, 2, 2, 4, 4, 8, 8], &format!("{speed:#?}"))
 }
 
 fn stress(cpus: u8) -> Check {

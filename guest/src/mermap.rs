@@ -28,10 +28,12 @@ pub use window::{PAGES, SLOTS};
 use window::{Part, Window};
 
 /// Pages of the 4 KiB part up to which an INVLPG for each replaces a CR3 load, which also drops what
-/// else this CPU has cached. By `lacuna bench flush` on a KVM that interprets ring 0 and walks the
-/// tables at every access (two-core AMD EPYC virtual machine), so that nothing is won by what stays
-/// cached: with eight loads after it, 1 INVLPG costs 1.02 to 1.04 times what a CR3 load does, 2 cost
-/// 1.04 to 1.06, 8 cost 1.15 and 64 cost 2.1. Where ring 0 runs natively more may pay.
+/// else this CPU has cached. By three runs of `lacuna bench flush` (two-core Intel Xeon virtual
+/// machine, KVM that interprets ring 0 and shadows the tables, 2026-11-26; eight loads follow each), in
+/// multiples of a CR3 load: 1 INVLPG costs 1.01 to 1.05, 2 cost 1.00 to 1.07, 4 cost 1.02 to 1.11, 8
+/// cost 1.10 to 1.22, 64 cost 2.06 to 2.20. The CR3 load itself varied by 7 % from run to run, so that
+/// one INVLPG costs the same as far as can be told, and of two that cost the same the one is taken
+/// that spares what else is cached; longer runs win nothing here. Where ring 0 runs natively they may.
 pub const INVLPG_MAX: u64 = 1;
 
 /// What a mapping may be used for.

@@ -1,6 +1,6 @@
 //! The guest programs and the form in which the host hands them their input.
 
-use crate::addr::PAGE_SIZE;
+use crate::addr::{BLOCK_FRAMES, PAGE_SIZE};
 use crate::named_enum;
 
 named_enum! {
@@ -92,7 +92,7 @@ impl Selftest {
 }
 
 named_enum! {
-    /// What the program `bench` does in each of its rounds, with 512 pages or one allocation.
+    /// What the program `bench` does in each of its rounds, with [`Bench::pages`].
     #[repr(u64)]
     pub enum Bench {
         /// Allocates secret pages as zero, writes to each allocation, frees them.
@@ -117,11 +117,31 @@ named_enum! {
         ZeroDirect = "zero-direct",
         /// Allocates secret pages, frees them, and has all pageblocks go back to the direct map.
         Flip = "flip",
+        /// Allocates as many secret pages as [`BENCH_DRY_BLOCKS`] pageblocks have, as zero, writes to
+        /// each allocation, frees them, and has all pageblocks go back to the direct map: every round
+        /// finds the pool empty.
+        SecretDry = "secret-dry",
+        /// The same without writing.
+        SecretDryUnused = "secret-dry-unused",
     }
 }
 
+impl Bench {
+    /// Pages of a round, unless an allocation is larger.
+    #[must_use]
+    pub const fn pages(self) -> u64 {
+        match self {
+            Self::SecretDry | Self::SecretDryUnused => BENCH_DRY_BLOCKS * BLOCK_FRAMES,
+            _ => BLOCK_FRAMES,
+        }
+    }
+}
+
+/// Pageblocks that the program `bench` uses up in a round that finds the pool empty.
+pub const BENCH_DRY_BLOCKS: u64 = 4;
+
 /// Words of scratch memory for one CPU of the program `bench`: a handle for each allocation.
-pub const BENCH_CPU_WORDS: u64 = 512;
+pub const BENCH_CPU_WORDS: u64 = BENCH_DRY_BLOCKS * BLOCK_FRAMES;
 
 named_enum! {
     /// Ways to touch a sealed frame.

@@ -1,6 +1,6 @@
 //! Costs of allocation, zeroing and flips, measured by the guest's own clock.
 //!
-//! Each round has the same work: `pages` pages are allocated, used once and freed again. The costs of
+//! Each round has the same work: [`Bench::pages`] pages are allocated, used once and freed again. The costs of
 //! a round in steady state are those of a long run less those of a short one, which leaves out all
 //! that happens only once; so nothing here counts but time.
 
@@ -31,7 +31,7 @@ pub(super) fn run<P: Platform>(
     let migratetype = Migratetype::Unmovable;
     let zero = bench != Bench::Mapped;
     let request = Request { order, migratetype, zero, noblock: false };
-    let rig = Rig { allocator, platform, services, request };
+    let rig = Rig { allocator, platform, services, request, pages: bench.pages() };
     team.barrier(platform)?;
     match bench {
         Bench::Secret | Bench::SecretUnused => {
@@ -39,6 +39,9 @@ pub(super) fn run<P: Platform>(
         }
         Bench::InPlace | Bench::InPlaceUnused => {
             rig.repeat(rounds, |rig| rig.secret(Rig::converted, bench == Bench::InPlace))?;
+        }
+        Bench::SecretDry | Bench::SecretDryUnused => {
+            rig.repeat(rounds, |rig| rig.secret_dry(bench == Bench::SecretDry))?;
         }
         Bench::SecretKept => rig.repeat(rounds, Rig::secret_kept)?,
         Bench::Mapped | Bench::MappedZero => rig.repeat(rounds, Rig::mapped)?,
@@ -57,12 +60,21 @@ struct Ticks {
     gate: u64,
 }
 
+impl Ticks {
+    /// This part of a round and another.
+    const fn and(self, other: Self) -> Self {
+        Self { all: self.all.wrapping_add(other.all), gate: self.gate.wrapping_add(other.gate) }
+    }
+}
+
 /// What a round is made of.
 struct Rig<'r, 'a, P: Platform, S> {
     allocator: &'r PageAllocator<'a, P>,
     platform: &'r P,
     services: &'r S,
     request: Request,
+    /// Pages of a round.
+    pages: u64,
 }
 
 impl<'r, 'a, P: Platform, S: Services> Rig<'r, 'a, P, S> {
@@ -84,7 +96,7 @@ impl<'r, 'a, P: Platform, S: Services> Rig<'r, 'a, P, S> {
 
     /// Allocations in a round.
     fn count(&self) -> u64 {
-        (BLOCK_FRAMES >> self.request.order).max(1)
+        (self.pages >> self.request.order).max(1)
     }
 
     /// Times each part of a round.
@@ -143,6 +155,13 @@ impl<'r, 'a, P: Platform, S: Services> Rig<'r, 'a, P, S> {
             self.balance()
         })?;
         Ok([alloc, first_write, free])
+    }
+
+    /// Secret pages of pageblocks that leave the direct map for them and come back after them.
+    fn secret_dry(&self, write: bool) -> Result<[Ticks; 3], ProgramError> {
+        let [alloc, first_write, free] = self.secret(Self::pooled, write)?;
+        let back = self.timed(|| Ok(self.allocator.shrink()?))?;
+        Ok([alloc, first_write, free.and(back)])
     }
 
     fn secret_kept(&self) -> Result<[Ticks; 3], ProgramError> {

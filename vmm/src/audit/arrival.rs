@@ -212,9 +212,8 @@ impl Audit {
         let enforced =
             |frame: &Gfn| frames.may_close(*frame) && world.denial(*frame) == Denial::Denied;
         let mut complete: Vec<FrameRange> = runs(part.iter().filter(enforced)).collect();
-        if let Some(first) = complete.first() {
-            let held = frames.held_in_block(first.start()).filter(|frame| !part.contains(*frame));
-            complete.extend(runs(held.filter(enforced)));
+        if !complete.is_empty() {
+            complete.extend(runs(frames.held_beside(part).filter(enforced)));
         }
         for run in complete {
             run.iter().for_each(|frame| self.frames.complete(frame));

@@ -145,12 +145,19 @@ impl Frames {
         self.in_blocks(self.zone, |c| c.pooled > 0, POOLED)
     }
 
-    /// Secret frames of this frame's pageblock that are sealed but not yet completed.
-    pub(super) fn held_in_block(&self, frame: Gfn) -> impl Iterator<Item = Gfn> {
-        let block = FrameRange::new(frame.block_start(), BLOCK_FRAMES);
-        let block = block.unwrap_or(FrameRange::single(frame));
-        self.in_blocks(block, |c| c.held > 0, SECRET)
-            .filter(|frame| !self.has(*frame, OPEN) && !self.has(*frame, COMPLETE))
+    /// Secret frames that are sealed but not yet completed, in the pageblock of which this is a part,
+    /// but not in the part. Most often there are none.
+    pub(super) fn held_beside(&self, part: FrameRange) -> impl Iterator<Item = Gfn> {
+        let start = part.start();
+        let own = part.iter().filter(|frame| self.is_held(*frame)).count();
+        let block = FrameRange::new(start.block_start(), BLOCK_FRAMES);
+        let block = block.unwrap_or(FrameRange::single(start));
+        self.in_blocks(block, move |c| usize::from(c.held) > own, SECRET)
+            .filter(move |frame| self.is_held(*frame) && !part.contains(*frame))
+    }
+
+    fn is_held(&self, frame: Gfn) -> bool {
+        self.has(frame, SECRET) && !self.has(frame, OPEN) && !self.has(frame, COMPLETE)
     }
 
     /// Whether the frame was handed out as zero and this will be its first open since.
@@ -336,11 +343,16 @@ mod tests {
         frames.seal(frame, 0);
         frames.seal(frame.wrapping_add(1), 0);
         frames.complete(frame);
-        let held: Vec<_> = frames.held_in_block(frame).collect();
-        assert_eq!(held, [frame.wrapping_add(1)]);
+        let beside = |frames: &Frames, at: Gfn| -> Vec<_> {
+            frames.held_beside(FrameRange::single(at)).collect()
+        };
+        assert_eq!(beside(&frames, frame), [frame.wrapping_add(1)]);
+        // Its own frame is not beside it.
+        assert_eq!(beside(&frames, frame.wrapping_add(1)), []);
         frames.release(frame);
         frames.seal(frame, 0);
-        assert_eq!(frames.held_in_block(frame).count(), 2);
+        assert_eq!(beside(&frames, frame.wrapping_add(1)), [frame]);
+        assert_eq!(beside(&frames, frame.wrapping_add(2)).len(), 2);
     }
 
     #[test]

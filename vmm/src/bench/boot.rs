@@ -71,15 +71,19 @@ pub struct Boot {
     pub sizes: Vec<Size>,
 }
 
-/// Boots guests of several sizes.
+/// Boots guests of several sizes, one of each if it is to be `quick`.
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn boot(mut kvm: impl FnMut() -> Result<Kvm, BenchError>) -> Result<Boot, BenchError> {
+pub fn boot(
+    mut kvm: impl FnMut() -> Result<Kvm, BenchError>,
+    quick: bool,
+) -> Result<Boot, BenchError> {
+    let count = if quick { 1 } else { ROUNDS };
     let mut sizes: Vec<Size> = Vec::new();
     for memory_mib in SIZES {
         let mut rounds = Vec::new();
-        for _ in 0..ROUNDS {
+        for _ in 0..count {
             rounds.push(one(kvm()?, memory_mib)?);
         }
         let median = |of: fn(&Size) -> u64| {
@@ -98,7 +102,7 @@ pub fn boot(mut kvm: impl FnMut() -> Result<Kvm, BenchError>) -> Result<Boot, Be
             vmm_resident_kib: median(|size| size.vmm_resident_kib),
         });
     }
-    Ok(Boot { rounds: ROUNDS, sizes })
+    Ok(Boot { rounds: count, sizes })
 }
 
 fn one(kvm: Kvm, memory_mib: u64) -> Result<Size, BenchError> {

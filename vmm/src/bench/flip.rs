@@ -48,11 +48,10 @@ pub fn flip(lab: &Lab) -> Result<Flip, BenchError> {
     let mut samples = Vec::new();
     for blocks in BATCHES {
         // As many pageblocks for each batch, which is what takes the time.
-        let effort = if lab.is_sim() {
-            Effort { warm: 1, rounds: 128 / blocks, pairs: 5 }
-        } else {
-            Effort { warm: 1, rounds: 16 / blocks, pairs: 1 }
-        };
+        let effort = lab.effort(
+            Effort { warm: 1, rounds: 128 / blocks, pairs: 5 },
+            Effort { warm: 1, rounds: 16 / blocks, pairs: 3 },
+        );
         samples.extend(lab.compare(&[kind(blocks)], effort)?);
     }
     let mut batches: Vec<Batch> = Vec::new();

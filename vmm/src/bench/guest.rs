@@ -1,7 +1,7 @@
 //! Guests that are measured: which there are, how one is run, and how several are compared.
 
 use super::BenchError;
-use super::sample::Sample;
+use super::sample::{Sample, float};
 use crate::config::{Config, MachineKind, Overrides, Seal};
 use crate::run::{End, Host, Machine, Plan};
 use crate::sim::Schedule;
@@ -59,7 +59,7 @@ impl Policy {
     /// Name in tables.
     pub(super) const fn name(self) -> &'static str {
         match self {
-            Self::Pool { .. } => "pool, zeroed ahead",
+            Self::Pool { .. } => "zeroed ahead",
             Self::PerBlock => "per block",
             Self::InPlace => "page by page",
             Self::ZeroOnFree => "mapped, zeroed on free",
@@ -99,13 +99,24 @@ pub struct Lab {
     pub machine: MachineKind,
     /// How simulated CPUs take turns.
     pub(super) schedule: Schedule,
+    /// Runs are as short as they can be: their counts mean something, their times little.
+    pub quick: bool,
 }
 
 impl Lab {
     /// A lab with machines of this kind.
     #[must_use]
-    pub const fn new(machine: MachineKind) -> Self {
-        Self { machine, schedule: Schedule::Seeded }
+    pub const fn new(machine: MachineKind, quick: bool) -> Self {
+        Self { machine, schedule: Schedule::Seeded, quick }
+    }
+
+    /// What is worth doing on these machines, which are simulated or not.
+    pub(super) fn effort(&self, sim: Effort, kvm: Effort) -> Effort {
+        match (self.quick, self.is_sim()) {
+            (true, _) => Effort { warm: 1, rounds: 1, pairs: 1 },
+            (false, true) => sim,
+            (false, false) => kvm,
+        }
     }
 
     /// Whether the machines are simulated.
@@ -129,7 +140,12 @@ impl Lab {
             for (kind, samples) in kinds.iter().zip(&mut samples) {
                 let short = self.run(kind, warm)?;
                 let long = self.run(kind, warm + rounds)?;
-                samples.push(long.per_round(&short, super::sample::float(rounds)));
+                let mut sample = long.per_round(&short, float(rounds));
+                if self.quick {
+                    // Of so short runs the difference is chance.
+                    sample.times = long.times(1.0 / float(warm + rounds)).times;
+                }
+                samples.push(sample);
             }
         }
         Ok(samples)

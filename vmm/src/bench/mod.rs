@@ -13,15 +13,15 @@ mod speed;
 mod table;
 mod zero;
 
-pub use alloc::{Alloc, Replay, alloc};
+pub use alloc::{Alloc, Refill, Replay, alloc};
 pub use boot::{BenchError, Boot, Size, boot};
 pub use flip::{Batch, Flip, flip};
 pub use flush::{Flush, Run, flush};
 pub use guest::{Lab, Policy};
-pub use line::Line;
+pub use line::{Line, Ratios};
 pub use sample::Counts;
 pub use speed::Speed;
-pub use table::Goal;
+pub use table::{Beside, Goal};
 use table::{columns, times};
 pub use zero::{Zero, zero};
 

@@ -103,6 +103,22 @@ impl Times {
     pub(super) fn guest(&self) -> f64 {
         self.pages + self.uses
     }
+
+    /// Part of it that went by in gate calls; 0 where the guest cannot tell.
+    pub(super) fn in_gate(&self) -> f64 {
+        self.pages_in_gate + self.uses_in_gate
+    }
+
+    fn map(self, f: impl Fn(f64) -> f64) -> Self {
+        Self {
+            pages: f(self.pages),
+            pages_in_gate: f(self.pages_in_gate),
+            uses: f(self.uses),
+            uses_in_gate: f(self.uses_in_gate),
+            running: f(self.running),
+            audit: f(self.audit),
+        }
+    }
 }
 
 /// One run, or the difference of two.
@@ -130,6 +146,11 @@ impl Sample {
             audit: nanos(audit),
         };
         Self { times, counts: Counts::of(gate, guest) }
+    }
+
+    /// Each number, multiplied.
+    pub(super) fn times(&self, factor: f64) -> Self {
+        Self { times: self.times.map(|time| time * factor), counts: self.counts.times(factor) }
     }
 
     /// This long run without what a short one of the same kind spent, for each of `more` rounds.

@@ -1,7 +1,8 @@
 //! How many allocations and flips simulated CPUs make in a second while the audit judges them.
 
 use super::guest::{Effort, Kind, Lab, Policy, Work};
-use super::sample::{Sample, float, median};
+use super::line::{counts_head, counts_row};
+use super::sample::{Counts, Sample, float, median};
 use super::{BenchError, columns};
 use crate::config::MachineKind;
 use crate::sim::Schedule;
@@ -28,13 +29,17 @@ pub struct Speed {
     /// Operations in a second of processor time of this process; `null` where that is too short to
     /// be measured.
     pub per_cpu_second: Option<f64>,
+    /// Events for an operation.
+    pub per_operation: Counts,
 }
 
 /// Measures.
 ///
 /// # Errors
 /// [`BenchError`].
-pub(super) fn speed() -> Result<Vec<Speed>, BenchError> {
+pub(super) fn speed(quick: bool) -> Result<Vec<Speed>, BenchError> {
+    // Whole runs, so that processor time, which is counted in hundredths of a second, means something.
+    let (less, pairs) = if quick { (160, 1) } else { (1, 5) };
     let mut speeds = Vec::new();
     for cpus in CPUS {
         let kind = |bench, kib| Kind {
@@ -43,11 +48,11 @@ pub(super) fn speed() -> Result<Vec<Speed>, BenchError> {
             ..Kind::new(Work::Rounds(bench, 0), Policy::Pool { kib })
         };
         let share = u64::from(cpus);
-        let hits = Effort { warm: 100, rounds: 2400 / share, pairs: 3 };
+        let hits = Effort { warm: 100 / less, rounds: (4800 / less / share).max(1), pairs };
         let per_round = float(2 * BLOCK_FRAMES * share);
         let hit = kind(Bench::SecretUnused, 64 << 10);
         speeds.push(one("pool hits", &hit, hits, |_| per_round)?);
-        let flips = Effort { warm: 2, rounds: 320 / share, pairs: 3 };
+        let flips = Effort { warm: 2, rounds: (320 / less / share).max(1), pairs };
         let flip = kind(Bench::Flip, 2 << 10);
         speeds.push(one("flips", &flip, flips, |round| round.counts.flips_out)?);
     }
@@ -62,8 +67,8 @@ fn one(
 ) -> Result<Speed, BenchError> {
     // One CPU takes no turns with others, so that the seeded schedule costs it nothing.
     let schedule = if kind.cpus == 1 { Schedule::Seeded } else { Schedule::Threads };
-    let lab = Lab { machine: MachineKind::Sim, schedule };
-    let (mut wall, mut busy) = (Vec::new(), Vec::new());
+    let lab = Lab { schedule, ..Lab::new(MachineKind::Sim, false) };
+    let (mut wall, mut busy, mut per_operation) = (Vec::new(), Vec::new(), Counts::default());
     for _ in 0..effort.pairs {
         let started = processor_time()?;
         let short = lab.run(kind, effort.warm)?;
@@ -72,13 +77,14 @@ fn one(
         let ended = processor_time()?;
         let round = long.per_round(&short, float(effort.rounds));
         let done = operations(&round);
+        per_operation = round.counts.times(1.0 / done.max(1.0));
         wall.push(rate(done, round.times.running * 1e-9));
         let more = (ended - between) - (between - started);
         busy.push(rate(done * float(effort.rounds), more));
     }
     let middle = |rates: Vec<Option<f64>>| rates.into_iter().collect::<Option<_>>().map(median);
     let (per_second, per_cpu_second) = (middle(wall), middle(busy));
-    Ok(Speed { work, cpus: kind.cpus, per_second, per_cpu_second })
+    Ok(Speed { work, cpus: kind.cpus, per_second, per_cpu_second, per_operation })
 }
 
 /// Operations a second; `None` where the time is within a few ticks of nothing.
@@ -107,13 +113,15 @@ fn processor_ticks(stat: &str) -> Option<u64> {
 pub(super) fn table(speeds: &[Speed]) -> String {
     let head = ["work", "CPUs", "a second", "a second of processor time"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
-    for Speed { work, cpus, per_second, per_cpu_second } in speeds {
+    let mut counts = vec![counts_head("for each operation")];
+    for Speed { work, cpus, per_second, per_cpu_second, per_operation } in speeds {
         let rate =
             |rate: &Option<f64>| rate.map_or_else(|| "-".into(), |rate| format!("{rate:.0}"));
         let rates = [per_second, per_cpu_second].map(rate);
         rows.push([[(*work).to_owned(), cpus.to_string()], rates].concat());
+        counts.push(counts_row(&format!("{work}, CPUs: {cpus}"), per_operation));
     }
-    columns(&rows)
+    format!("{}\n{}", columns(&rows), columns(&counts))
 }
 
 #[cfg(test)]

@@ -15,24 +15,40 @@ pub struct Goal {
     pub value: Option<f64>,
     /// Whether that is as good as the goal.
     pub met: bool,
+    /// Another number that tells more, and what it is.
+    pub beside: Option<Beside>,
+}
+
+/// A number beside one that was aimed at.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Beside {
+    /// What was measured.
+    pub what: &'static str,
+    /// What came out; `null` if it could not be measured.
+    pub value: Option<f64>,
 }
 
 impl Goal {
     /// A number that should not be exceeded.
     pub(super) fn at_most(what: &'static str, goal: f64, value: Option<f64>) -> Self {
         let met = value.is_some_and(|value| value <= goal);
-        Self { what, goal, at_least: false, value, met }
+        Self { what, goal, at_least: false, value, met, beside: None }
     }
 
     /// A number that should be reached.
     pub(super) fn at_least(what: &'static str, goal: f64, value: Option<f64>) -> Self {
         let met = value.is_some_and(|value| value >= goal);
-        Self { what, goal, at_least: true, value, met }
+        Self { what, goal, at_least: true, value, met, beside: None }
+    }
+
+    /// The same with another number beside it.
+    pub(super) fn beside(self, what: &'static str, value: Option<f64>) -> Self {
+        Self { beside: Some(Beside { what, value }), ..self }
     }
 
     /// Goals as a table.
     pub(super) fn table(goals: &[Self]) -> String {
-        let mut rows = vec![["goal", "", "result", ""].map(str::to_owned).to_vec()];
+        let mut rows = vec![["goal", "", "result", "", "beside it"].map(str::to_owned).to_vec()];
         for goal in goals {
             let bound = if goal.at_least { "at least" } else { "at most" };
             rows.push(vec![
@@ -40,6 +56,9 @@ impl Goal {
                 format!("{bound} {}", number(goal.goal)),
                 goal.value.map_or_else(|| "-".into(), number),
                 if goal.met { "met" } else { "not met" }.to_owned(),
+                goal.beside.as_ref().map_or_else(String::new, |Beside { what, value }| {
+                    format!("{} {what}", value.map_or_else(|| "-".into(), number))
+                }),
             ]);
         }
         columns(&rows)

@@ -5,6 +5,7 @@ use super::line::{counts_head, counts_row};
 use super::sample::{Counts, float, typical, typical_multiple};
 use super::{BenchError, Goal, columns, times};
 use lacuna_abi::addr::BLOCK_FRAMES;
+use lacuna_abi::layout::WINDOW_LARGE_SLOTS;
 use lacuna_abi::workload::Bench;
 use serde::Serialize;
 
@@ -34,11 +35,12 @@ pub struct Zero {
 /// # Errors
 /// [`BenchError`].
 pub fn zero(lab: &Lab) -> Result<Zero, BenchError> {
-    let effort = if lab.is_sim() {
-        Effort { warm: 20, rounds: 400, pairs: 15 }
-    } else {
-        Effort { warm: 4, rounds: 8, pairs: 5 }
-    };
+    let mut effort = lab.effort(
+        Effort { warm: 20, rounds: 400, pairs: 15 },
+        Effort { warm: 4, rounds: 8, pairs: 5 },
+    );
+    // Until every address of the window was used once none needs a flush.
+    effort.warm = effort.warm.max(WINDOW_LARGE_SLOTS);
     let kind = |bench| Kind::new(Work::Rounds(bench, 9), Policy::Pool { kib: 0 });
     let samples = lab.compare(&[kind(Bench::ZeroWindow), kind(Bench::ZeroDirect)], effort)?;
     let (window, direct) = (&samples[0], &samples[1]);

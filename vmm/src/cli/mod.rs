@@ -59,8 +59,8 @@ pub enum Command {
     /// Says what this host can do, and what is missing for what.
     #[command(after_help = "Exit status: 0 if guests can run here, 3 if not.")]
     Doctor(DoctorArgs),
-    /// Measures.
-    #[command(after_help = EXIT_STATUSES)]
+    /// Measures, as ratios within one run; without a name, lists what can be measured.
+    #[command(after_help = format!("{}\n{EXIT_STATUSES}", Bench::list()))]
     Bench(BenchArgs),
 }
 
@@ -115,15 +115,16 @@ pub struct DoctorArgs {
 /// Arguments of `lacuna bench`.
 #[derive(Clone, PartialEq, Eq, Debug, Args)]
 pub struct BenchArgs {
-    /// What to measure. alloc: secret pages against mapped ones over their whole cycle, and several
-    /// policies. zero: zeroing through windows against the direct map. flip: pageblocks that leave
-    /// the direct map and come back. boot: time until the allocator is ready, and resident memory,
-    /// for guests of several sizes. flush: runs of INVLPG against a CR3 load, in a guest.
-    #[arg(default_value = "boot", value_parser = Bench::parser())]
-    pub name: Bench,
-    /// What runs the guests: the host's KVM, or a simulated machine (alloc, zero, flip).
+    /// What to measure; without a name, what there is is listed.
+    #[arg(value_parser = Bench::parser())]
+    pub name: Option<Bench>,
+    /// What runs the guests: the host's KVM, or a simulated machine, for the benches that take one.
     #[arg(long, default_value = "kvm", value_parser = MachineKind::parser())]
     pub machine: MachineKind,
+    /// Takes as few and as short runs as it can: counts mean something then, times little. To see
+    /// that a bench works.
+    #[arg(long)]
+    pub quick: bool,
     /// Prints JSON.
     #[arg(long)]
     pub json: bool,
@@ -165,6 +166,33 @@ impl Bench {
             Self::Boot => "boot",
             Self::Flush => "flush",
         }
+    }
+
+    /// What it measures, in a line.
+    #[must_use]
+    pub const fn what(self) -> &'static str {
+        match self {
+            Self::Alloc => "secret pages against mapped ones over their whole cycle; policies",
+            Self::Zero => "zeroing pageblocks through a window against the direct map",
+            Self::Flip => "pageblocks that leave the direct map and come back, several at a time",
+            Self::Boot => {
+                "time until the allocator is ready, and memory, for guests of several sizes"
+            }
+            Self::Flush => "runs of INVLPG against a CR3 load, in a guest",
+        }
+    }
+
+    /// Everything that can be measured, a line each.
+    #[must_use]
+    pub fn list() -> String {
+        use std::fmt::Write;
+        let mut list = "Benches:\n".to_owned();
+        for bench in Self::ALL {
+            let machines = if bench.takes_sim() { "kvm, sim" } else { "kvm" };
+            // Writing to a string does not fail.
+            _ = writeln!(list, "  {:8}{:10}{}", bench.name(), machines, bench.what());
+        }
+        list
     }
 }
 

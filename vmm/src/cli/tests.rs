@@ -55,17 +55,20 @@ fn verbosity_is_counted_before_and_behind_the_command() {
 fn doctor_and_bench_take_their_flags() {
     let doctor = parsed("lacuna doctor --json").unwrap().command;
     assert_eq!(doctor, Command::Doctor(DoctorArgs { json: true }));
-    for line in ["lacuna bench", "lacuna bench boot"] {
-        let bench = parsed(line).unwrap().command;
-        let args = BenchArgs { name: Bench::Boot, machine: MachineKind::Kvm, json: false };
-        assert_eq!(bench, Command::Bench(args));
+    let plain = BenchArgs { name: None, machine: MachineKind::Kvm, quick: false, json: false };
+    let named = |name| BenchArgs { name: Some(name), ..plain.clone() };
+    for (line, args) in [
+        ("lacuna bench", plain.clone()),
+        ("lacuna bench boot", named(Bench::Boot)),
+        ("lacuna bench flush --json", BenchArgs { json: true, ..named(Bench::Flush) }),
+        ("lacuna bench zero --quick", BenchArgs { quick: true, ..named(Bench::Zero) }),
+        (
+            "lacuna bench alloc --machine sim",
+            BenchArgs { machine: MachineKind::Sim, ..named(Bench::Alloc) },
+        ),
+    ] {
+        assert_eq!(parsed(line).unwrap().command, Command::Bench(args), "{line}");
     }
-    let bench = parsed("lacuna bench flush --json").unwrap().command;
-    let args = BenchArgs { name: Bench::Flush, machine: MachineKind::Kvm, json: true };
-    assert_eq!(bench, Command::Bench(args));
-    let bench = parsed("lacuna bench alloc --machine sim").unwrap().command;
-    let args = BenchArgs { name: Bench::Alloc, machine: MachineKind::Sim, json: false };
-    assert_eq!(bench, Command::Bench(args));
 }
 
 #[test]

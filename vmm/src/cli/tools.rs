@@ -19,22 +19,27 @@ pub fn doctor(args: &DoctorArgs) -> ExitStatus {
 /// Measures.
 #[must_use]
 pub fn bench(args: &BenchArgs) -> ExitStatus {
-    if args.machine == MachineKind::Sim && !args.name.takes_sim() {
-        let name = args.name.name();
+    let Some(bench) = args.name else { return list(args) };
+    if args.machine == MachineKind::Sim && !bench.takes_sim() {
+        let name = bench.name();
+        let others = Bench::ALL.iter().filter(|bench| bench.takes_sim()).map(|bench| bench.name());
+        let others = others.collect::<Vec<_>>().join(", ");
         let why = format!(
             "--machine sim: `bench {name}` measures a processor, which a simulated machine has none \
-             of; use --machine kvm, or one of alloc, zero and flip"
+             of; use --machine kvm, or one of {others}"
         );
         return fail(&why, ExitStatus::Usage);
     }
-    let lab = Lab::new(args.machine);
+    let lab = Lab::new(args.machine, args.quick);
     let kvm = || open_kvm().map_err(BenchError::from);
-    let measured = match args.name {
+    let measured = match bench {
         Bench::Alloc => bench::alloc(&lab).map(|alloc| written(args, &alloc, Alloc::to_text)),
         Bench::Zero => bench::zero(&lab).map(|zero| written(args, &zero, Zero::to_text)),
         Bench::Flip => bench::flip(&lab).map(|flip| written(args, &flip, Flip::to_text)),
-        Bench::Boot => bench::boot(kvm).map(|boot| written(args, &boot, Boot::to_text)),
-        Bench::Flush => bench::flush(kvm).map(|flush| written(args, &flush, Flush::to_text)),
+        Bench::Boot => bench::boot(kvm, args.quick).map(|boot| written(args, &boot, Boot::to_text)),
+        Bench::Flush => {
+            bench::flush(kvm, args.quick).map(|flush| written(args, &flush, Flush::to_text))
+        }
     };
     match measured {
         Ok(text) => show(text, ExitStatus::Pass),
@@ -49,6 +54,16 @@ pub fn bench(args: &BenchArgs) -> ExitStatus {
             fail(&error, status)
         }
     }
+}
+
+/// Says what can be measured.
+fn list(args: &BenchArgs) -> ExitStatus {
+    let names = |bench: &Bench| serde_json::json!({ "name": bench.name(), "what": bench.what(), "sim": bench.takes_sim() });
+    let all = Bench::ALL.iter().map(names).collect::<Vec<_>>();
+    let to_text = |_: &_| {
+        format!("{}\nTo measure: lacuna bench NAME; lacuna bench --help says how\n", Bench::list())
+    };
+    show(written(args, &all, to_text), ExitStatus::Pass)
 }
 
 /// Results as they were asked for.

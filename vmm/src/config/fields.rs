@@ -89,7 +89,8 @@ pub const FIELDS: &[Field] = &[
         &[Program::Bench],
         "bench",
         "\"secret\", \"secret-unused\", \"in-place\", \"in-place-unused\", \
-         \"secret-kept\", \"mapped\", \"mapped-zero\", \"zero-window\", \"zero-direct\" or \"flip\"",
+         \"secret-kept\", \"mapped\", \"mapped-zero\", \"zero-window\", \"zero-direct\", \"flip\", \
+         \"secret-dry\" or \"secret-dry-unused\"",
     ),
     of(&[Program::Bench], "order", "an order from 0 to 10"),
     of(&[Program::Bench], "rounds", "a number of rounds, at least 1"),

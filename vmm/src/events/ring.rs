@@ -15,6 +15,8 @@ pub struct RingReader {
     cpu: u8,
     control: Gpa,
     tail: u64,
+    /// What the last look brought; kept for its room.
+    drained: Drained,
 }
 
 /// What one look at a ring brought.
@@ -31,35 +33,34 @@ impl RingReader {
     #[must_use]
     pub fn new(memory: &Memory, cpu: u8) -> Self {
         let control = memory.layout().shared.gpa.wrapping_add(ring_offset(usize::from(cpu)));
-        Self { cpu, control, tail: 0 }
+        Self { cpu, control, tail: 0, drained: Drained::default() }
     }
 
     /// Takes everything that the guest has published: at most one ring's worth.
     ///
     /// # Errors
     /// [`MemoryError`] if the shared region cannot be read: a fault of the VMM.
-    pub fn drain(&mut self, memory: &Memory) -> Result<Drained, MemoryError> {
-        let mut drained = Drained::default();
+    pub fn drain(&mut self, memory: &Memory) -> Result<&mut Drained, MemoryError> {
+        self.drained.records.clear();
+        self.drained.lost.clear();
         let head = memory.load(self.word(RING_HEAD_WORD))?;
         let published = head.wrapping_sub(self.tail);
         if published > RING_RECORDS {
-            drained.lost.push(format!(
+            self.drained.lost.push(format!(
                 "CPU {}'s event ring jumped from record {} to {head}",
                 self.cpu, self.tail
             ));
             self.tail = head;
-        } else {
-            drained.records.reserve(usize::try_from(published).unwrap_or(0));
         }
         while self.tail != head {
             match self.record(memory, self.tail)? {
-                Ok(record) => drained.records.push(record),
-                Err(why) => drained.lost.push(why),
+                Ok(record) => self.drained.records.push(record),
+                Err(why) => self.drained.lost.push(why),
             }
             self.tail = self.tail.wrapping_add(1);
         }
         memory.store(self.word(RING_TAIL_WORD), self.tail)?;
-        Ok(drained)
+        Ok(&mut self.drained)
     }
 
     /// Whether the CPU says that it may hold a number whose record it has not published.
@@ -132,10 +133,10 @@ mod tests {
         for index in 0..RING_RECORDS + 5 {
             put(&memory, &reader, index, &flush(index + 1, 1));
             if index % 7 == 0 {
-                got.extend(reader.drain(&memory).unwrap().records);
+                got.append(&mut reader.drain(&memory).unwrap().records);
             }
         }
-        got.extend(reader.drain(&memory).unwrap().records);
+        got.append(&mut reader.drain(&memory).unwrap().records);
         assert!(got.iter().map(|r| r.seq).eq(1..=RING_RECORDS + 5));
         assert!(reader.drain(&memory).unwrap().records.is_empty());
     }

@@ -30,14 +30,18 @@ pub enum Standing {
 /// Records wait here until all smaller numbers are there.
 #[derive(Debug)]
 pub struct Sequencer {
+    /// The first number that has neither been handed out nor is in `run`.
     next: u64,
+    /// Records with all smaller numbers before them: what one CPU records comes in order.
+    run: Vec<Record>,
+    /// What came before a smaller number did.
     waiting: Waiting<Slot>,
     lost: u64,
 }
 
 impl Default for Sequencer {
     fn default() -> Self {
-        Self { next: 1, waiting: Waiting::new(1), lost: 0 }
+        Self { next: 1, run: Vec::new(), waiting: Waiting::new(1), lost: 0 }
     }
 }
 
@@ -70,11 +74,19 @@ impl Sequencer {
 
     fn place(&mut self, number: u64, given: u64, slot: Slot) -> Result<(), String> {
         let known = number <= given.min(MAX_NUMBER);
+        if number == self.next && known && self.waiting.is_empty() {
+            self.next += 1;
+            if let Slot::Record(record) = slot {
+                self.run.push(record);
+            }
+            return Ok(());
+        }
         if number < self.next || !known || self.waiting.contains(number) {
             self.lost = self.lost.saturating_add(1);
             let why = if known { "came twice or too late" } else { "was never given out" };
             return Err(format!("event number {number} {why}"));
         }
+        self.waiting.pass(self.next);
         self.waiting.insert(number, slot);
         Ok(())
     }
@@ -92,8 +104,7 @@ impl Sequencer {
 
     /// Hands out what is complete up to `last`, in order. What comes after it waits, so that what
     /// is handed out now depends on `last` alone and not on how far other CPUs have got.
-    fn ready(&mut self, last: u64) -> Vec<Record> {
-        let mut ready = Vec::with_capacity(self.waiting.len());
+    fn ready(&mut self, last: u64, ready: &mut Vec<Record>) {
         while self.next <= last
             && let Some(slot) = self.waiting.take(self.next)
         {
@@ -102,17 +113,17 @@ impl Sequencer {
                 ready.push(record);
             }
         }
-        ready
     }
 
     /// Whatever number up to `last` is missing now will not come, unless one of the `intents`
-    /// accounts for it. Hands out all that came up to `last`, or to the first number that is still
-    /// owed, and says what is missing.
+    /// accounts for it. Puts all that came up to `last`, or to the first number that is still owed,
+    /// in place of what `records` held, and says what is missing.
     pub fn settle(
         &mut self,
         last: u64,
         intents: &[(Intent, Standing)],
-    ) -> (Vec<Record>, Vec<String>) {
+        records: &mut Vec<Record>,
+    ) -> Vec<String> {
         let last = last.min(MAX_NUMBER);
         let patient = self.waiting.len() <= MAX_WAITING;
         let mut owed = Vec::new();
@@ -126,7 +137,11 @@ impl Sequencer {
                 }
             }
         }
-        let mut records = self.ready(last);
+        records.clear();
+        std::mem::swap(records, &mut self.run);
+        let later = records.partition_point(|record| record.seq <= last);
+        self.run.extend(records.drain(later..));
+        self.ready(last, records);
         let mut gaps = Vec::new();
         while self.next <= last && !owed.contains(&self.next) {
             let waiting = self.waiting.first().unwrap_or(last + 1);
@@ -135,9 +150,9 @@ impl Sequencer {
             gaps.push(format!("events {} to {} are missing", self.next, until - 1));
             self.lost = self.lost.saturating_add(until - self.next);
             self.next = until;
-            records.extend(self.ready(last));
+            self.ready(last, records);
         }
-        (records, gaps)
+        gaps
     }
 }
 
@@ -174,7 +189,16 @@ mod tests {
     }
 
     fn settle(sequencer: &mut Sequencer, last: u64) -> (Vec<u64>, Vec<String>) {
-        let (records, gaps) = sequencer.settle(last, &[]);
+        settle_with(sequencer, last, &[])
+    }
+
+    fn settle_with(
+        sequencer: &mut Sequencer,
+        last: u64,
+        intents: &[(Intent, Standing)],
+    ) -> (Vec<u64>, Vec<String>) {
+        let mut records = vec![record(99)];
+        let gaps = sequencer.settle(last, intents, &mut records);
         (numbers(&records), gaps)
     }
 
@@ -199,6 +223,20 @@ mod tests {
         push(&mut sequencer, record(2));
         assert_eq!(settle(&mut sequencer, 4), (vec![2, 3, 4], vec![]));
         assert_eq!(sequencer.lost(), 0);
+    }
+
+    #[test]
+    fn what_came_in_order_waits_too_if_it_comes_after_the_last_number() {
+        let mut sequencer = Sequencer::default();
+        for seq in [1, 2, 3, 6] {
+            push(&mut sequencer, record(seq));
+        }
+        assert_eq!(settle(&mut sequencer, 1), (vec![1], vec![]));
+        assert!(sequencer.push(record(2), 100).unwrap_err().contains("came twice"));
+        push(&mut sequencer, record(5));
+        push(&mut sequencer, record(4));
+        assert_eq!((sequencer.missing(6), sequencer.missing(7)), (0, 1));
+        assert_eq!(settle(&mut sequencer, 6), (vec![2, 3, 4, 5, 6], vec![]));
     }
 
     #[test]
@@ -238,8 +276,8 @@ mod tests {
         let mut sequencer = Sequencer::default();
         let intent = Intent { write: write(0), seq: 1 };
         push(&mut sequencer, record(2));
-        let (records, gaps) = sequencer.settle(2, &[(intent, Standing::Final)]);
-        assert_eq!((numbers(&records), gaps.len()), (vec![2], 0));
+        let intents = [(intent, Standing::Final)];
+        assert_eq!(settle_with(&mut sequencer, 2, &intents), (vec![2], vec![]));
     }
 
     #[test]
@@ -248,8 +286,7 @@ mod tests {
         let intent = (Intent { write: write(0), seq: 2 }, Standing::Owed);
         push(&mut sequencer, record(1));
         push(&mut sequencer, record(3));
-        let (records, gaps) = sequencer.settle(3, &[intent]);
-        assert_eq!((numbers(&records), gaps.len()), (vec![1], 0));
+        assert_eq!(settle_with(&mut sequencer, 3, &[intent]), (vec![1], vec![]));
         push(&mut sequencer, record(2));
         assert_eq!(settle(&mut sequencer, 3), (vec![2, 3], vec![]));
         assert_eq!(sequencer.lost(), 0);
@@ -260,7 +297,7 @@ mod tests {
         let mut sequencer = Sequencer::default();
         let intent = (Intent { write: write(0), seq: 1 }, Standing::Owed);
         push(&mut sequencer, record(2));
-        assert_eq!(sequencer.settle(2, &[intent]).0, []);
+        assert!(settle_with(&mut sequencer, 2, &[intent]).0.is_empty());
         assert_eq!(settle(&mut sequencer, 2).0, [2]);
         assert_eq!(sequencer.lost(), 1);
     }

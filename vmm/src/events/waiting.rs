@@ -23,6 +23,12 @@ impl<T> Waiting<T> {
         Self { start, near: VecDeque::new(), far: BTreeMap::new(), len: 0 }
     }
 
+    /// Whether nothing waits.
+    #[inline]
+    pub(super) const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// How many values wait.
     pub(super) const fn len(&self) -> usize {
         self.len
@@ -79,9 +85,9 @@ impl<T> Waiting<T> {
         usize::try_from(place).ok()
     }
 
-    /// Makes `number` the queue's first.
+    /// Makes `number` the queue's first, as it is when nothing below it will be inserted.
     #[inline]
-    fn pass(&mut self, number: u64) {
+    pub(super) fn pass(&mut self, number: u64) {
         while self.start < number {
             let Some(passed) = self.near.pop_front() else {
                 self.start = number;

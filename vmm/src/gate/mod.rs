@@ -6,6 +6,7 @@
 
 mod leaks;
 mod order;
+mod pages;
 mod probes;
 mod state;
 #[cfg(test)]
@@ -22,17 +23,17 @@ use crate::events::{RingReader, Sequencer, Standing};
 use crate::leak::LeakScanner;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
-use crate::printable::steers;
 use crate::second_stage::SecondStage;
 use crate::stop::Stop;
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
-use lacuna_abi::event::{EntryWrite, HostAct};
+use lacuna_abi::event::{EntryWrite, HostAct, Record};
 use lacuna_abi::gate::{
-    ARGS_WORD, COUNT_WORD, Call, CpuRegistration, ExceptionReport, LOG_BYTES, Op, OpKind,
-    PAGE_WORDS, STATUS_WORD, Status, read_ops,
+    ARGS_WORD, Call, CpuRegistration, ExceptionReport, Op, OpKind, PAGE_WORDS, STATUS_WORD, Status,
+    read_ops,
 };
 use lacuna_abi::layout::{call_page_offset, report_page_offset};
+use pages::{arguments, text};
 use probes::Probes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -60,6 +61,8 @@ pub struct Gate {
     audit: Audit,
     rings: Vec<RingReader>,
     sequencer: Sequencer,
+    /// Room for records that are judged.
+    settled: Vec<Record>,
     intents: Vec<Option<EntryWrite>>,
     cpus: Vec<Option<Registers>>,
     registered: Vec<bool>,
@@ -117,6 +120,7 @@ impl Gate {
             audit,
             rings,
             sequencer: Sequencer::default(),
+            settled: Vec::new(),
             intents,
             cpus,
             registered: vec![false; layout.cpus],
@@ -154,7 +158,7 @@ impl Gate {
             _ => None,
         };
         let in_write = self.drain(cpu, standing)?;
-        let page = self.memory.shared_page(call_page_offset(cpu.into()))?;
+        let page = self.call_page(cpu, call)?;
         let mut index = 0;
         let status = match call {
             Call::Ready => self.ready(cpu, &page),
@@ -208,12 +212,12 @@ impl Gate {
                 return Ok(Served::Exit(page[ARGS_WORD], counters));
             }
             Call::Exception => {
-                let page = self.memory.shared_page(report_page_offset(cpu.into()))?;
+                let page = self.memory.shared_page(report_page_offset(cpu.into()), PAGE_WORDS)?;
                 let words = arguments::<{ ExceptionReport::WORDS }>(&page, ARGS_WORD);
                 return Ok(Served::Exception(Box::new(ExceptionReport::from_words(&words))));
             }
             Call::Panic => {
-                let page = self.memory.shared_page(report_page_offset(cpu.into()))?;
+                let page = self.memory.shared_page(report_page_offset(cpu.into()), PAGE_WORDS)?;
                 let text = text(&page).unwrap_or_default();
                 return Ok(Served::Panic(self.withhold("the guest's panic message", text)));
             }
@@ -392,25 +396,6 @@ impl Gate {
         }
         Status::Ok
     }
-}
-
-/// `N` words of a page, from `start`.
-fn arguments<const N: usize>(page: &[u64; PAGE_WORDS], start: usize) -> [u64; N] {
-    let mut words = [0; N];
-    for (word, source) in words.iter_mut().zip(page.iter().skip(start)) {
-        *word = *source;
-    }
-    words
-}
-
-/// The text in a page; `None` if its length makes no sense. Control characters are replaced, so
-/// that a guest cannot steer a terminal.
-fn text(page: &[u64; PAGE_WORDS]) -> Option<String> {
-    let len = usize::try_from(page[COUNT_WORD]).ok().filter(|len| *len <= LOG_BYTES)?;
-    let bytes: Vec<u8> =
-        page[ARGS_WORD..].iter().flat_map(|word| word.to_le_bytes()).take(len).collect();
-    let clean = |c: char| if c != '\n' && steers(c) { '\u{fffd}' } else { c };
-    Some(String::from_utf8_lossy(&bytes).chars().map(clean).collect())
 }
 
 const _: () = assert!(PAGE_WORDS as u64 * 8 == PAGE_SIZE);

@@ -6,6 +6,7 @@ use super::{Gate, GateFailure, Scope, Vcpus};
 use crate::events::Standing;
 use lacuna_abi::addr::FrameRange;
 use lacuna_abi::event::{Event, HostAct, Intent, Record};
+use std::mem;
 use std::time::{Duration, Instant};
 
 /// Longest wait for a number that a running CPU has taken and not recorded. An honest one needs
@@ -37,14 +38,17 @@ impl Gate {
         standing: Option<Standing>,
     ) -> Result<bool, GateFailure> {
         let last = self.memory.last_event_number()?;
-        let started = Instant::now();
+        let mut waits_since = None;
         loop {
             // Looked at before the rings: who is not busy now has published all that it took.
             let busy = self.busy(caller)?;
             self.collect()?;
             let missing = self.sequencer.missing(last);
             let may_come = missing != 0 && missing <= HELD * u64::from(busy.count_ones());
-            if !may_come || started.elapsed() > OWED || self.stop.told().is_some() {
+            if !may_come || self.stop.told().is_some() {
+                break;
+            }
+            if waits_since.get_or_insert_with(Instant::now).elapsed() > OWED {
                 break;
             }
             std::thread::sleep(LOOK_AGAIN);
@@ -145,10 +149,10 @@ impl Gate {
             let drained = ring.drain(&self.memory)?;
             let given = self.memory.last_event_number()?;
             self.sequencer.count_lost(drained.lost.len() as u64);
-            for why in drained.lost {
+            for why in drained.lost.drain(..) {
                 self.audit.inconclusive(why);
             }
-            for record in drained.records {
+            for record in drained.records.drain(..) {
                 if let Err(why) = self.sequencer.push(record, given) {
                     self.audit.inconclusive(why);
                 }
@@ -169,9 +173,20 @@ impl Gate {
     /// Has the events up to `last` judged. What is missing is lost, unless an intent accounts for
     /// it. False if this was broken off.
     fn judge(&mut self, last: u64, intents: &[(Intent, Standing)]) -> Result<bool, GateFailure> {
-        let (records, gaps) = self.sequencer.settle(last, intents);
-        for gap in gaps {
+        // Kept for its room.
+        let mut records = mem::take(&mut self.settled);
+        for gap in self.sequencer.settle(last, intents, &mut records) {
             self.audit.inconclusive(gap);
+        }
+        let judged = self.judge_all(&records);
+        self.settled = records;
+        Ok(judged)
+    }
+
+    /// Has records judged, in order. False if this was broken off.
+    fn judge_all(&mut self, records: &[Record]) -> bool {
+        if records.is_empty() {
+            return true;
         }
         let started = Instant::now();
         for record in records {
@@ -179,15 +194,15 @@ impl Gate {
             if self.stop.told().is_some() && started.elapsed() > JUDGE_AT_STOP {
                 // What follows is the end of the run; what is left is not judged.
                 self.audit.inconclusive("the run was stopped while events were judged".into());
-                return Ok(false);
+                return false;
             }
-            self.event(&record);
+            self.event(record);
             for observer in &mut self.observers {
-                observer.event(&record);
+                observer.event(record);
             }
         }
         self.audit_time += started.elapsed();
-        Ok(true)
+        true
     }
 
     /// Has the audit judge a record. The caller takes the time, once for many.

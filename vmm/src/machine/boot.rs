@@ -234,7 +234,7 @@ mod tests {
         let (memory, info, image) = booted(64, 1);
         let text = translate(&memory, Gpa(info.root), image.entry).unwrap();
         assert!(text.executable && !text.writable);
-        let page = memory.shared_page(BOOT_INFO_OFFSET).unwrap();
+        let page = memory.shared_page(BOOT_INFO_OFFSET, BootInfo::WORDS).unwrap();
         assert_eq!(page[..BootInfo::WORDS], info.to_words());
         assert!(!translate(&memory, Gpa(info.root), SHARED).unwrap().writable);
         assert!(translate(&memory, Gpa(info.root), POOL).unwrap().writable);

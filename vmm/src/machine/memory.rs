@@ -179,12 +179,18 @@ impl Memory {
         Ok(words)
     }
 
-    /// A copy of a page of words in the shared region, at this offset.
+    /// A copy of the first `count` words of a page in the shared region, at this offset; zero behind
+    /// them.
     ///
     /// # Errors
     /// [`MemoryError::Access`].
-    pub fn shared_page(&self, offset: u64) -> Result<[u64; PAGE_WORDS], MemoryError> {
-        self.load_words(self.layout.shared.gpa.wrapping_add(offset))
+    pub fn shared_page(&self, offset: u64, count: usize) -> Result<[u64; PAGE_WORDS], MemoryError> {
+        let mut page = [0; PAGE_WORDS];
+        let at = self.layout.shared.gpa.wrapping_add(offset);
+        for (word, place) in page.iter_mut().zip(self.words(at, count.min(PAGE_WORDS))?) {
+            *word = place.load(Ordering::Acquire);
+        }
+        Ok(page)
     }
 
     /// Takes the next event number from the counter that guest and host share.

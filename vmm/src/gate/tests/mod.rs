@@ -14,7 +14,7 @@ use lacuna_abi::boot::BootInfo;
 use lacuna_abi::event::{
     Event, Flush, Intent, RECORD_BYTES, RING_BUSY_WORD, RING_HEAD_WORD, RING_RECORDS, Record,
 };
-use lacuna_abi::gate::OpWriter;
+use lacuna_abi::gate::{COUNT_WORD, OpWriter};
 use lacuna_abi::layout::{Layout, Needs, SEQUENCE_OFFSET, ring_offset};
 use lacuna_abi::paging::Level;
 use lacuna_abi::walk::locate;
