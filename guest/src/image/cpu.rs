@@ -134,21 +134,6 @@ pub(crate) fn flush_non_global() {
     unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack, preserves_flags)) };
 }
 
-/// INVPCID of this type (SDM volume 2, "INVPCID").
-#[inline]
-pub(crate) fn invalidate_pcid<const TYPE: u64>(pcid: u16, va: Gva) {
-    let descriptor = [u64::from(pcid), va.0];
-    // SAFETY: as `invalidate_page`; a CPU without the instruction raises an exception.
-    unsafe {
-        asm!(
-            "invpcid {kind}, [{descriptor}]",
-            kind = in(reg) TYPE,
-            descriptor = in(reg) &descriptor,
-            options(nostack, preserves_flags),
-        );
-    }
-}
-
 /// The low half of an address in the function that this is called from.
 #[inline(always)]
 pub(crate) fn here() -> u32 {
