@@ -79,11 +79,21 @@ impl Cpu {
         let _ = self.enter();
     }
 
-    /// It runs in a new mode, or is about to.
-    pub(super) fn switch(&mut self, mode: Mode, seq: u64) -> Result<(), TooManySpaces> {
+    /// It runs in a new mode, or is about to; the same instruction flushes.
+    pub(super) fn switch(
+        &mut self,
+        mode: Mode,
+        scope: Option<Scope>,
+        seq: u64,
+    ) -> Result<(), TooManySpaces> {
         self.mode = mode;
-        self.changed = Some(seq);
-        self.refresh();
+        match scope {
+            Some(scope) => self.flush(scope, seq),
+            None => {
+                self.changed = Some(seq);
+                self.refresh();
+            }
+        }
         self.enter()
     }
 
@@ -94,7 +104,6 @@ impl Cpu {
             if is_current(space, &mode) {
                 space.fill.healed.clear();
             } else {
-                space.paths = false;
                 space.dying = true;
             }
         }
@@ -105,7 +114,7 @@ impl Cpu {
     /// Everything goes, and what it is filled with from now on has another tag.
     pub(super) fn flush_for(&mut self, mode: Mode, seq: u64) -> Result<(), TooManySpaces> {
         self.spaces.iter_mut().for_each(|space| space.dying = true);
-        self.switch(mode, seq)
+        self.switch(mode, None, seq)
     }
 
     /// Pages were invalidated, and of the paths those that lead to them or, if `all_paths`, all of
@@ -117,7 +126,8 @@ impl Cpu {
             if paths && all_paths {
                 space.paths = false;
             }
-            if flush.reaches(space.tag) {
+            // Global translations of the pages may have been cached through any PCID's paths.
+            if flush.reaches(space.tag) || flush.globals {
                 let (leaves, paths) = (true, paths && !all_paths);
                 space.fill.heal(Healed::Pages { flush: *flush, leaves, paths });
             }

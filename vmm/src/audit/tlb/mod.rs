@@ -228,9 +228,10 @@ impl Tlb {
         let Some(state) = self.running_mut(cpu) else { return Ok(()) };
         let pcid = if state.cr4 & bits::CR4_PCIDE != 0 { pcid } else { 0 };
         let mode = Mode { root, pcid, ..state.mode };
-        let entered = state.switch(mode, seq);
+        let scope = (!no_flush).then_some(Scope::Pcid(pcid));
+        let entered = state.switch(mode, scope, seq);
+        let flushed = scope.map_or(Ok(()), |scope| self.flush_duties(cpu, scope, seq));
         self.stale.switch(cpu, mode.paging.then_some(pcid));
-        let flushed = if no_flush { Ok(()) } else { self.flush_scope(cpu, Scope::Pcid(pcid), seq) };
         entered.map_err(|_| TooMany).and(flushed)
     }
 
@@ -308,7 +309,7 @@ impl Tlb {
             return entered.map_err(|_| TooMany).and(flushed);
         }
         let was = state.mode;
-        let entered = if mode == was { Ok(()) } else { state.switch(mode, seq) };
+        let entered = if mode == was { Ok(()) } else { state.switch(mode, None, seq) };
         if mode != was {
             self.stale.switch(cpu, mode.paging.then_some(mode.pcid));
         }
@@ -373,11 +374,24 @@ impl Tlb {
                 let Path { root, va, level, table, .. } = *path;
                 let (takes_globals, passing) = (space.takes_globals, space.dying);
                 let fill = space.fill.clone();
+                let globals_die = state.spaces.iter().any(|other| {
+                    other.root == path.root && other.tag == Tag::Global && other.dying
+                });
                 if !passing {
                     covered.push((cpu, pcid, fill.until));
                 }
-                let path =
-                    StalePath { cpu, root, pcid, level, va, seq, takes_globals, fill, passing };
+                let path = StalePath {
+                    cpu,
+                    root,
+                    pcid,
+                    level,
+                    va,
+                    seq,
+                    takes_globals,
+                    fill,
+                    passing,
+                    globals_die,
+                };
                 kept = kept.and(stale.add(table, path, &runs));
             }
         }
@@ -389,7 +403,7 @@ impl Tlb {
                         && !space.dying
                         && match space.tag {
                             Tag::Pcid(tag) => tag == *pcid,
-                            Tag::Global => until.is_none() || *until >= space.fill.until,
+                            Tag::Global => is_no_earlier(*until, space.fill.until),
                         }
                 })
             };
@@ -488,14 +502,18 @@ impl Tlb {
     }
 
     fn flush_scope(&mut self, cpu: u8, scope: Scope, seq: u64) -> Result<(), TooMany> {
-        self.epochs.flush(cpu, scope, seq);
+        if let Some(state) = self.cpus.get_mut(usize::from(cpu)) {
+            state.flush(scope, seq);
+        }
+        self.flush_duties(cpu, scope, seq)
+    }
+
+    fn flush_duties(&mut self, cpu: u8, scope: Scope, seq: u64) -> Result<(), TooMany> {
+        let Self { stale, duties, epochs, .. } = self;
+        epochs.flush(cpu, scope, seq);
         let mut kept = Ok(());
-        let Self { cpus, stale, duties, epochs, .. } = self;
         if !stale.is_empty() {
             stale.flush(cpu, scope, seq, &mut |duty| kept = kept.and(duties.add(&duty, epochs)));
-        }
-        if let Some(state) = cpus.get_mut(usize::from(cpu)) {
-            state.flush(scope, seq);
         }
         kept
     }
@@ -557,6 +575,12 @@ impl Tlb {
         }
         kept
     }
+}
+
+/// Whether what could be filled until `first` could be at least as long as what could until `second`;
+/// `None` is now.
+fn is_no_earlier(first: Option<u64>, second: Option<u64>) -> bool {
+    first.is_none_or(|first| second.is_some_and(|second| first >= second))
 }
 
 fn duty(root: Gpa, (tag, passing): (Tag, bool), run: &Run, cpus: CpuSet, seq: u64) -> Duty {

@@ -33,6 +33,8 @@ pub(super) struct StalePath {
     pub fill: Fill,
     /// It could be cached only in what the CPU is about to lose.
     pub passing: bool,
+    /// Global translations of the root are about to be lost, too.
+    pub globals_die: bool,
 }
 
 impl StalePath {
@@ -48,7 +50,7 @@ impl StalePath {
         let tag = self.tag(run.global);
         self.fill.held(&run, tag, &mut |run: Run| {
             let Run { va, level, frames, since, .. } = run;
-            let passing = self.passing && tag != Tag::Global;
+            let passing = self.passing && (tag != Tag::Global || self.globals_die);
             let (root, seq, cpus) = (self.root, self.seq.max(since), only(self.cpu));
             each(Duty { root, tag, level, va, frames, since, seq, cpus, passing });
         });
@@ -111,7 +113,7 @@ impl StaleTables {
             // The older path is still cached; the newer one may be too.
             old.seq = old.seq.max(path.seq);
             old.passing &= path.passing;
-            if path.fill.until.is_none() || path.fill.until > old.fill.until {
+            if super::is_no_earlier(path.fill.until, old.fill.until) {
                 old.fill = path.fill;
             }
             return Ok(());
@@ -186,7 +188,8 @@ impl StaleTables {
         for path in self.of_cpu(cpu) {
             path.fill.went_on(seq);
         }
-        self.drop_paths(|path| path.cpu == cpu && path.passing, &|global| global, each);
+        let passing = |path: &StalePath| path.cpu == cpu && path.passing;
+        self.drop_paths(passing, &|path, global| global && !path.globals_die, each);
     }
 
     /// A big flush. What was cached through the paths that go and is not flushed itself is reported.
@@ -194,7 +197,7 @@ impl StaleTables {
         let goes = |path: &StalePath| {
             path.cpu == cpu && scope.reaches(Tag::Pcid(path.pcid)) && path.seq < seq
         };
-        let spared = |global| global && scope != Scope::Everything;
+        let spared = |_: &StalePath, global| global && scope != Scope::Everything;
         self.drop_paths(goes, &spared, each);
     }
 
@@ -212,7 +215,7 @@ impl StaleTables {
                 && path.seq < flush.seq
                 && (all_paths || flush.hits(path.va, path.level))
         };
-        self.drop_paths(goes, &|_| true, each);
+        self.drop_paths(goes, &|_, _| true, each);
         let healed = Healed::Pages { flush: *flush, leaves: true, paths: false };
         for path in self.of_cpu(cpu).filter(|path| path.fill.until.is_some()) {
             if flush.globals && flush.hits(path.va, path.level) {
@@ -231,7 +234,7 @@ impl StaleTables {
 
     /// The CPU caches nothing any more.
     pub(super) fn forget_cpu(&mut self, cpu: u8) {
-        self.drop_paths(|path| path.cpu == cpu, &|_| false, &mut |_| ());
+        self.drop_paths(|path| path.cpu == cpu, &|_, _| false, &mut |_| ());
     }
 
     /// What CPUs may have cached through the paths, and may cache again.
@@ -285,7 +288,7 @@ impl StaleTables {
     fn drop_paths(
         &mut self,
         goes: impl Fn(&StalePath) -> bool,
-        spared: &dyn Fn(bool) -> bool,
+        spared: &dyn Fn(&StalePath, bool) -> bool,
         each: &mut dyn FnMut(Duty),
     ) {
         if self.is_empty() {
@@ -298,7 +301,7 @@ impl StaleTables {
                     return true;
                 }
                 for run in leaves.iter() {
-                    if spared(path.tag(run.global) == Tag::Global) {
+                    if spared(path, path.tag(run.global) == Tag::Global) {
                         path.duties(run, &mut |duty| each(Duty { passing: false, ..duty }));
                     }
                 }

@@ -1,0 +1,282 @@
+//! The small worlds, and the twins: slips of the model that a walk must find.
+
+use super::super::Profile;
+use super::reference::{Act, Pde, Pte};
+use super::small::{Small, Walk};
+use super::world::{Op, Size, Slip};
+
+const SIZE: Size = Size {
+    cpus: 2,
+    roots: 1,
+    tables: 1,
+    pages: 2,
+    profile: Profile::Intel,
+    pge: true,
+    pcide: false,
+    tce: false,
+};
+
+const LINK: Pde = Pde::Table { t: 0, w: true };
+const WHOLE: Pde = Pde::Large { g: true, w: true };
+
+fn page(f: usize, g: bool, w: bool) -> Pte {
+    Pte::Page { f, g, w }
+}
+
+/// All writes of these entries.
+fn writes(size: Size, pdes: &[Pde], ptes: &[Pte]) -> Vec<Op> {
+    let mut ops = Vec::new();
+    for r in 0..size.roots {
+        ops.extend(pdes.iter().map(|pde| Op::Pde(r, *pde)));
+    }
+    for t in 0..size.tables {
+        for i in 0..size.pages {
+            ops.extend(ptes.iter().map(|pte| Op::Pte(t, i, *pte)));
+        }
+    }
+    ops
+}
+
+fn acts(size: Size, acts: &[Act]) -> Vec<Op> {
+    (0..size.cpus).flat_map(|cpu| acts.iter().map(move |act| Op::Act(cpu, *act))).collect()
+}
+
+fn load(r: usize, p: u16, no_flush: bool) -> Act {
+    Act::Load { r, p, no_flush }
+}
+
+fn seals(size: Size) -> Vec<Op> {
+    (0..size.pages).map(Op::Seal).collect()
+}
+
+fn resets(size: Size) -> Vec<Op> {
+    (0..size.cpus).flat_map(|cpu| [Op::Start(cpu), Op::Stop(cpu)]).collect()
+}
+
+fn small(name: &'static str, size: Size, ops: Vec<Vec<Op>>) -> Small {
+    Small { name, size, delayed: false, exact: true, ops: ops.concat() }
+}
+
+/// Loads of two roots under these PCIDs, with bit 63 and without.
+fn loads(pairs: &[(usize, u16)]) -> Vec<Act> {
+    pairs.iter().flat_map(|(r, p)| [load(*r, *p, false), load(*r, *p, true)]).collect()
+}
+
+/// The worlds. Together they have every operation beside every other that it can meet.
+fn worlds() -> Vec<Small> {
+    let one = Size { pages: 1, ..SIZE };
+    let kinds = [Pte::Empty, page(0, true, true), page(0, false, true), page(0, false, false)];
+    let flushes = [load(0, 0, false), Act::Invlpg(Some(0)), Act::Everything];
+    let next = Act::Invlpg(None);
+    let two = [Pte::Empty, page(0, true, true), page(1, false, true)];
+    let tables = Size { tables: 2, ..one };
+    let linked = |t, w| Pde::Table { t, w };
+    let links = [Pde::Empty, WHOLE, LINK, linked(1, true), linked(0, false)];
+    let roots = Size { roots: 2, pcide: true, cpus: 1, ..one };
+    let both = Size { cpus: 2, ..roots };
+    let invpcid = [
+        Act::PageOfPcid(Some(0), 0),
+        Act::PageOfPcid(Some(0), 1),
+        Act::PageOfPcid(None, 1),
+        Act::Pcid(0),
+        Act::Pcid(1),
+        Act::AllPcids,
+    ];
+    let reuse = loads(&[(0, 0), (1, 0), (0, 1), (1, 1)]);
+    let global = &kinds[..3];
+    let control = Size { pcide: false, ..roots };
+    let plain = Size { profile: Profile::Amd, tce: true, ..tables };
+    let erratum = Size { profile: Profile::IntelInvlpgErratum, ..both };
+    vec![
+        small(
+            "pages, resets, PGE",
+            one,
+            vec![
+                writes(one, &[LINK], &kinds),
+                acts(one, &flushes),
+                acts(one, &[Act::AllPcids, Act::Pge, Act::Smep]),
+                resets(one),
+                seals(one),
+            ],
+        ),
+        small(
+            "two pages and frames",
+            SIZE,
+            vec![
+                writes(SIZE, &[LINK], &two),
+                acts(SIZE, &flushes),
+                acts(SIZE, &[Act::Invlpg(Some(1))]),
+                seals(SIZE),
+            ],
+        ),
+        small(
+            "split and merge",
+            one,
+            vec![
+                writes(one, &[Pde::Empty, WHOLE, LINK], global),
+                acts(one, &flushes),
+                acts(one, &[next, Act::Pge]),
+                seals(one),
+            ],
+        ),
+        small(
+            "tables replaced",
+            Size { cpus: 1, ..tables },
+            vec![
+                writes(tables, &links, global),
+                acts(Size { cpus: 1, ..tables }, &flushes),
+                acts(Size { cpus: 1, ..tables }, &[next]),
+                seals(tables),
+            ],
+        ),
+        small(
+            "roots that share a PCID",
+            roots,
+            vec![
+                writes(roots, &[Pde::Empty, LINK], global),
+                acts(roots, &reuse),
+                acts(roots, &flushes[1..]),
+                acts(roots, &[next, Act::Pcid(1), Act::AllPcids]),
+            ],
+        ),
+        Small {
+            exact: false,
+            ..small(
+                "roots that share a PCID, INVPCID, seals",
+                roots,
+                vec![
+                    writes(roots, &[Pde::Empty, LINK], global),
+                    acts(roots, &loads(&[(0, 0), (1, 0), (0, 1)])),
+                    acts(roots, &invpcid),
+                    seals(roots),
+                ],
+            )
+        },
+        small(
+            "roots with a PCID each",
+            roots,
+            vec![
+                writes(roots, &[Pde::Empty, LINK], global),
+                acts(roots, &loads(&[(0, 0), (1, 1)])),
+                acts(roots, &flushes[1..]),
+                acts(roots, &invpcid[..2]),
+                acts(roots, &invpcid[4..]),
+                seals(roots),
+            ],
+        ),
+        small(
+            "roots on two CPUs",
+            both,
+            vec![
+                writes(both, &[LINK], &[Pte::Empty, page(0, false, true)]),
+                acts(both, &[load(0, 0, false), load(1, 1, true), load(0, 0, true)]),
+                acts(both, &flushes[1..]),
+                seals(both),
+            ],
+        ),
+        small(
+            "control registers",
+            control,
+            vec![
+                writes(control, &[Pde::Empty, LINK], global),
+                acts(control, &[load(0, 0, false), load(1, 1, true), load(1, 0, false)]),
+                acts(control, &[Act::Pge, Act::Pcide, Act::Pg, Act::Smep, Act::Invlpg(Some(0))]),
+            ],
+        ),
+        small(
+            "AMD with TCE",
+            Size { cpus: 1, ..plain },
+            vec![
+                writes(plain, &[Pde::Empty, LINK, linked(1, true)], global),
+                acts(Size { cpus: 1, ..plain }, &flushes),
+                acts(Size { cpus: 1, ..plain }, &[next]),
+            ],
+        ),
+        small(
+            "the INVLPG erratum",
+            erratum,
+            vec![
+                writes(erratum, &[LINK], global),
+                acts(erratum, &[load(0, 1, false), Act::Invlpg(Some(0)), Act::Everything]),
+            ],
+        ),
+        Small {
+            delayed: true,
+            ..small(
+                "root loads under way",
+                roots,
+                vec![
+                    writes(roots, &[LINK], global),
+                    acts(roots, &loads(&[(0, 0), (1, 1), (1, 0)])),
+                    acts(roots, &[Act::Everything, Act::AllPcids, Act::Pge]),
+                    vec![Op::GoOn(0)],
+                ],
+            )
+        },
+    ]
+}
+
+fn world(name: &str) -> Small {
+    worlds().into_iter().find(|world| world.name == name).unwrap()
+}
+
+/// Worlds that a debug build walks in seconds.
+const QUICK: [&str; 3] = ["pages, resets, PGE", "two pages and frames", "AMD with TCE"];
+
+/// Walks worlds and prints how large they were.
+fn walk_all(wanted: impl Fn(&Small) -> bool) {
+    let mut all = Walk { states: 0, steps: 0, cautious: 0 };
+    for world in worlds().iter().filter(|world| wanted(world)) {
+        let Walk { states, steps, cautious } =
+            world.walk(Slip::None).unwrap_or_else(|why| panic!("{}: {why}", world.name));
+        let note = if world.exact { String::new() } else { format!(" ({cautious} cautious)") };
+        println!("{states:>8} states, {steps:>9} steps: {}{note}", world.name);
+        all.states += states;
+        all.steps += steps;
+    }
+    println!("{:>8} states, {:>9} steps in all", all.states, all.steps);
+    assert!(all.states > 1000, "the worlds were not walked");
+}
+
+#[test]
+fn model_and_reference_agree_in_every_state_of_the_quick_worlds() {
+    walk_all(|world| QUICK.contains(&world.name));
+}
+
+/// Takes too long without optimisation: `.ci/run` has a step for it.
+#[cfg(not(debug_assertions))]
+#[test]
+fn model_and_reference_agree_in_every_state_of_every_world() {
+    walk_all(|_| true);
+}
+
+#[test]
+fn every_slip_of_the_model_is_found_by_a_walk() {
+    let (pages, split) = ("pages, resets, PGE", "split and merge");
+    let roots = "roots with a PCID each";
+    let twins = [
+        (Slip::LoadDropsGlobals, pages),
+        (Slip::InvlpgSparesGlobals, pages),
+        (Slip::SealForgotten, pages),
+        (Slip::SmallerNumberDischarges, pages),
+        (Slip::GlobalBitIgnored, pages),
+        (Slip::PgeForgotten, pages),
+        (Slip::StopForgotten, pages),
+        (Slip::InvlpgSparesPaths, split),
+        (Slip::SealDropsPaths, split),
+        (Slip::StaleTableForgotten, split),
+        (Slip::UnlinkForgotten, split),
+        (Slip::Bit63Ignored, roots),
+        (Slip::InvlpgIgnoresPcid, roots),
+        (Slip::InvpcidDropsGlobals, roots),
+        (Slip::GrantForgotten, roots),
+        (Slip::PcideForgotten, "control registers"),
+        (Slip::RootLoadIsAtOnce, "root loads under way"),
+    ];
+    for (slip, name) in twins {
+        match world(name).walk(slip) {
+            Ok(walk) => panic!("{slip:?} is not found in {walk:?} of {name}"),
+            Err(why) => println!("{slip:?}:\n{why}\n"),
+        }
+    }
+}
