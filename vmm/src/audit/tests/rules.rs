@@ -272,9 +272,11 @@ fn more_than_is_kept() -> Scene {
     let table = scene.machine.new_table();
     let zone = direct_map(scene.block(0).start().gpa());
     for entry in [Entry::new(table.frame(), Entry::TABLE), Entry::EMPTY] {
-        // Behind the zone's part of the direct map, where nothing is mapped.
-        for slot in 100..170 {
-            scene.write(0, zone.wrapping_add(slot * BLOCK_SIZE), Level::Pd, 1, entry);
+        // In two directories, where nothing is mapped.
+        for slot in 100..500 {
+            for start in [zone, window(0)] {
+                scene.write(0, start.wrapping_add(slot * BLOCK_SIZE), Level::Pd, 1, entry);
+            }
         }
     }
     scene
