@@ -39,7 +39,7 @@ pub struct Speed {
 /// [`BenchError`].
 pub(super) fn speed(quick: bool) -> Result<Vec<Speed>, BenchError> {
     // Whole runs, so that processor time, which is counted in hundredths of a second, means something.
-    let (less, pairs) = if quick { (160, 1) } else { (1, 5) };
+    let (less, pairs) = if quick { (40, 1) } else { (1, 5) };
     let mut speeds = Vec::new();
     for cpus in CPUS {
         let kind = |bench, kib| Kind {
