@@ -118,7 +118,8 @@ pub struct BenchArgs {
     /// What to measure. alloc: secret pages against mapped ones over their whole cycle, and several
     /// policies. zero: zeroing through windows against the direct map. flip: pageblocks that leave
     /// the direct map and come back. boot: time until the allocator is ready, and resident memory,
-    /// for guests of several sizes. flush: runs of INVLPG against a CR3 load, in a guest.
+    /// for guests of several sizes. flush: runs of INVLPG against a CR3 load, in a guest. audit: what
+    /// judging a guest's events and tables costs, without a machine.
     #[arg(default_value = "boot", value_parser = Bench::parser())]
     pub name: Bench,
     /// What runs the guests: the host's KVM, or a simulated machine (alloc, zero, flip).
@@ -142,12 +143,14 @@ pub enum Bench {
     Boot,
     /// Invalidations.
     Flush,
+    /// The audit by itself.
+    Audit,
 }
 
 impl Bench {
     /// Everything that can be measured.
     pub const ALL: &'static [Self] =
-        &[Self::Alloc, Self::Zero, Self::Flip, Self::Boot, Self::Flush];
+        &[Self::Alloc, Self::Zero, Self::Flip, Self::Boot, Self::Flush, Self::Audit];
 
     /// Whether simulated machines can be measured; the others measure a processor.
     #[must_use]
@@ -164,6 +167,7 @@ impl Bench {
             Self::Flip => "flip",
             Self::Boot => "boot",
             Self::Flush => "flush",
+            Self::Audit => "audit",
         }
     }
 }
