@@ -10,17 +10,19 @@
 //! | `finding` | rules, findings, counts |
 //! | `world` | what the audit asks of the machine |
 //! | `frames` | the host's state of every frame |
-//! | `index` | which entries map a frame |
+//! | `index`, `tables`, `links`, `aliases` | the host's copy of all tables: which entries map a frame |
 //! | `duty`, `obligations`, `epochs`, `stale_tables`, `cpus` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
 //! | `writes`, `fills` | entry-write records; what tables hold when they are linked |
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
-//! | `quiesce` | the complete check |
+//! | `quiesce`, `compare` | the complete check; records against tables |
 #![forbid(unsafe_code)]
 #![warn(clippy::cast_possible_truncation)]
 
+mod aliases;
 mod arrival;
+mod compare;
 mod cpus;
 mod duty;
 mod epochs;
@@ -29,10 +31,12 @@ mod finding;
 mod frames;
 mod index;
 mod life;
+mod links;
 mod mappings;
 mod obligations;
 mod quiesce;
 mod stale_tables;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod world;
@@ -40,19 +44,18 @@ mod writes;
 
 pub use finding::{AuditResult, Finding, Rule, Tally};
 pub use frames::Frames;
-pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, World};
+pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, TableWords, World};
 
 use cpus::Cpus;
 use duty::PageFlush;
 use epochs::Epochs;
 use fills::Fills;
 use finding::Ledger;
-use index::{Index, walk};
+use index::{Index, Walked};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::event::{Event, Flush, Record};
 use lacuna_abi::gate::{CpuRegistration, Status};
-use lacuna_abi::paging::Level;
-use lacuna_abi::walk::EVERYTHING;
+use links::Change;
 use obligations::Obligations;
 use stale_tables::TableDuties;
 
@@ -77,15 +80,16 @@ pub struct Audit {
     ledger: Ledger,
     last_seq: u64,
     link_work: usize,
+    /// What the last record mapped and linked; empty between two records, kept for its room.
+    walked: Walked,
 }
 
 impl Audit {
     /// The audit of a guest that is about to start. Its boot root is registered and walked.
     pub fn new(config: AuditConfig, world: &impl World) -> Self {
-        let pool = usize::try_from(config.layout.pool.len / PAGE_SIZE).unwrap_or(0);
         let mut audit = Self {
             frames: Frames::new(&config.layout),
-            index: Index::new(pool),
+            index: Index::new(&config.layout),
             epochs: Epochs::default(),
             duties: Obligations::new(),
             table_duties: TableDuties::default(),
@@ -95,6 +99,7 @@ impl Audit {
             ledger: Ledger::new(config.max_findings),
             last_seq: 0,
             link_work: 0,
+            walked: Walked::default(),
             config,
         };
         if audit.register_root(config.boot_root, 0, world).is_err() {
@@ -123,9 +128,12 @@ impl Audit {
             return Err(Status::BadRoot);
         }
         self.roots.push((root, pcid));
-        let walked = walk(world, root, EVERYTHING, self.index.budget());
-        self.index.replace(root, EVERYTHING, Level::Pml4, &walked);
-        self.judge_walked(root, &walked, None, self.last_seq);
+        let mut walked = Walked::default();
+        let source = |table: Gfn, into: &mut TableWords| world.read_table(table, into);
+        let mut change = Change::new(&self.config.layout, &source, self.last_seq, &mut walked);
+        self.index.add_root(root, &mut change);
+        walked.tables.iter().for_each(|table| self.fills.remove(table.frame));
+        self.judge_walked(&walked, None, self.last_seq);
         Ok(())
     }
 
@@ -142,7 +150,7 @@ impl Audit {
             return Err(Status::BadState);
         }
         self.roots.retain(|(registered, _)| *registered != root);
-        self.index.remove_root(root);
+        self.index.remove_root(root, &self.config.layout);
         Ok(())
     }
 

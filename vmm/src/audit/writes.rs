@@ -3,11 +3,13 @@
 use super::duty::Duty;
 use super::epochs::only;
 use super::finding::{Finding, Rule};
-use super::index::{Mapping, Walked, is_table};
+use super::index::{Mapping, Rights, Run, Site, TableAt, Walked, is_table};
+use super::links::{Change, meaning};
 use super::obligations::cpu_list;
 use super::stale_tables::TableDuty;
-use super::{Audit, MAX_LINK_WORK, World};
-use lacuna_abi::addr::{FrameRange, Gpa, Gva};
+use super::tables::Place as TablePlace;
+use super::{Audit, MAX_LINK_WORK, TableWords, World};
+use lacuna_abi::addr::{FrameRange, Gfn, Gva};
 use lacuna_abi::event::{EntryWrite, TableFill, mapped_frames};
 use lacuna_abi::layout::Place;
 use lacuna_abi::paging::{Entry, Level};
@@ -36,20 +38,63 @@ impl Audit {
             self.ledger.inconclusive(reason);
             return;
         }
-        self.judge_claim(cpu, write, seq);
+        let site = self.index.find(write.root, write.va, write.level);
+        self.judge_claim(cpu, write, site, seq);
+        self.revoke(write, seq);
+        // One store changes the entry wherever its table is linked.
+        let others = site.map(|site| self.index.other_places(write, site)).unwrap_or_default();
+        self.link_work += others.len();
+        for (root, va) in others {
+            let pcid = self.roots.iter().find(|(known, _)| *known == root).map_or(0, |(_, p)| *p);
+            self.revoke(&EntryWrite { root, pcid, va, ..*write }, seq);
+        }
+        let mut walked = std::mem::take(&mut self.walked);
+        walked.clear();
+        let Self { index, fills, config, .. } = self;
+        let source = |table: Gfn, into: &mut TableWords| {
+            fills.table(table, into) || world.read_table(table, into)
+        };
+        let since = if write.grant == 0 { seq } else { write.grant };
+        let mut change = Change::new(&config.layout, &source, since, &mut walked);
+        match site {
+            Some(site) => index.apply(write, site.id, &mut change),
+            None => self.judge_stray(cpu, write, seq, &mut walked),
+        }
+        if !walked.tables.is_empty() {
+            self.link_work += walked.tables.len() + walked.leaves.len();
+            self.judge_links(cpu, write, &walked, seq);
+        }
+        self.judge_walked(&walked, Some(cpu), seq);
+        self.walked = walked;
+    }
+
+    /// What the record revokes at the address that it names.
+    fn revoke(&mut self, write: &EntryWrite, seq: u64) {
         self.judge_remap(write, seq);
         self.oblige_leaves(write, seq);
         if write.level > Level::Pt {
             self.oblige_tables(write, seq);
         }
-        let Self { index, fills, .. } = self;
-        let tables = |at: Gpa| fills.entry(at).or_else(|| world.read_entry(at));
-        let walked = index.apply(write, &tables);
-        if !walked.tables.is_empty() {
-            self.link_work += walked.tables.len() + walked.leaves.len();
+    }
+
+    /// `trace-honesty`: an entry is written only in a table that its root reaches. What it maps is
+    /// judged all the same, as if the path to it granted everything.
+    fn judge_stray(&mut self, cpu: u8, write: &EntryWrite, seq: u64, walked: &mut Walked) {
+        if !write.new.is_present() {
+            return;
         }
-        self.judge_links(cpu, write, &walked, seq);
-        self.judge_walked(write.root, &walked, Some(cpu), seq);
+        let place = TablePlace { root: write.root, va: write.va, rights: Rights::ALL, since: seq };
+        let first = Mapping::at(&place, write.va, write.level, write.new, seq);
+        if leaf(write.new, write.level).is_some() {
+            walked.leaves.push(Run { first, count: u64::from(write.count) });
+        }
+        let detail =
+            "the record writes an entry of a table that its root does not lead to, as far \
+                      as earlier records and the first tables say"
+                .to_owned();
+        let finding = Finding::new(Rule::TraceHonesty, seq, detail);
+        let (frame, va, root) = (Some(first.frame), Some(write.va), Some(write.root));
+        self.ledger.violation(Finding { frame, va, cpu: Some(cpu), root, ..finding });
     }
 
     /// Takes the record of a table that was filled while no root reached it.
@@ -75,16 +120,17 @@ impl Audit {
         self.fills.add(fill);
     }
 
-    /// `stale-table`: a table that is linked at one place only is not linked at another one while a
-    /// CPU may still walk to it from the old one.
+    /// `stale-table`: a table that was linked nowhere is not linked at another place than before
+    /// while a CPU may still walk to it from the old one.
     fn judge_links(&mut self, cpu: u8, write: &EntryWrite, walked: &Walked, seq: u64) {
-        for (table, va, _) in &walked.tables {
+        for TableAt { frame: table, va, fresh, .. } in &walked.tables {
             self.fills.remove(*table);
-            if self.index.links(*table) > 1 {
+            if !fresh {
                 continue;
             }
             self.ledger.checked(Rule::StaleTable, 1);
-            let here = |duty: &&TableDuty| duty.root == write.root && duty.va == *va;
+            let index = &self.index;
+            let here = |duty: &&TableDuty| index.is_linked_at(*table, duty.root, duty.va);
             let duties = self.table_duties.of_table(*table, &self.epochs);
             for duty in duties.iter().filter(|duty| !here(duty)) {
                 let detail = format!(
@@ -106,34 +152,29 @@ impl Audit {
     /// `trace-honesty`: what a record says that its entries held is what the records before it made
     /// of them. A revoke cannot be hidden behind a false "before": the translations that are known
     /// to be there become obligations whatever the record claims.
-    fn judge_claim(&mut self, cpu: u8, write: &EntryWrite, seq: u64) {
+    fn judge_claim(&mut self, cpu: u8, write: &EntryWrite, site: Option<Site>, seq: u64) {
         self.ledger.checked(Rule::TraceHonesty, 1);
-        let span = (write.va, write.va.wrapping_add(write.span() - 1));
-        let known = self.index.in_span(write.root, span).filter(|m| m.level == write.level);
-        let known: Vec<Mapping> = known.copied().collect();
-        let mut known = known.iter();
-        let mut next = known.next();
-        let mut hidden: Vec<Mapping> = Vec::new();
-        let mut first_lie = None;
-        for index in 0..u64::from(write.count) {
-            let va = write.va.wrapping_add(index * write.level.span());
-            let held = next.filter(|mapping| mapping.va == va);
-            if held.is_some() {
-                next = known.next();
-            }
-            let claimed = leaf(write.old.nth_of_run(write.level, index), write.level);
-            if !agrees(held, claimed, write.level) {
-                first_lie.get_or_insert((va, held.map(|mapping| mapping.frame)));
-                hidden.extend(held);
-            }
-        }
-        let claims_table = (0..u64::from(write.count))
-            .any(|index| is_table(write.old.nth_of_run(write.level, index), write.level));
-        let linked = self.index.tables_in(write.root, span, write.level).next();
-        if let Some((table, va)) = linked.filter(|_| !claims_table) {
-            first_lie.get_or_insert((va, Some(table)));
-        }
-        let Some((va, frame)) = first_lie else { return };
+        let known =
+            site.and_then(|site| self.index.tables.page(site.id).map(|page| (page, site.place)));
+        let first = write.level.index(write.va);
+        let lies = |index: &u64| {
+            let claimed = write.old.nth_of_run(write.level, *index);
+            let held = known.as_ref().map_or(Entry::EMPTY, |(page, _)| page.entry(first + index));
+            meaning(held, write.level) != meaning(claimed, write.level)
+        };
+        let mut lies = (0..u64::from(write.count)).filter(lies).peekable();
+        let Some(index) = lies.peek() else { return };
+        let va = write.va.wrapping_add(index * write.level.span());
+        let held = known.as_ref().map(|(page, _)| page.entry(first + index));
+        let frame = held.filter(|entry| entry.is_present()).map(|entry| entry.frame(write.level));
+        let hidden: Vec<Mapping> = lies
+            .filter_map(|index| {
+                let (page, place) = known?;
+                let entry = leaf(page.entry(first + index), write.level)?;
+                let va = write.va.wrapping_add(index * write.level.span());
+                Some(Mapping::at(&place, va, write.level, entry, page.since(first + index)))
+            })
+            .collect();
         let detail =
             "the record's old value is not what earlier records and the first tables left \
                       in the entry; a record must carry the entry as it was before the store"
@@ -213,7 +254,7 @@ impl Audit {
             let span = (va, va.wrapping_add(write.level.span() - 1));
             let below = self.index.in_span(write.root, span).filter(|m| m.level < write.level);
             let leaves: Vec<Duty> = joined(below.map(|mapping| {
-                let Mapping { root, va, level, global, .. } = *mapping;
+                let Mapping { root, va, level, global, .. } = mapping;
                 let (frames, pcid) = (mapping.frames(), write.pcid);
                 Duty { root, pcid, global, level, va, frames, seq, cpus: 0 }
             }))
@@ -282,22 +323,6 @@ fn joined(duties: impl Iterator<Item = Duty>) -> impl Iterator<Item = Duty> {
         }
         Some(run)
     })
-}
-
-/// Whether what a record claims of an entry fits what is known of it. The rights that are known are
-/// those of the whole path, so that they may be fewer than the entry's own.
-fn agrees(held: Option<&Mapping>, claimed: Option<Entry>, level: Level) -> bool {
-    match (held, claimed) {
-        (None, None) => true,
-        (Some(held), Some(claimed)) => {
-            held.frame == claimed.frame(level)
-                && held.global == claimed.has(Entry::GLOBAL)
-                && (!held.rights.writable || claimed.has(Entry::WRITABLE))
-                && (!held.rights.user || claimed.has(Entry::USER))
-                && (!held.rights.executable || !claimed.has(Entry::NO_EXECUTE))
-        }
-        _ => false,
-    }
 }
 
 /// A finding about an obligation that is still open on `cpu`.

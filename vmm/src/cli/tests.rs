@@ -63,6 +63,9 @@ fn doctor_and_bench_take_their_flags() {
     let bench = parsed("lacuna bench flush --json").unwrap().command;
     let args = BenchArgs { name: Bench::Flush, machine: MachineKind::Kvm, json: true };
     assert_eq!(bench, Command::Bench(args));
+    let bench = parsed("lacuna bench audit").unwrap().command;
+    let args = BenchArgs { name: Bench::Audit, machine: MachineKind::Kvm, json: false };
+    assert_eq!(bench, Command::Bench(args));
     let bench = parsed("lacuna bench alloc --machine sim").unwrap().command;
     let args = BenchArgs { name: Bench::Alloc, machine: MachineKind::Sim, json: false };
     assert_eq!(bench, Command::Bench(args));

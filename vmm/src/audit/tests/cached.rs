@@ -289,13 +289,28 @@ fn second_root(scene: &mut Scene) -> Gpa {
     other
 }
 
+/// A second root with window tables of its own, registered with PCID 1: what is stored in them
+/// changes nothing for the first one.
+fn root_with_own_windows(scene: &mut Scene) -> Gpa {
+    let other = scene.machine.clone_root();
+    let mut table = other;
+    for level in [Level::Pml4, Level::Pdpt, Level::Pd] {
+        let below = scene.machine.new_table();
+        let entry = Entry::new(below.frame(), Entry::TABLE);
+        scene.machine.tables.insert(entry_address(table, level, window(0)).0, entry.0);
+        table = below;
+    }
+    scene.audit.register_root(other, 1, &scene.machine).unwrap();
+    other
+}
+
 #[test]
 fn an_old_translation_under_another_pcid_is_none_of_the_new_address_space() {
     for (pcid, stale) in [(1, false), (0, true)] {
         let mut scene = Scene::with_seal(1, Denial::NotEnforced);
         let block = scene.block(1);
         scene.flip(block);
-        let other = second_root(&mut scene);
+        let other = root_with_own_windows(&mut scene);
         scene.op(0, OpKind::Open, block).unwrap();
         let new = Entry::new(block.start(), Entry::DATA);
         let write = scene.store(window(0), Level::Pt, 1, new);

@@ -2,6 +2,7 @@
 
 mod alias;
 mod cached;
+mod index;
 mod properties;
 mod split;
 mod state;

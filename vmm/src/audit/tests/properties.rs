@@ -2,10 +2,8 @@
 
 use super::super::duty::Duty;
 use super::super::epochs::only;
-use super::super::index::{Index, walk};
 use super::*;
 use lacuna_abi::gate::OpKind;
-use lacuna_abi::walk::EVERYTHING;
 use proptest::prelude::*;
 
 const PAGES: u64 = 24;
@@ -208,36 +206,6 @@ fn op() -> impl Strategy<Value = Op> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
-
-    #[test]
-    fn the_index_says_what_a_full_walk_says(steps in prop::collection::vec(step(), 0..40)) {
-        let mut scene = prepared(2);
-        // Entries of a table that is linked twice are recorded at one place: unlinked first.
-        let steps = steps.iter().filter(|s| !matches!(s, Step::Split { whole: false, .. }));
-        steps.for_each(|step| carry_out(&mut scene, step, 2));
-        let root = scene.machine.root;
-        let walked = walk(&scene.machine, root, EVERYTHING, 1000);
-        let mut fresh = Index::new(1000);
-        fresh.replace(root, EVERYTHING, Level::Pml4, &walked);
-        let known: Vec<_> = scene.audit.index.all().copied().collect();
-        prop_assert_eq!(&known, &fresh.all().copied().collect::<Vec<_>>());
-        let zone = scene.machine.layout.zone_frames();
-        let frames = |index: &Index| index.of_frames(zone).copied().collect::<Vec<_>>();
-        prop_assert_eq!(frames(&scene.audit.index), frames(&fresh));
-    }
-
-    #[test]
-    fn the_index_follows_tables_that_are_linked_and_unlinked(
-        links in prop::collection::vec((0..4u64, any::<bool>()), 0..20),
-    ) {
-        let mut scene = prepared(1);
-        write_each(&mut scene, 0, small(0), 5, Entry::new(Gfn(0x10_0000), Entry::DATA));
-        for (block, whole) in links {
-            carry_out(&mut scene, &Step::Split { block, whole }, 1);
-        }
-        scene.quiesce();
-        prop_assert_eq!(scene.audit.result().tally(Rule::TraceHonesty).violations, 0);
-    }
 
     #[test]
     fn obligations_agree_with_the_slow_reference(

@@ -1,7 +1,7 @@
 //! What a guest does, written down: real tables in real guest memory, and the records and gate
 //! operations that lead from one state of them to the next.
 
-use crate::audit::{AuditConfig, ControlPolicy, CpuState, Denial, World};
+use crate::audit::{AuditConfig, ControlPolicy, CpuState, Denial, TableWords, World};
 use crate::bench::BenchError;
 use crate::image::{Image, ORDINARY};
 use crate::machine::boot::prepare;
@@ -293,6 +293,10 @@ impl Tables for Quiet<'_> {
 }
 
 impl World for Quiet<'_> {
+    fn read_table(&self, table: Gfn, into: &mut TableWords) -> bool {
+        self.0.read_table(table, into)
+    }
+
     fn content_is_zero(&self, _: Gfn) -> Option<bool> {
         Some(true)
     }

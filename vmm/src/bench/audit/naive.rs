@@ -1,11 +1,17 @@
 //! The baseline: one state for each 4 KiB page and CPU, and every flush looks at all of them.
 
+use super::super::sample::float;
 use super::guest::Step;
 use lacuna_abi::addr::{FrameRange, Gva, PAGE_SHIFT};
 use lacuna_abi::event::{EntryWrite, Event, Flush};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::{Layout, Place, WINDOW_STRIDE, window};
 use lacuna_abi::paging::Entry;
+use std::time::{Duration, Instant};
+
+/// Time that a kind of events may take, and how many are taken before it is looked at.
+const LIMIT: Duration = Duration::from_millis(500);
+const CHUNK: usize = 400;
 
 const EMPTY: u8 = 0;
 const MAPPED: u8 = 1;
@@ -28,6 +34,20 @@ impl Naive {
         let mut pages = vec![MAPPED | GLOBAL; zone];
         pages.resize(zone + windows, EMPTY);
         Self { layout: *layout, pages: vec![pages; layout.cpus], found: 0 }
+    }
+
+    /// Nanoseconds for one of the steps, of as many as fit into [`LIMIT`].
+    pub(super) fn time(&mut self, steps: &[Step]) -> f64 {
+        let started = Instant::now();
+        let mut taken = 0;
+        for some in steps.chunks(CHUNK) {
+            some.iter().for_each(|step| self.step(step));
+            taken += some.len();
+            if started.elapsed() > LIMIT {
+                break;
+            }
+        }
+        started.elapsed().as_secs_f64() * 1e9 / float(taken.max(1) as u64)
     }
 
     pub(super) fn step(&mut self, step: &Step) {
