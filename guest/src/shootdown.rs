@@ -150,7 +150,9 @@ impl Shootdowns {
 }
 
 impl<P: Platform> PageAllocator<'_, P> {
-    /// Sends a flush to a set of CPUs, if there are any in it, and counts that.
+    /// Sends a flush to a set of CPUs, if there are any in it, and counts that. Part of its caller,
+    /// which stories of violations then name.
+    #[inline(always)]
     pub(crate) fn shootdown(&self, flush: Flush, cpus: CpuSet) {
         if !cpus.is_empty() {
             self.counts.shootdowns.add(1);

@@ -84,6 +84,9 @@ pub(super) struct World {
 /// A duty taken apart: CPU, tag, root, where to.
 pub(super) type Stale = (u8, Option<u16>, usize, To);
 
+/// A path that may still be cached: CPU, PCID, root, table.
+type StaleWay = (u8, u16, usize, usize);
+
 fn root(r: usize) -> Gpa {
     Gpa(PAGE_SIZE * (1 + r as u64))
 }
@@ -385,7 +388,7 @@ impl World {
     }
 
     /// What is stale by the reference: translations, and paths as CPU, PCID, root and table.
-    pub(super) fn expected(&self) -> (BTreeSet<Stale>, BTreeSet<(u8, u16, usize, usize)>) {
+    pub(super) fn expected(&self) -> (BTreeSet<Stale>, BTreeSet<StaleWay>) {
         let (mut items, mut ways) = (BTreeSet::new(), BTreeSet::new());
         for (cpu, state) in (0..).zip(&self.cpus) {
             for caches in state.states() {
@@ -431,7 +434,7 @@ impl World {
         each.collect()
     }
 
-    pub(super) fn found_ways(&self) -> BTreeSet<(u8, u16, usize, usize)> {
+    pub(super) fn found_ways(&self) -> BTreeSet<StaleWay> {
         let mut ways = BTreeSet::new();
         for t in 0..self.size.tables {
             for duty in self.tlb.of_table(table(t)) {

@@ -82,7 +82,7 @@ fn worlds() -> Vec<Small> {
         Act::Pcid(1),
         Act::AllPcids,
     ];
-    let reuse = loads(&[(0, 0), (1, 0), (0, 1), (1, 1)]);
+    let reuse = [load(0, 0, false), load(1, 0, true), load(0, 1, true), load(1, 0, false)];
     let global = &kinds[..3];
     let control = Size { pcide: false, ..roots };
     let plain = Size { profile: Profile::Amd, tce: true, ..tables };
@@ -136,7 +136,7 @@ fn worlds() -> Vec<Small> {
                 writes(roots, &[Pde::Empty, LINK], global),
                 acts(roots, &reuse),
                 acts(roots, &flushes[1..]),
-                acts(roots, &[next, Act::Pcid(1), Act::AllPcids]),
+                acts(roots, &[next, Act::Pcid(1)]),
             ],
         ),
         Small {
@@ -145,9 +145,9 @@ fn worlds() -> Vec<Small> {
                 "roots that share a PCID, INVPCID, seals",
                 roots,
                 vec![
-                    writes(roots, &[Pde::Empty, LINK], global),
-                    acts(roots, &loads(&[(0, 0), (1, 0), (0, 1)])),
-                    acts(roots, &invpcid),
+                    writes(roots, &[Pde::Empty, LINK], &kinds[..2]),
+                    acts(roots, &reuse),
+                    acts(roots, &invpcid[..2]),
                     seals(roots),
                 ],
             )
