@@ -15,7 +15,7 @@
 //! | `index`, `tables`, `links`, `aliases` | the host's copy of all tables: which entries map a frame |
 //! | `tlb` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
-//! | `writes`, `fills` | entry-write records; what tables hold when they are linked |
+//! | `writes`, `revokes`, `fills` | entry-write records; what tables hold when they are linked |
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
 //! | `quiesce`, `compare` | the complete check; records against tables |
@@ -36,6 +36,7 @@ mod links;
 mod mappings;
 mod probe;
 mod quiesce;
+mod revokes;
 mod story;
 mod tables;
 #[cfg(test)]

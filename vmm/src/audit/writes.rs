@@ -1,15 +1,15 @@
-//! Entry-write records: what they revoke becomes an obligation, what they map is judged.
+//! Entry-write records: what they claim, map and link is judged; `revokes` makes what they revoke
+//! obligations.
 
 use super::finding::{Finding, Revoke, Rule};
-use super::index::{Mapping, Rights, Run, Site, TableAt, Walked, is_table};
+use super::index::{Mapping, Rights, Run, Site, TableAt, Walked};
 use super::links::{Change, meaning};
 use super::tables::Place as TablePlace;
-use super::tlb::{CpuSet, Duty, EVERY, Leaves, Path, TableDuty, Written, cpu_list, members, only};
+use super::tlb::{Duty, Leaves, Path, TableDuty, Written, cpu_list, members};
 use super::{Audit, MAX_LINK_WORK, TableWords, World};
-use lacuna_abi::addr::{FrameRange, Gfn, Gva};
+use lacuna_abi::addr::{FrameRange, Gfn};
 use lacuna_abi::event::{EntryWrite, TableFill, mapped_frames};
-use lacuna_abi::layout::Place;
-use lacuna_abi::paging::{ENTRIES, Entry, Level};
+use lacuna_abi::paging::{Entry, Level};
 
 impl Audit {
     /// Takes one entry-write record of a CPU.
@@ -72,31 +72,6 @@ impl Audit {
         }
         self.judge_walked(&walked, Some(cpu), seq);
         self.walked = walked;
-    }
-
-    /// What the record revokes at one of the places of its table. What was there whatever the record
-    /// claims, by the entries `lies`, is owed too.
-    fn revoke(&mut self, write: &EntryWrite, site: Option<Site>, lies: &[u64], seq: u64) {
-        let (first, _) = entries_of(write);
-        let held = |site, index| self.index.leaves_at(site, (first + index, first + index + 1));
-        let places = site.into_iter().flat_map(|site| lies.iter().map(move |lie| (site, *lie)));
-        let hidden = places.flat_map(|(site, lie)| held(site, lie));
-        let hidden: Vec<Leaves> = hidden.flat_map(|run| leaves_of(&run)).collect();
-        hidden.iter().for_each(|leaves| self.oblige(leaves, seq));
-        let grants = if lies.is_empty() { self.grants(write, site) } else { Grants::All(0) };
-        self.judge_remap(write, (site, grants), seq);
-        self.oblige_leaves(write, (site, grants), seq);
-        if write.level > Level::Pt {
-            self.oblige_tables(write, seq);
-        }
-    }
-
-    /// When the entries of a run were granted that has been told the truth of.
-    fn grants(&self, write: &EntryWrite, site: Option<Site>) -> Grants {
-        let Some(site) = site else { return Grants::All(0) };
-        let mut leaves = self.index.leaves_at(site, entries_of(write));
-        let since = leaves.next().map_or(0, |run| run.first.since);
-        if leaves.all(|run| run.first.since == since) { Grants::All(since) } else { Grants::Each }
     }
 
     /// `trace-honesty`: an entry is written only in a table that its root reaches. What it maps is
@@ -222,114 +197,6 @@ impl Audit {
         lies
     }
 
-    /// `stale-window`: a window address that gets a new translation has no old one left on the
-    /// window's own CPU.
-    fn judge_remap(&mut self, write: &EntryWrite, granted: (Option<Site>, Grants), seq: u64) {
-        let Some((owner, new)) = self.window_of(write.va).zip(leaf(write.new, write.level)) else {
-            return;
-        };
-        self.ledger.checked(Rule::StaleWindow, u64::from(write.count));
-        if self.tlb.may_cache(write.root) & !only(owner) != 0 {
-            // Copies that other CPUs may have made speculatively are not followed.
-            self.ledger.not_checked(Rule::StaleWindow, u64::from(write.count));
-        }
-        let last = write.va.wrapping_add(write.span() - 1);
-        let mut stale = self.tlb.at(write.va, last);
-        stale.retain(|duty| duty.tag.is_used_under(write.pcid));
-        if let Some(old) = leaf(write.old, write.level)
-            && old.frame(write.level) != new.frame(write.level)
-        {
-            self.revoked_leaves(write, old, granted, |audit, leaves| {
-                stale.extend(audit.tlb.would_owe(leaves, only(owner), seq));
-            });
-        }
-        for duty in stale.iter().filter(|duty| duty.cpus & only(owner) != 0) {
-            let detail = format!(
-                "the address is remapped while CPU {owner} may cache the translation revoked by \
-                 event {}; an INVLPG or a root load by CPU {owner} in between, or a completed \
-                 seal of the frame, would have discharged it",
-                duty.seq
-            );
-            self.ledger.violation(stale_finding(Rule::StaleWindow, duty, owner, seq, detail));
-        }
-    }
-
-    /// Leaves that the record revokes.
-    fn oblige_leaves(&mut self, write: &EntryWrite, granted: (Option<Site>, Grants), seq: u64) {
-        if let Some(old) = leaf(write.old, write.level)
-            && revoked(write.old, write.new, write.level)
-        {
-            self.revoked_leaves(write, old, granted, |audit, leaves| audit.oblige(leaves, seq));
-        }
-    }
-
-    /// The leaves of the run that starts with `old`, in parts that were granted together.
-    fn revoked_leaves(
-        &mut self,
-        write: &EntryWrite,
-        old: Entry,
-        (site, grants): (Option<Site>, Grants),
-        mut each: impl FnMut(&mut Self, &Leaves),
-    ) {
-        let EntryWrite { root, va, level, count, .. } = *write;
-        let global = old.has(Entry::GLOBAL);
-        match grants {
-            Grants::All(since) => {
-                if let Some(frames) = mapped_frames(old, level, count) {
-                    each(self, &Leaves { root, va, level, frames, global, since });
-                }
-            }
-            Grants::Each => {
-                let runs =
-                    site.into_iter().flat_map(|s| self.index.leaves_at(s, entries_of(write)));
-                let parts: Vec<Leaves> = joined(runs.flat_map(|run| leaves_of(&run))).collect();
-                parts.iter().for_each(|leaves| each(self, leaves));
-            }
-        }
-    }
-
-    /// Tables that the record takes out of the address space, or grants fewer rights, with the
-    /// leaves in them.
-    fn oblige_tables(&mut self, write: &EntryWrite, seq: u64) {
-        let EntryWrite { root, level, .. } = *write;
-        for index in 0..u64::from(write.count) {
-            let old = write.old.nth_of_run(level, index);
-            let new = write.new.nth_of_run(level, index);
-            let Some(below) = level.below().filter(|_| is_table(old, level)) else { continue };
-            if !revoked(old, new, level) {
-                continue;
-            }
-            let va = write.va.wrapping_add(index * level.span());
-            let span = (va, va.wrapping_add(level.span() - 1));
-            let mut tables: Vec<_> = self.index.tables_below(root, span, level).collect();
-            let own = TableAt { frame: old.frame(level), root, va, level: below, fresh: false };
-            if !tables.contains(&own) {
-                tables.push(own);
-            }
-            tables.iter().for_each(|table| self.oblige_table(table, seq));
-        }
-    }
-
-    /// One table that is no longer reached where it was, with its own leaves.
-    fn oblige_table(&mut self, table: &TableAt, seq: u64) {
-        let site = self.index.site(table);
-        let leaves: Vec<(Leaves, CpuSet)> =
-            self.own_leaves(site).map(|leaves| (leaves, self.among(leaves.va))).collect();
-        if !self.config.layout.pool.contains(table.frame.gpa()) {
-            leaves.iter().for_each(|(leaves, _)| self.oblige(leaves, seq));
-            return;
-        }
-        let since = site.map_or(0, |site| site.place.since);
-        let kept = self.tlb.unlink(&path_to(table, since), &leaves, seq);
-        self.note_dropped(kept);
-    }
-
-    /// A table's own leaves, at one of its places.
-    fn own_leaves(&self, site: Option<Site>) -> impl Iterator<Item = Leaves> {
-        let runs = site.into_iter().flat_map(|site| self.index.leaves_at(site, (0, ENTRIES)));
-        joined(runs.flat_map(|run| leaves_of(&run)))
-    }
-
     /// The table that a record's entries are in, if CPUs may still walk to it by a revoked path.
     fn stale_table_of(&self, site: Option<Site>) -> Option<Gfn> {
         let site = site.filter(|_| self.tlb.has_stale_tables())?;
@@ -366,89 +233,19 @@ impl Audit {
             self.note_dropped(kept);
         }
     }
-
-    /// Makes the leaves a duty of the CPUs that may cache them; of none where no rule asks.
-    fn oblige(&mut self, leaves: &Leaves, seq: u64) {
-        let among = self.among(leaves.va);
-        if among != 0 {
-            let kept = self.tlb.revoke(leaves, among, seq);
-            self.note_dropped(kept);
-        }
-    }
-
-    /// The CPUs whose copies of what is mapped at the address are followed: of a window only the
-    /// owner's.
-    fn among(&self, va: Gva) -> CpuSet {
-        match self.config.layout.place_of(va) {
-            Place::DirectMap => EVERY,
-            Place::Window(_) => self.window_of(va).map_or(0, only),
-            Place::Pool | Place::Other => 0,
-        }
-    }
-
-    /// The CPU in whose window the address lies.
-    pub(super) fn window_of(&self, va: Gva) -> Option<u8> {
-        match self.config.layout.place_of(va) {
-            Place::Window(owner) => u8::try_from(owner).ok(),
-            Place::DirectMap | Place::Pool | Place::Other => None,
-        }
-    }
-}
-
-/// When the entries of a run were granted.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Grants {
-    /// All by the event with this number.
-    All(u64),
-    /// Not all by the same.
-    Each,
 }
 
 /// The entries of the table that the record is about: the first, and the one behind the last.
-const fn entries_of(write: &EntryWrite) -> (u64, u64) {
+pub(super) const fn entries_of(write: &EntryWrite) -> (u64, u64) {
     let first = write.level.index(write.va);
     (first, first + write.count as u64)
 }
 
 /// The entry that leads to a table.
-fn path_to(table: &TableAt, since: u64) -> Path {
+pub(super) fn path_to(table: &TableAt, since: u64) -> Path {
     let TableAt { frame, root, va, level, .. } = *table;
     let level = Level::from_number(level.number() + 1).unwrap_or(Level::Pml4);
     Path { root, va, level, table: frame, since }
-}
-
-/// The leaves of a run, small pages all at once: they lie in one window, larger ones may not.
-fn leaves_of(run: &Run) -> impl Iterator<Item = Leaves> + use<> {
-    let at_once = run.first.level == Level::Pt;
-    let leaves = |mapping: Mapping, frames: FrameRange| {
-        let Mapping { root, va, level, global, since, .. } = mapping;
-        Leaves { root, va, level, frames, global, since }
-    };
-    let all = at_once.then(|| leaves(run.first, run.frames()));
-    let each = (!at_once).then(|| run.entries()).into_iter().flatten();
-    all.into_iter().chain(each.map(move |mapping| leaves(mapping, mapping.frames())))
-}
-
-/// Joins small pages of one table that follow each other, frames and all: a table of them is mostly
-/// one run.
-fn joined(leaves: impl Iterator<Item = Leaves>) -> impl Iterator<Item = Leaves> {
-    let mut leaves = leaves.peekable();
-    std::iter::from_fn(move || {
-        let mut run = leaves.next()?;
-        while let Some(next) = leaves.next_if(|next| {
-            run.level == Level::Pt
-                && next.level == Level::Pt
-                && (next.global, next.since) == (run.global, run.since)
-                && next.va.align_down(Level::Pd.span()) == run.va.align_down(Level::Pd.span())
-                && next.va.0 == run.va.0 + run.frames.count() * Level::Pt.span()
-                && next.frames.start() == run.frames.end()
-        }) {
-            let frames =
-                FrameRange::new(run.frames.start(), run.frames.count() + next.frames.count());
-            run.frames = frames.unwrap_or(run.frames);
-        }
-        Some(run)
-    })
 }
 
 /// The revoke of a path that a CPU may still cache.
@@ -475,14 +272,14 @@ fn is_sound(write: &EntryWrite) -> bool {
 }
 
 /// The entry, if it is present and maps a page.
-fn leaf(entry: Entry, level: Level) -> Option<Entry> {
+pub(super) fn leaf(entry: Entry, level: Level) -> Option<Entry> {
     (entry.is_present() && entry.is_leaf(level)).then_some(entry)
 }
 
 /// Whether a write takes away a translation, or a right, that may be cached (SDM volume 3,
 /// "Recommended Invalidation"): not present any more, another frame or size, fewer rights, another
 /// Global bit.
-fn revoked(old: Entry, new: Entry, level: Level) -> bool {
+pub(super) fn revoked(old: Entry, new: Entry, level: Level) -> bool {
     let lost = |bit| old.has(bit) && !new.has(bit);
     let is_leaf = old.is_leaf(level);
     old.is_present()
