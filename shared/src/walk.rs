@@ -256,9 +256,10 @@ impl<T: Tables, V: FnMut(Visit)> Walk<'_, T, V> {
     }
 }
 
-/// Address of entry `index` of a table that spans from `base`; the upper half of a root is
-/// sign-extended.
-const fn child_address(base: Gva, level: Level, index: u64) -> Gva {
+/// First address that entry `index` spans in a table of `level` that spans from `base`; the upper
+/// half of a root is sign-extended.
+#[must_use]
+pub const fn child_address(base: Gva, level: Level, index: u64) -> Gva {
     let va = base.0 + (index << level.span_shift());
     match level {
         Level::Pml4 if index >= ENTRIES / 2 => Gva(va | 0xffff_0000_0000_0000),

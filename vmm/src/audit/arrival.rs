@@ -55,7 +55,7 @@ impl Audit {
         }
         match op.kind {
             OpKind::Seal => {
-                op.frames.iter().for_each(|frame| self.frames.seal(frame, cpu));
+                self.frames.seal(op.frames, cpu);
                 self.snapshot(op.frames, cpu, seq);
                 Ok(())
             }
@@ -81,12 +81,10 @@ impl Audit {
                 frames.by_block().for_each(|part| self.complete(part, seq, world));
             }
             OpKind::Seal | OpKind::Open => {}
-            OpKind::Release => frames.iter().for_each(|frame| self.frames.release(frame)),
+            OpKind::Release => self.frames.release(frames),
         }
         let act = match op.kind {
-            OpKind::Seal if frames.iter().all(|frame| self.frames.is_complete(frame)) => {
-                HostAct::Sealed
-            }
+            OpKind::Seal if self.frames.all_complete(frames) => HostAct::Sealed,
             OpKind::Seal => HostAct::HeldOpen,
             OpKind::Open => HostAct::Opened,
             OpKind::Release => HostAct::Released,
@@ -129,7 +127,7 @@ impl Audit {
         self.ledger.checked(Rule::ForeignAlias, secret);
         let layout = &self.config.layout;
         for mapping in self.index.of_frames(named) {
-            let at = Sight { mapping, cpu: Some(cpu), seq };
+            let at = Sight { mapping: &mapping, cpu: Some(cpu), seq };
             judge_alias(&mut self.ledger, &self.frames, layout, &at);
         }
     }
@@ -143,10 +141,9 @@ impl Audit {
     ) -> Result<(), Status> {
         self.count_second_stage(named.count());
         let frames = &self.frames;
-        let ordinary = runs(named.iter().filter(|frame| !frames.is_secret(*frame)));
-        let mut refused = false;
-        for run in ordinary {
-            refused = true;
+        let refused = frames.secret_in(named) < named.count();
+        let ordinary = named.iter().filter(|frame| refused && !frames.is_secret(*frame));
+        for run in runs(ordinary) {
             let detail = format!("{} opened without being secret; seal first", count_of(run));
             let finding = Finding::new(Rule::SecondStageOpen, seq, detail);
             let frame = Some(run.start());
@@ -155,13 +152,13 @@ impl Audit {
         if refused {
             return Err(Status::NotSecret);
         }
-        if named.iter().any(|frame| frames.open_count(frame, cpu) == u8::MAX) {
+        if !frames.has_room(named, cpu) {
             return Err(Status::TooManyOpens);
         }
-        let due = named.iter().filter(|frame| frames.first_open_is_due(*frame));
+        let due = frames.due_for_first_open(named);
         let what = "handed out as zero and is not zero when first opened; it must be zeroed before";
         judge_zero(&mut self.ledger, due, what, (Some(cpu), seq), world);
-        named.iter().for_each(|frame| self.frames.open(frame, cpu));
+        self.frames.open(named, cpu);
         Ok(())
     }
 
@@ -211,12 +208,17 @@ impl Audit {
         let frames = &self.frames;
         let enforced =
             |frame: &Gfn| frames.may_close(*frame) && world.denial(*frame) == Denial::Denied;
-        let mut complete: Vec<FrameRange> = runs(part.iter().filter(enforced)).collect();
+        let denied = |frame: Gfn| world.denial(frame) == Denial::Denied;
+        let mut complete = if frames.all_may_close(part) && part.iter().all(denied) {
+            vec![part]
+        } else {
+            runs(part.iter().filter(enforced)).collect()
+        };
         if !complete.is_empty() {
             complete.extend(runs(frames.held_beside(part).filter(enforced)));
         }
         for run in complete {
-            run.iter().for_each(|frame| self.frames.complete(frame));
+            self.frames.complete(run);
             let kept = self.tlb.discharge(run, seq);
             self.note_dropped(kept);
         }

@@ -1,9 +1,9 @@
 //! Tables that were filled while no root reached them: what the record that links one finds in it,
 //! whatever has become of the table when that record is judged.
 
-use lacuna_abi::addr::{Gfn, Gpa};
+use super::world::TableWords;
+use lacuna_abi::addr::Gfn;
 use lacuna_abi::event::TableFill;
-use lacuna_abi::paging::{ENTRIES, Entry};
 use std::collections::BTreeMap;
 
 /// The last fill of each table that was not linked since. Only frames of the table pool are
@@ -16,10 +16,13 @@ impl Fills {
         self.0.insert(fill.table.frame(), *fill);
     }
 
-    /// The entry at `at` of a table that was filled.
-    pub(super) fn entry(&self, at: Gpa) -> Option<Entry> {
-        let fill = self.0.get(&at.frame())?;
-        Some(fill.entry(at.0 / 8 % ENTRIES))
+    /// All entries of a table that was filled; false for one that was not.
+    pub(super) fn table(&self, table: Gfn, into: &mut TableWords) -> bool {
+        let Some(fill) = self.0.get(&table) else { return false };
+        for (index, word) in (0..).zip(into) {
+            *word = fill.entry(index).0;
+        }
+        true
     }
 
     /// The table is linked or freed: from now on every change of it has its own record.
@@ -31,16 +34,19 @@ impl Fills {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacuna_abi::paging::Level;
+    use lacuna_abi::addr::Gpa;
+    use lacuna_abi::paging::{Entry, Level};
 
     #[test]
     fn a_fill_answers_for_its_own_table_until_it_is_removed() {
         let mut fills = Fills::default();
         let first = Entry::new(Gfn(0x200), Entry::DATA);
         fills.add(&TableFill { table: Gpa(0x5000), level: Level::Pt, first });
-        assert_eq!(fills.entry(Gpa(0x5ff8)), Some(Entry::new(Gfn(0x3ff), Entry::DATA)));
-        assert_eq!((fills.entry(Gpa(0x4ff8)), fills.entry(Gpa(0x6000))), (None, None));
+        let mut words = [0; 512];
+        assert!(fills.table(Gfn(5), &mut words));
+        assert_eq!(words[511], Entry::new(Gfn(0x3ff), Entry::DATA).0);
+        assert!(!fills.table(Gfn(4), &mut words) && !fills.table(Gfn(6), &mut words));
         fills.remove(Gfn(5));
-        assert_eq!(fills.entry(Gpa(0x5000)), None);
+        assert!(!fills.table(Gfn(5), &mut words));
     }
 }

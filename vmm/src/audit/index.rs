@@ -1,11 +1,16 @@
-//! Which entries map a frame: kept from entry-write records, so that a check costs what it names
-//! and not what is mapped.
+//! Which entries map a frame: looked up in the host's own copy of every table that a registered root
+//! reaches, so that a check costs what it names and not what is mapped.
+//!
+//! The copy follows the entry-write records. `tables` holds it, `links` keeps it, `aliases` finds
+//! the entries that map a frame.
 
-use lacuna_abi::addr::{BLOCK_ORDER, FrameRange, Gfn, Gpa, Gva};
+use super::aliases::Aliases;
+use super::tables::{Place, TableId, Tables};
+use lacuna_abi::addr::{BLOCK_FRAMES, FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::event::EntryWrite;
-use lacuna_abi::paging::{Entry, Level};
-use lacuna_abi::walk::{Leaf, Tables, Visit, entry_address, locate, visit};
-use std::collections::{BTreeMap, BTreeSet};
+use lacuna_abi::layout::Layout;
+use lacuna_abi::paging::{ENTRIES, Entry, Level, is_canonical};
+use lacuna_abi::walk::{Leaf, Tables as ReadTables, Visit, child_address, visit};
 
 /// Rights that the whole path to an entry grants (SDM volume 3, "Access Rights").
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -16,26 +21,16 @@ pub(super) struct Rights {
 }
 
 impl Rights {
-    const ALL: Self = Self { writable: true, user: true, executable: true };
+    pub(super) const ALL: Self = Self { writable: true, user: true, executable: true };
 
-    const fn and(self, entry: Entry) -> Self {
+    pub(super) const fn and(self, entry: Entry) -> Self {
         Self {
             writable: self.writable && entry.has(Entry::WRITABLE),
             user: self.user && entry.has(Entry::USER),
             executable: self.executable && !entry.has(Entry::NO_EXECUTE),
         }
     }
-
-    /// Frames are found by whether they are writable or executable.
-    const fn class(self) -> u8 {
-        (self.writable as u8) | (self.executable as u8) << 1
-    }
 }
-
-/// Classes of [`Rights::class`] with and without write or execute access.
-const ANY: &[u8] = &[0, 1, 2, 3];
-const WRITABLE: &[u8] = &[1, 3];
-const EXECUTABLE: &[u8] = &[2, 3];
 
 /// One leaf entry of a registered root.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,7 +42,8 @@ pub(super) struct Mapping {
     pub frame: Gfn,
     pub rights: Rights,
     pub global: bool,
-    /// Number of the event that granted it; 0 from the start. Nothing cached it before.
+    /// Number of the event that granted the translation; 0 if it is there from the start. Of a
+    /// translation that was granted before and lost nothing since, the number of the first grant.
     pub since: u64,
 }
 
@@ -58,374 +54,376 @@ impl Mapping {
         Self { root, va, level, frame: leaf.frame(), rights, global: leaf.global(), since: 0 }
     }
 
+    /// What a leaf entry of `level` maps at `va`, by a table that is linked at `place`.
+    pub(super) fn at(place: &Place, va: Gva, level: Level, entry: Entry, since: u64) -> Self {
+        Self {
+            root: place.root,
+            va,
+            level,
+            frame: entry.frame(level),
+            rights: place.rights.and(entry),
+            global: entry.has(Entry::GLOBAL),
+            since: place.since.max(since),
+        }
+    }
+
     /// The frames that it maps.
     pub(super) fn frames(&self) -> FrameRange {
         FrameRange::new(self.frame, self.level.frames()).unwrap_or(FrameRange::single(self.frame))
     }
 
-    /// Whether both say the same of their place, since whenever.
-    pub(super) fn says(&self, other: &Self) -> bool {
-        Self { since: other.since, ..*self } == *other
-    }
-
-    /// Takes the number of the grant over from what the entry said before, if that was the same
-    /// translation: who cached it then may still do so, whatever became of its rights.
-    fn inherit(&mut self, old: Option<&Self>) {
-        if let Some(old) = old
-            && (old.frame, old.global) == (self.frame, self.global)
-        {
-            self.since = old.since;
-        }
-    }
-
-    const fn by_va(&self) -> ByVa {
-        (self.root, self.va, self.level)
-    }
-
-    const fn by_frame(&self) -> ByFrame {
-        (self.rights.class(), self.level, self.frame, self.root, self.va)
+    /// Whether both say the same of an address, whenever it was granted.
+    pub(super) fn says_as(&self, other: &Self) -> bool {
+        Self { since: 0, ..*self } == Self { since: 0, ..*other }
     }
 }
 
-/// A table that is linked, and the number of the event that did so.
+/// Leaf entries of one table that follow each other, map frames that follow each other, and grant
+/// the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Link {
-    frame: Gfn,
-    since: u64,
+pub(super) struct Run {
+    pub first: Mapping,
+    pub count: u64,
 }
 
-type ByVa = (Gpa, Gva, Level);
-type ByFrame = (u8, Level, Gfn, Gpa, Gva);
+impl Run {
+    /// All frames that it maps.
+    pub(super) fn frames(&self) -> FrameRange {
+        let all = FrameRange::new(self.first.frame, self.count * self.first.level.frames());
+        all.unwrap_or_else(|| self.first.frames())
+    }
 
-/// What a walk found.
+    /// Entry by entry.
+    pub(super) fn entries(&self) -> impl Iterator<Item = Mapping> + use<> {
+        let Self { first, count } = *self;
+        (0..count).map(move |index| Mapping {
+            va: first.va.wrapping_add(index * first.level.span()),
+            frame: first.frame.wrapping_add(index * first.level.frames()),
+            ..first
+        })
+    }
+}
+
+/// A table and one of the places where it is linked.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Site {
+    pub id: TableId,
+    pub place: Place,
+}
+
+/// A table where a root reaches it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct TableAt {
+    pub frame: Gfn,
+    pub root: Gpa,
+    /// First address that it spans there.
+    pub va: Gva,
+    pub level: Level,
+    /// No root reached it at any other place before.
+    pub fresh: bool,
+}
+
+/// What was found to be mapped and linked.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Walked {
-    /// Leaves, in order of address.
-    pub leaves: Vec<Mapping>,
-    /// Tables: frame, first address, level.
-    pub tables: Vec<(Gfn, Gva, Level)>,
-    /// Tables that cannot be read: the entry that points there, where, first address.
-    pub unreadable: Vec<(Gpa, Gpa, Gva)>,
+    /// Leaves, for each place in order of address.
+    pub leaves: Vec<Run>,
+    /// Tables.
+    pub tables: Vec<TableAt>,
+    /// Tables that cannot be read: root, the entry that points there, where, first address.
+    pub unreadable: Vec<(Gpa, Gpa, Gpa, Gva)>,
     /// The walk met more tables than there can be and stopped.
     pub endless: bool,
 }
 
-/// Walks what `root` reaches in `first..=last`, reading at most `budget` tables.
-pub(super) fn walk(tables: &impl Tables, root: Gpa, range: (Gva, Gva), budget: usize) -> Walked {
+impl Walked {
+    /// Makes room for what another walk finds.
+    pub(super) fn clear(&mut self) {
+        self.leaves.clear();
+        self.tables.clear();
+        self.unreadable.clear();
+        self.endless = false;
+    }
+
+    /// Leaves, entry by entry.
+    pub(super) fn mappings(&self) -> impl Iterator<Item = Mapping> {
+        self.leaves.iter().flat_map(Run::entries)
+    }
+}
+
+/// Walks all that `root` reaches in memory, reading at most `budget` tables.
+pub(super) fn walk(tables: &impl ReadTables, root: Gpa, budget: usize) -> Walked {
     let mut walked = Walked::default();
-    let ended = visit(tables, root, range, budget, &mut |met| match met {
-        Visit::Leaf(leaf) => walked.leaves.push(Mapping::of_leaf(root, &leaf)),
-        Visit::Table { frame, level, va } => walked.tables.push((frame, va, level)),
-        Visit::Unreadable { at, table, va } => walked.unreadable.push((at, table, va)),
+    let everything = lacuna_abi::walk::EVERYTHING;
+    let ended = visit(tables, root, everything, budget, &mut |met| match met {
+        Visit::Leaf(leaf) => {
+            walked.leaves.push(Run { first: Mapping::of_leaf(root, &leaf), count: 1 });
+        }
+        Visit::Table { frame, level, va } => {
+            walked.tables.push(TableAt { frame, root, va, level, fresh: false });
+        }
+        Visit::Unreadable { at, table, va } => walked.unreadable.push((root, at, table, va)),
     });
     walked.endless = ended.is_err();
     walked
 }
 
-/// Rights of the tables above the entry of `level` for `va`. Where the path has gone since the
-/// record was written, the rest counts as granting everything: the leaf's own bits then decide.
-pub(super) fn path_rights(tables: &impl Tables, root: Gpa, va: Gva, level: Level) -> Rights {
-    let mut rights = Rights::ALL;
-    let mut table = root;
-    for here in [Level::Pml4, Level::Pdpt, Level::Pd] {
-        if here <= level {
-            break;
-        }
-        let entry = tables.read_entry(entry_address(table, here, va)).unwrap_or(Entry::EMPTY);
-        if !entry.is_present() || entry.is_leaf(here) {
-            break;
-        }
-        rights = rights.and(entry);
-        table = entry.frame(here).gpa();
-    }
-    rights
-}
-
 /// Mappings and tables of all registered roots.
 #[derive(Clone, Debug)]
 pub(super) struct Index {
-    mappings: BTreeMap<ByVa, Mapping>,
-    by_frame: BTreeSet<ByFrame>,
-    tables: BTreeMap<ByVa, Link>,
-    /// Number of places at which each table is linked.
-    links: BTreeMap<Gfn, usize>,
-    budget: usize,
-    full: bool,
+    pub(super) tables: Tables,
+    pub(super) aliases: Aliases,
+    /// Places at which tables may be linked, all together.
+    pub(super) room: usize,
+    pub(super) full: bool,
+    /// Tables that the store under way has taken from their last place.
+    pub(super) emptied: Vec<TableId>,
 }
 
 impl Index {
-    /// An index for guests whose table pool has `budget` pages: a walk reads no more tables, and
-    /// no more entries can exist.
-    pub(super) const fn new(budget: usize) -> Self {
-        Self {
-            mappings: BTreeMap::new(),
-            by_frame: BTreeSet::new(),
-            tables: BTreeMap::new(),
-            links: BTreeMap::new(),
-            budget,
-            full: false,
-        }
+    pub(super) fn new(layout: &Layout) -> Self {
+        let tables = Tables::new(layout);
+        // Roots share tables, but hardly all of a pool that is used up.
+        let room = 8 * tables.budget();
+        Self { tables, aliases: Aliases::new(layout), room, full: false, emptied: Vec::new() }
     }
 
-    /// Tables that one walk may read.
+    /// Tables that one walk may read: no more can exist.
     pub(super) const fn budget(&self) -> usize {
-        self.budget
+        self.tables.budget()
     }
 
-    /// Whether mappings had to be left out because more were reported than can exist.
+    /// Whether tables had to be left out because they are linked at too many places.
     pub(super) const fn is_full(&self) -> bool {
         self.full
     }
 
+    /// Whether it is quickly seen that nothing maps these frames, which lie in one pageblock that has
+    /// left the direct map.
+    pub(super) fn maps_nothing(&self, part: FrameRange) -> bool {
+        let home = self.aliases.only_large_home(part);
+        home.is_some_and(|(table, index)| {
+            let page = self.tables.page(table);
+            page.is_some_and(|page| !page.entry(index).is_present())
+        })
+    }
+
     /// Mappings of any of these frames.
-    pub(super) fn of_frames(&self, frames: FrameRange) -> impl Iterator<Item = &Mapping> {
-        self.overlapping(ANY, frames)
+    pub(super) fn of_frames(&self, frames: FrameRange) -> impl Iterator<Item = Mapping> {
+        self.overlapping(frames, |_| true)
     }
 
     /// A writable mapping of any of these frames.
-    pub(super) fn writable(&self, frames: FrameRange) -> Option<&Mapping> {
-        self.overlapping(WRITABLE, frames).next()
+    pub(super) fn writable(&self, frames: FrameRange) -> Option<Mapping> {
+        self.overlapping(frames, |_| true).find(|mapping| mapping.rights.writable)
     }
 
     /// An executable mapping of any of these frames.
-    pub(super) fn executable(&self, frames: FrameRange) -> Option<&Mapping> {
-        self.overlapping(EXECUTABLE, frames).next()
+    pub(super) fn executable(&self, frames: FrameRange) -> Option<Mapping> {
+        let some = |id: TableId| self.tables.tally(id).executable > 0;
+        self.overlapping(frames, some).find(|mapping| mapping.rights.executable)
     }
 
-    /// What the entry of this level at this address maps, as far as is known.
-    pub(super) fn get(&self, root: Gpa, va: Gva, level: Level) -> Option<&Mapping> {
-        self.mappings.get(&(root, va, level))
+    /// The table of `level` that `root` reaches for `va`, with the place where it is linked there.
+    pub(super) fn find(&self, root: Gpa, va: Gva, level: Level) -> Option<Site> {
+        if !is_canonical(va) {
+            return None;
+        }
+        let mut here = Level::Pml4;
+        let mut id = self.tables.id(root.frame(), here)?;
+        while here > level {
+            let entry = self.tables.page(id)?.entry(here.index(va));
+            if !is_table(entry, here) {
+                return None;
+            }
+            let below = here.below()?;
+            id = self.tables.id(entry.frame(here), below)?;
+            here = below;
+        }
+        let base = base_of(va, level);
+        let places = self.tables.places(id);
+        let place = *places.iter().find(|place| place.root == root && place.va == base)?;
+        Some(Site { id, place })
     }
 
-    /// Every mapping, in order of root and address.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Mapping> {
-        self.mappings.values()
+    /// The table with the place where it is linked there, if it is.
+    pub(super) fn site(&self, table: &TableAt) -> Option<Site> {
+        let id = self.tables.id(table.frame, table.level)?;
+        let here = |place: &&Place| (place.root, place.va) == (table.root, table.va);
+        let place = *self.tables.places(id).iter().find(here)?;
+        Some(Site { id, place })
     }
 
-    /// Mappings of `root` that start in `first..=last`, in order of address.
+    /// Every other place at which the entries of a run are reached, whose table is linked at `here`
+    /// too, with the address of the first.
+    pub(super) fn other_places(&self, write: &EntryWrite, here: Site) -> Vec<(Site, Gva)> {
+        let Site { id, place } = here;
+        let places = self.tables.places(id);
+        if places.len() <= 1 {
+            return Vec::new();
+        }
+        let index = write.level.index(write.va);
+        let other = |other: &&Place| (other.root, other.va) != (place.root, place.va);
+        let others = places.iter().filter(other).map(|place| Site { id, place: *place });
+        others.map(|site| (site, child_address(site.place.va, write.level, index))).collect()
+    }
+
+    /// Leaves by entries `from..to` of a table, at one of its places.
+    pub(super) fn leaves_at(
+        &self,
+        site: Site,
+        (from, to): (u64, u64),
+    ) -> impl Iterator<Item = Run> {
+        let Site { id, place } = site;
+        let (level, page) = (id.level(), self.tables.page(id));
+        let mut next = from;
+        std::iter::from_fn(move || {
+            let page = page?;
+            while next < to.min(ENTRIES) {
+                let index = next;
+                let count = page.run(level, (index, to));
+                next += count.max(1);
+                if count > 0 {
+                    let va = child_address(place.va, level, index);
+                    let first =
+                        Mapping::at(&place, va, level, page.entry(index), page.since(index));
+                    return Some(Run { first, count });
+                }
+            }
+            None
+        })
+    }
+
+    /// What `root` maps in a span, in order of address: all entries that start in it.
     pub(super) fn in_span(
         &self,
         root: Gpa,
-        (first, last): (Gva, Gva),
-    ) -> impl Iterator<Item = &Mapping> {
-        self.mappings.range((root, first, Level::Pt)..=(root, last, Level::Pml4)).map(|(_, m)| m)
+        span: (Gva, Gva),
+    ) -> impl Iterator<Item = Mapping> + use<> {
+        let walked = self.walk_copy(root, span);
+        walked
+            .leaves
+            .into_iter()
+            .flat_map(|run| run.entries())
+            .filter(move |mapping| mapping.va >= span.0 && mapping.va <= span.1)
     }
 
-    /// Tables below `level` that span from an address in `first..=last`: frame, address, level.
+    /// Tables below `level` that span from an address in a span.
     pub(super) fn tables_below(
-        &self,
-        root: Gpa,
-        (first, last): (Gva, Gva),
-        level: Level,
-    ) -> impl Iterator<Item = (Gfn, Gva, Level)> {
-        self.tables
-            .range((root, first, Level::Pt)..=(root, last, Level::Pml4))
-            .filter(move |((_, _, table), _)| *table < level)
-            .map(|((_, va, table), link)| (link.frame, *va, *table))
-    }
-
-    /// Number of the event that linked the table of this level there; 0 if it is not known.
-    pub(super) fn linked_since(&self, root: Gpa, va: Gva, level: Level) -> u64 {
-        self.tables.get(&(root, va, level)).map_or(0, |link| link.since)
-    }
-
-    /// The table of this level that is linked there.
-    pub(super) fn table(&self, root: Gpa, va: Gva, level: Level) -> Option<Gfn> {
-        self.tables.get(&(root, va.align_down(level.span() << 9), level)).map(|link| link.frame)
-    }
-
-    /// As [`Self::tables_below`]: frame and address.
-    pub(super) fn tables_in(
         &self,
         root: Gpa,
         span: (Gva, Gva),
         level: Level,
-    ) -> impl Iterator<Item = (Gfn, Gva)> {
-        self.tables_below(root, span, level).map(|(frame, va, _)| (frame, va))
+    ) -> impl Iterator<Item = TableAt> + use<> {
+        let inside =
+            move |table: &TableAt| table.va >= span.0 && table.va <= span.1 && table.level < level;
+        let walked = self.walk_copy(root, span);
+        walked.tables.into_iter().filter(inside)
     }
 
     /// Where a frame is linked as a table, if anywhere.
     pub(super) fn table_at(&self, frames: FrameRange) -> Option<(Gfn, Gpa, Gva)> {
-        self.links.range(frames.start()..frames.end()).next()?;
-        let (key, link) = self.tables.iter().find(|(_, link)| frames.contains(link.frame))?;
-        Some((link.frame, key.0, key.1))
+        let linked = |frame| self.tables.linked_at(frame).next();
+        frames
+            .intersection(self.tables.pool())?
+            .iter()
+            .find_map(|frame| linked(frame).map(|place| (frame, place.root, place.va)))
     }
 
-    /// Number of places at which a frame is linked as a table.
-    pub(super) fn links(&self, frame: Gfn) -> usize {
-        self.links.get(&frame).copied().unwrap_or(0)
+    /// Whether a table is linked at this place.
+    pub(super) fn is_linked_at(&self, frame: Gfn, root: Gpa, va: Gva) -> bool {
+        self.tables.linked_at(frame).any(|place| (place.root, place.va) == (root, va))
     }
 
-    /// Takes a record over and returns what the entries map now. Leaves are taken from the record;
-    /// where a table is linked or unlinked, what lies below is read from memory. `since` is the
-    /// number of the grant.
-    pub(super) fn apply(&mut self, write: &EntryWrite, since: u64, tables: &impl Tables) -> Walked {
-        let last = write.va.wrapping_add(write.span() - 1);
-        let links = write.level > Level::Pt
-            && (is_table(write.old, write.level)
-                || is_table(write.new, write.level)
-                || self.tables_in(write.root, (write.va, last), write.level).next().is_some());
-        if links {
-            self.apply_links(write, last, since, tables)
-        } else {
-            self.apply_leaves(write, since, tables)
-        }
-    }
-
-    fn apply_leaves(&mut self, write: &EntryWrite, since: u64, tables: &impl Tables) -> Walked {
-        let path = path_rights(tables, write.root, write.va, write.level);
+    /// Walks the copy; stops where the copy does.
+    pub(super) fn walk_copy(&self, root: Gpa, span: (Gva, Gva)) -> Walked {
         let mut walked = Walked::default();
-        for index in 0..u64::from(write.count) {
-            let va = write.va.wrapping_add(index * write.level.span());
-            let old = self.remove(&(write.root, va, write.level));
-            let entry = write.new.nth_of_run(write.level, index);
-            if entry.is_present() && entry.is_leaf(write.level) {
-                let mut mapping = Mapping {
-                    root: write.root,
-                    va,
-                    level: write.level,
-                    frame: entry.frame(write.level),
-                    rights: path.and(entry),
-                    global: entry.has(Entry::GLOBAL),
-                    since,
-                };
-                mapping.inherit(old.as_ref());
-                self.insert(mapping);
-                walked.leaves.push(mapping);
-            }
+        if let Some(id) = self.tables.id(root.frame(), Level::Pml4) {
+            let place = Place { root, va: Gva(0), rights: Rights::ALL, since: 0 };
+            let place = self.tables.places(id).iter().find(|p| p.root == root).unwrap_or(&place);
+            self.walk_table(id, place, span, &mut walked);
         }
         walked
     }
 
-    fn apply_links(
-        &mut self,
-        write: &EntryWrite,
-        last: Gva,
-        since: u64,
-        tables: &impl Tables,
-    ) -> Walked {
-        // The entries may have been written again since: what the record says comes first.
-        let place = locate(tables, write.root, write.va, write.level).ok();
-        let read = |at: Gpa| {
-            let offset = place.and_then(|place| at.offset_from(place));
-            match offset.filter(|offset| *offset < 8 * u64::from(write.count)) {
-                Some(offset) => Some(write.new.nth_of_run(write.level, offset / 8)),
-                None => tables.read_entry(at),
-            }
-        };
-        let mut walked = walk(&read, write.root, (write.va, last), self.budget);
-        let inside = |va: Gva| va >= write.va && va <= last;
-        walked.leaves.retain(|leaf| inside(leaf.va) && leaf.level <= write.level);
-        walked.tables.retain(|(_, va, level)| inside(*va) && *level < write.level);
-        walked.leaves.iter_mut().for_each(|leaf| leaf.since = since);
-        self.replace_since(write.root, (write.va, last), write.level, &walked, since);
-        walked
-    }
-
-    /// Replaces what `root` maps in a span, at `level` and below, by what a walk found there.
-    pub(super) fn replace(
-        &mut self,
-        root: Gpa,
-        (first, last): (Gva, Gva),
-        level: Level,
-        walked: &Walked,
-    ) {
-        self.replace_since(root, (first, last), level, walked, 0);
-    }
-
-    /// The same with the number of the grant for tables that were not linked there before.
-    fn replace_since(
-        &mut self,
-        root: Gpa,
-        (first, last): (Gva, Gva),
-        level: Level,
-        walked: &Walked,
-        since: u64,
-    ) {
-        let span = (root, first, Level::Pt)..=(root, last, Level::Pml4);
-        let mut old: Vec<Mapping> = self.in_span(root, (first, last)).copied().collect();
-        old.retain(|mapping| mapping.level <= level);
-        for mapping in &old {
-            self.remove(&mapping.by_va());
-        }
-        let mut links: Vec<(ByVa, Link)> =
-            self.tables.range(span).map(|(key, link)| (*key, *link)).collect();
-        links.retain(|(key, _)| key.2 < level);
-        for (key, _) in &links {
-            self.remove_table(key);
-        }
-        for leaf in &walked.leaves {
-            let mut leaf = *leaf;
-            let at = old.binary_search_by_key(&leaf.by_va(), Mapping::by_va);
-            leaf.inherit(at.ok().map(|at| &old[at]));
-            self.insert(leaf);
-        }
-        for (frame, va, level) in &walked.tables {
-            // One table may be linked at many places, but hardly by a guest that means well.
-            if self.tables.len() >= self.budget.saturating_mul(64) {
-                self.full = true;
-                break;
-            }
-            let key = (root, *va, *level);
-            self.remove_table(&key);
-            let old = links.binary_search_by_key(&key, |(key, _)| *key).ok().map(|at| links[at].1);
-            let old = old.filter(|link| link.frame == *frame);
-            let since = old.map_or(since, |link| link.since);
-            self.tables.insert(key, Link { frame: *frame, since });
-            *self.links.entry(*frame).or_default() += 1;
-        }
-    }
-
-    /// Forgets a root.
-    pub(super) fn remove_root(&mut self, root: Gpa) {
-        self.replace(root, (Gva(0), Gva(u64::MAX)), Level::Pml4, &Walked::default());
-        let first = (root, Gva(0), Level::Pt);
-        let keys = self.tables.range(first..=(root, Gva(u64::MAX), Level::Pml4));
-        let keys: Vec<ByVa> = keys.map(|(key, _)| *key).collect();
-        keys.iter().for_each(|key| self.remove_table(key));
-    }
-
-    fn remove_table(&mut self, key: &ByVa) {
-        let Some(Link { frame, .. }) = self.tables.remove(key) else { return };
-        if let Some(links) = self.links.get_mut(&frame) {
-            *links -= 1;
-            if *links == 0 {
-                self.links.remove(&frame);
-            }
-        }
-    }
-
-    fn insert(&mut self, mapping: Mapping) {
-        self.remove(&mapping.by_va());
-        if self.mappings.len() >= self.budget.saturating_mul(512) {
-            self.full = true;
+    fn walk_table(&self, id: TableId, place: &Place, (from, to): (Gva, Gva), walked: &mut Walked) {
+        if walked.tables.len() >= self.room {
+            walked.endless = true;
             return;
         }
-        self.by_frame.insert(mapping.by_frame());
-        self.mappings.insert(mapping.by_va(), mapping);
+        let Some(page) = self.tables.page(id) else { return };
+        let (frame, level) = (self.tables.frame(id), id.level());
+        let Place { root, va, .. } = *place;
+        walked.tables.push(TableAt { frame, root, va, level, fresh: false });
+        let base_last = match level {
+            Level::Pml4 => Gva(u64::MAX),
+            level => place.va.wrapping_add(level.span() * ENTRIES - 1),
+        };
+        let mut index = if from > place.va { level.index(from) } else { 0 };
+        let end = if to < base_last { level.index(to) + 1 } else { ENTRIES };
+        while index < end {
+            let entry = page.entry(index);
+            let (va, since) = (child_address(place.va, level, index), page.since(index));
+            let count = page.run(level, (index, end));
+            if count > 0 {
+                let first = Mapping::at(place, va, level, entry, since);
+                walked.leaves.push(Run { first, count });
+            } else if is_table(entry, level)
+                && let Some(below) = level.below()
+                && let Some(below) = self.tables.id(entry.frame(level), below)
+            {
+                self.walk_table(below, &place.below(entry, va, since), (from, to), walked);
+            }
+            index += count.max(1);
+        }
     }
 
-    fn remove(&mut self, key: &ByVa) -> Option<Mapping> {
-        let mapping = self.mappings.remove(key)?;
-        self.by_frame.remove(&mapping.by_frame());
-        Some(mapping)
-    }
-
+    /// Mappings of any of the frames by tables that are `wanted`.
     fn overlapping(
         &self,
-        classes: &'static [u8],
         frames: FrameRange,
-    ) -> impl Iterator<Item = &Mapping> {
-        const LEVELS: [(Level, u32); 3] =
-            [(Level::Pt, 0), (Level::Pd, BLOCK_ORDER), (Level::Pdpt, 2 * BLOCK_ORDER)];
-        let ranges = classes.iter().flat_map(|class| LEVELS.map(|level| (*class, level)));
-        ranges.flat_map(move |(class, (level, order))| {
-            let first = Gfn(frames.start().0 >> order << order);
-            let from = (class, level, first, Gpa(0), Gva(0));
-            let to = (class, level, frames.end(), Gpa(0), Gva(0));
-            let keys = self.by_frame.range(from..to);
-            keys.filter_map(|key| self.mappings.get(&(key.3, key.4, key.1)))
+        wanted: impl Fn(TableId) -> bool + Copy,
+    ) -> impl Iterator<Item = Mapping> {
+        let parts = frames.by_block().filter(|part| !self.maps_nothing(*part));
+        let near = parts.flat_map(move |part| {
+            let tables = self.aliases.of_block(part).filter(move |found| wanted(found.table));
+            tables.flat_map(move |found| self.entries_of(found.table, found.entries, part))
+        });
+        let wide = self.aliases.wide(frames).filter(move |table| wanted(*table));
+        near.chain(wide.flat_map(move |table| self.entries_of(table, (0, ENTRIES), frames)))
+    }
+
+    /// Mappings of any of the frames by entries `from..to` of a table.
+    fn entries_of(
+        &self,
+        id: TableId,
+        (from, to): (u64, u64),
+        frames: FrameRange,
+    ) -> impl Iterator<Item = Mapping> {
+        let level = id.level();
+        let page = self.tables.page(id);
+        let hits = (from..to).filter_map(move |index| {
+            let page = page?;
+            let entry = page.entry(index);
+            let leaf = entry.is_present() && entry.is_leaf(level);
+            let start = entry.frame(level).0;
+            let touches = start < frames.end().0 && start + level.frames() > frames.start().0;
+            (leaf && touches).then(|| (index, entry, page.since(index)))
+        });
+        hits.flat_map(move |(index, entry, since)| {
+            self.tables.places(id).iter().map(move |place| {
+                let va = child_address(place.va, level, index);
+                Mapping::at(place, va, level, entry, since)
+            })
         })
+    }
+}
+
+/// Where a table of `level` spans from that has the entry for `va`.
+pub(super) fn base_of(va: Gva, level: Level) -> Gva {
+    match level {
+        Level::Pml4 => Gva(0),
+        level => va.align_down(level.span() * ENTRIES),
     }
 }
 
@@ -433,3 +431,5 @@ impl Index {
 pub(super) fn is_table(entry: Entry, level: Level) -> bool {
     level > Level::Pt && entry.is_present() && !entry.is_leaf(level)
 }
+
+const _: () = assert!(BLOCK_FRAMES == ENTRIES, "a page table maps a pageblock");

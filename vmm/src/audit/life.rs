@@ -19,7 +19,7 @@ impl Audit {
             Life::HandedOut | Life::HandedOutZero | Life::Unpooled => {}
         }
         if let Some(frames) = frames.intersection(self.config.layout.zone_frames()) {
-            frames.iter().for_each(|frame| self.frames.note_life(frame, life));
+            self.frames.note_life(frames, life);
         }
     }
 
@@ -31,6 +31,7 @@ impl Audit {
         let outside = if zone.contains(named.start()) { zone.end() } else { named.start() };
         let stray = named.contains(outside).then(|| FrameRange::single(outside));
         let frames = &self.frames;
+        let inside = inside.filter(|inside| !frames.all_may_close(*inside));
         let wrong = inside.into_iter().flat_map(FrameRange::iter);
         let wrong = runs(wrong.filter(|frame| !frames.may_close(*frame)));
         for run in wrong.chain(stray) {

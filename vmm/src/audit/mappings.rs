@@ -2,10 +2,11 @@
 
 use super::finding::{Finding, Rule};
 use super::frames::Frames;
-use super::index::{Index, Mapping, Walked};
+use super::index::{Index, Mapping, Run, Walked};
 use super::{Audit, Ledger};
-use lacuna_abi::addr::{FrameRange, Gfn, Gpa, PAGE_SIZE};
+use lacuna_abi::addr::{FrameRange, Gfn, PAGE_SIZE};
 use lacuna_abi::layout::{Layout, Place, Region};
+use lacuna_abi::paging::Level;
 
 /// Rules that judge every mapping: of those that a walk does not reach they cannot tell.
 const OF_MAPPINGS: [Rule; 7] = [
@@ -20,37 +21,79 @@ const OF_MAPPINGS: [Rule; 7] = [
 
 impl Audit {
     /// Judges all mappings that were found or written, and where their tables lie.
-    pub(super) fn judge_walked(&mut self, root: Gpa, walked: &Walked, cpu: Option<u8>, seq: u64) {
-        for mapping in &walked.leaves {
-            let at = Sight { mapping, cpu, seq };
-            let Self { ledger, frames, index, config, .. } = self;
-            judge_mapping(ledger, frames, index, &config.layout, &at);
+    pub(super) fn judge_walked(&mut self, walked: &Walked, cpu: Option<u8>, seq: u64) {
+        let Self { ledger, frames, index, config, .. } = self;
+        for run in &walked.leaves {
+            if judge_run(ledger, frames, index, &config.layout, run) {
+                continue;
+            }
+            for mapping in run.entries() {
+                let at = Sight { mapping: &mapping, cpu, seq };
+                judge_mapping(ledger, frames, index, &config.layout, &at);
+            }
         }
-        self.judge_tables(root, walked, cpu, seq);
+        self.judge_tables(walked, cpu, seq);
     }
 
     /// Judges where the tables lie that were found, and whether all were.
-    pub(super) fn judge_tables(&mut self, root: Gpa, walked: &Walked, cpu: Option<u8>, seq: u64) {
-        for (at, table, va) in &walked.unreadable {
+    pub(super) fn judge_tables(&mut self, walked: &Walked, cpu: Option<u8>, seq: u64) {
+        for (root, at, table, va) in &walked.unreadable {
             let detail = format!(
                 "the entry at {at} leads to a table at {table}, outside the table pool; \
                  every table must lie in the pool"
             );
             let finding = Finding::new(Rule::TableAlias, seq, detail);
-            let (frame, va) = (Some(table.frame()), Some(*va));
-            self.ledger.violation(Finding { frame, va, cpu, root: Some(root), ..finding });
+            let (frame, va, root) = (Some(table.frame()), Some(*va), Some(*root));
+            self.ledger.violation(Finding { frame, va, cpu, root, ..finding });
         }
         if walked.endless {
             for rule in OF_MAPPINGS {
                 self.ledger.not_checked(rule, 1);
             }
-            let reason = format!("root {root} reaches more tables than the pool has pages");
+            let reason = "a root reaches more tables than the pool has pages".to_owned();
             self.ledger.inconclusive(reason);
         }
         if self.index.is_full() {
-            self.ledger.inconclusive("more entries are reported than can exist".to_owned());
+            self.ledger.inconclusive("tables are linked at more places than can be".to_owned());
         }
     }
+}
+
+/// Judges a run of mappings at once, where all is well: true if it was. Otherwise nothing is counted,
+/// and each mapping is to be judged by itself.
+fn judge_run(
+    ledger: &mut Ledger,
+    frames: &Frames,
+    index: &Index,
+    layout: &Layout,
+    run: &Run,
+) -> bool {
+    let Run { first, count } = *run;
+    let mapped = run.frames();
+    // What is no part of the zone has rules that depend on each frame; it is seldom mapped.
+    if !layout.zone_frames().contains_range(mapped) || first.rights.user || first.level > Level::Pd
+    {
+        return false;
+    }
+    let place = layout.place_of(first.va);
+    let secret = frames.secret_in(mapped);
+    if secret > 0 {
+        let Place::Window(owner) = place else { return false };
+        let open = |owner| frames.all_open(mapped, owner);
+        if first.global || secret < mapped.count() || !u8::try_from(owner).is_ok_and(open) {
+            return false;
+        }
+    }
+    if first.rights.executable && index.writable(mapped).is_some()
+        || first.rights.writable && index.executable(mapped).is_some()
+    {
+        return false;
+    }
+    ledger.checked(alias_rule(place), count);
+    ledger.checked(Rule::GlobalWindow, if secret > 0 { count } else { 0 });
+    ledger.checked(Rule::UserAccess, count);
+    ledger.checked(Rule::WriteExecute, count);
+    true
 }
 
 /// Judges one mapping by every rule that concerns mappings.
@@ -88,10 +131,7 @@ pub(super) fn judge_alias(ledger: &mut Ledger, frames: &Frames, layout: &Layout,
     let mapped = mapping.frames();
     let secret = frames.secret_in(mapped);
     let place = layout.place_of(mapping.va);
-    let rule = match place {
-        Place::DirectMap => Rule::DirectMapAlias,
-        Place::Window(_) | Place::Pool | Place::Other => Rule::ForeignAlias,
-    };
+    let rule = alias_rule(place);
     ledger.checked(rule, 1);
     if secret == 0 {
         return;
@@ -117,6 +157,14 @@ pub(super) fn judge_alias(ledger: &mut Ledger, frames: &Frames, layout: &Layout,
             .to_owned();
         let frame = frames.find_secret(mapped, |_| true);
         ledger.violation(at.finding(Rule::GlobalWindow, frame, detail));
+    }
+}
+
+/// The rule that a secret frame breaks that is mapped there.
+const fn alias_rule(place: Place) -> Rule {
+    match place {
+        Place::DirectMap => Rule::DirectMapAlias,
+        Place::Window(_) | Place::Pool | Place::Other => Rule::ForeignAlias,
     }
 }
 
@@ -166,9 +214,9 @@ fn judge_write_execute(ledger: &mut Ledger, index: &Index, at: &Sight<'_>) {
     ledger.checked(Rule::WriteExecute, 1);
     let rights = at.mapping.rights;
     let pair = if rights.executable {
-        index.writable(frames).map(|writable| (at.mapping, writable))
+        index.writable(frames).map(|writable| (*at.mapping, writable))
     } else if rights.writable {
-        index.executable(frames).map(|executable| (executable, at.mapping))
+        index.executable(frames).map(|executable| (executable, *at.mapping))
     } else {
         None
     };

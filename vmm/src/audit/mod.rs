@@ -12,28 +12,32 @@
 //! | `frames` | the host's state of every frame |
 //! | `history` | the last records, for stories |
 //! | `story` | how a finding came about, step by step |
-//! | `index` | which entries map a frame |
+//! | `index`, `tables`, `links`, `aliases` | the host's copy of all tables: which entries map a frame |
 //! | `tlb` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
 //! | `writes`, `fills` | entry-write records; what tables hold when they are linked |
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
-//! | `quiesce` | the complete check |
+//! | `quiesce`, `compare` | the complete check; records against tables |
 //! | `probe` | frames that are touched on purpose |
 #![forbid(unsafe_code)]
 #![warn(clippy::cast_possible_truncation)]
 
+mod aliases;
 mod arrival;
+mod compare;
 mod fills;
 mod finding;
 mod frames;
 mod history;
 mod index;
 mod life;
+mod links;
 mod mappings;
 mod probe;
 mod quiesce;
 mod story;
+mod tables;
 #[cfg(test)]
 mod tests;
 mod tlb;
@@ -44,17 +48,16 @@ pub use finding::{AuditResult, Finding, Revoke, Rule, Step, Tally, What};
 pub use frames::Frames;
 pub use probe::{Probe, ProbeKind, ProbeTally, Touched};
 pub use tlb::Profile;
-pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, World};
+pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, TableWords, World};
 
 use fills::Fills;
 use finding::Ledger;
 use history::History;
-use index::{Index, walk};
+use index::{Index, Walked};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::event::{Event, Record};
 use lacuna_abi::gate::{CpuRegistration, Status};
-use lacuna_abi::paging::Level;
-use lacuna_abi::walk::EVERYTHING;
+use links::Change;
 use story::Moment;
 use tlb::{Start, Tlb, TooMany};
 
@@ -80,15 +83,16 @@ pub struct Audit {
     last_seq: u64,
     link_work: usize,
     probes: ProbeTally,
+    /// What the last record mapped and linked; empty between two records, kept for its room.
+    walked: Walked,
 }
 
 impl Audit {
     /// The audit of a guest that is about to start. Its boot root is registered and walked.
     pub fn new(config: AuditConfig, world: &impl World) -> Self {
-        let pool = usize::try_from(config.layout.pool.len / PAGE_SIZE).unwrap_or(0);
         let mut audit = Self {
             frames: Frames::new(&config.layout),
-            index: Index::new(pool),
+            index: Index::new(&config.layout),
             tlb: Tlb::new(config.layout.cpus, start_of(&config), config.profile),
             fills: Fills::default(),
             registrations: vec![None; config.layout.cpus],
@@ -98,6 +102,7 @@ impl Audit {
             last_seq: 0,
             link_work: 0,
             probes: ProbeTally::default(),
+            walked: Walked::default(),
             config,
         };
         audit.tlb.start(0);
@@ -127,9 +132,13 @@ impl Audit {
             return Err(Status::BadRoot);
         }
         self.roots.push((root, pcid));
-        let walked = walk(world, root, EVERYTHING, self.index.budget());
-        self.index.replace(root, EVERYTHING, Level::Pml4, &walked);
-        self.judge_walked(root, &walked, None, self.last_seq);
+        let mut walked = Walked::default();
+        let source = |table: Gfn, into: &mut TableWords| world.read_table(table, into);
+        // Nothing is known of when its entries were granted.
+        let mut change = Change::new(&self.config.layout, &source, 0, &mut walked);
+        self.index.add_root(root, &mut change);
+        walked.tables.iter().for_each(|table| self.fills.remove(table.frame));
+        self.judge_walked(&walked, None, self.last_seq);
         self.tell(&Moment::Root(root), world);
         Ok(())
     }
@@ -147,7 +156,7 @@ impl Audit {
             return Err(Status::BadState);
         }
         self.roots.retain(|(registered, _)| *registered != root);
-        self.index.remove_root(root);
+        self.index.remove_root(root, &self.config.layout);
         Ok(())
     }
 

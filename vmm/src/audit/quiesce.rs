@@ -3,33 +3,23 @@
 use super::arrival::judge_zero;
 use super::finding::{Finding, Rule};
 use super::frames::runs;
-use super::index::{Mapping, Walked, walk};
 use super::life::count_of;
-use super::mappings::{Sight, judge_mapping};
+use super::mappings::{Sight, judge_alias};
 use super::story::Moment;
 use super::{Audit, Denial, World};
-use lacuna_abi::addr::{Gpa, Gva};
-use lacuna_abi::event::EntryWrite;
-use lacuna_abi::paging::{Entry, Level};
-use lacuna_abi::walk::{EVERYTHING, locate};
+use lacuna_abi::addr::Gpa;
+use lacuna_abi::layout::Place;
+use lacuna_abi::paging::Entry;
 
 impl Audit {
     /// Checks everything. All vCPUs are out of guest mode and all records have been taken, but for
     /// writes that a standing intent announces.
     pub fn quiesce(&mut self, seq: u64, world: &impl World) {
         self.link_work = 0;
-        let intents = self.running().filter_map(|cpu| world.intent(cpu));
-        let intents: Vec<_> = intents.filter(EntryWrite::is_well_formed).collect();
-        for (root, _) in self.roots.clone() {
-            self.compare_root(root, &intents, seq, world);
-        }
-        for mapping in self.index.all() {
-            let at = Sight { mapping, cpu: None, seq };
-            let layout = &self.config.layout;
-            judge_mapping(&mut self.ledger, &self.frames, &self.index, layout, &at);
-        }
+        self.compare_tables(seq, world);
+        self.judge_all_mappings(seq);
         self.judge_second_stage(seq, world);
-        let known_zero = self.frames.pooled().filter(|frame| self.frames.is_known_zero(*frame));
+        let known_zero = self.frames.known_zero();
         let what = "marked zero in the pool and is not zero; it was written to after zeroing";
         judge_zero(&mut self.ledger, known_zero, what, (None, seq), world);
         for cpu in self.running() {
@@ -38,68 +28,34 @@ impl Audit {
         self.tell(&Moment::Quiesce, world);
     }
 
-    /// `trace-honesty`: what the records say a root maps is what it maps. The index follows memory
-    /// from here on, so that one difference is found once.
-    fn compare_root(&mut self, root: Gpa, intents: &[EntryWrite], seq: u64, world: &impl World) {
-        let mut walked = walk(world, root, EVERYTHING, self.index.budget());
-        self.judge_tables(root, &walked, None, seq);
-        if walked.endless {
-            return;
-        }
-        self.ledger.checked(Rule::TraceHonesty, u64::try_from(walked.leaves.len()).unwrap_or(0));
-        for (va, known, found) in self.differences(root, &walked) {
-            if intents.iter().any(|intent| explains(intent, root, va, world)) {
-                // The index stays behind memory: the record that is still to come makes the
-                // obligation, and without it the next comparison finds the difference.
-                let here = known.or(found).map(|mapping| mapping.level);
-                walked.leaves.retain(|leaf| leaf.va != va || Some(leaf.level) != here);
-                walked.leaves.extend(known);
-                continue;
-            }
-            let detail = format!(
-                "the records say {}, the tables say {}; every change of an entry must be recorded",
-                describe(known.as_ref()),
-                describe(found.as_ref())
-            );
-            let finding = Finding::new(Rule::TraceHonesty, seq, detail);
-            let frame = found.or(known).map(|mapping| mapping.frame);
-            let (va, root) = (Some(va), Some(root));
-            self.ledger.violation(Finding { frame, va, root, ..finding });
-        }
-        // Likewise with the tables that such a write links or unlinks.
-        for intent in intents {
-            let span = (intent.va, intent.va.wrapping_add(intent.span() - 1));
-            let below = |va, level| level < intent.level && explains(intent, root, va, world);
-            walked.tables.retain(|(_, va, level)| !below(*va, *level));
-            let known = self.index.tables_below(root, span, intent.level);
-            walked.tables.extend(known.filter(|(_, va, level)| below(*va, *level)));
-        }
-        walked.leaves.sort_by_key(|leaf| leaf.va);
-        self.index.replace(root, EVERYTHING, Level::Pml4, &walked);
-    }
-
-    /// What the index and a walk say differently: address, by the index, by the walk.
-    fn differences(
-        &self,
-        root: Gpa,
-        walked: &Walked,
-    ) -> Vec<(Gva, Option<Mapping>, Option<Mapping>)> {
-        let leaves = &walked.leaves;
-        let mut different = Vec::new();
-        for leaf in leaves {
-            let known = self.index.get(root, leaf.va, leaf.level).copied();
-            if !known.is_some_and(|known| known.says(leaf)) {
-                different.push((leaf.va, known, Some(*leaf)));
+    /// The rules about mappings hold for every leaf of every root. What a leaf may map depends on
+    /// nothing but the leaf and the state of its frames. Each was judged when a record, a
+    /// registration or the comparison just now brought it in, and frames become secret, or are no
+    /// longer open, only by operations that judged all their mappings. So all leaves count; those of
+    /// secret frames are looked at again.
+    fn judge_all_mappings(&mut self, seq: u64) {
+        let totals = self.index.totals();
+        self.ledger.checked(Rule::TraceHonesty, totals.leaves);
+        self.ledger.checked(Rule::TableAlias, totals.of_pool);
+        self.ledger.checked(Rule::UserAccess, totals.of_guest);
+        self.ledger.checked(Rule::WriteExecute, totals.leaves);
+        let mut direct = totals.in_direct_map;
+        let mut foreign = totals.leaves - totals.in_direct_map;
+        let layout = &self.config.layout;
+        for block in self.frames.secret_blocks() {
+            for mapping in self.index.of_frames(block) {
+                let at = Sight { mapping: &mapping, cpu: None, seq };
+                judge_alias(&mut self.ledger, &self.frames, layout, &at);
+                let judged = match layout.place_of(mapping.va) {
+                    Place::DirectMap => &mut direct,
+                    Place::Window(_) | Place::Pool | Place::Other => &mut foreign,
+                };
+                // It has been counted.
+                *judged = judged.saturating_sub(1);
             }
         }
-        for known in self.index.in_span(root, EVERYTHING) {
-            let found = leaves.binary_search_by_key(&known.va, |leaf| leaf.va);
-            if !found.is_ok_and(|at| leaves[at].level == known.level) {
-                different.push((known.va, Some(*known), None));
-            }
-        }
-        different.sort_by_key(|(va, _, _)| *va);
-        different
+        self.ledger.checked(Rule::DirectMapAlias, direct);
+        self.ledger.checked(Rule::ForeignAlias, foreign);
     }
 
     /// `second-stage-open` for all secret frames that are not open, and for all frames that are on
@@ -107,8 +63,7 @@ impl Audit {
     fn judge_second_stage(&mut self, seq: u64, world: &impl World) {
         let (mut checked, mut not_checked) = (0, 0);
         let frames = &self.frames;
-        let sealed = frames.secret().filter(|frame| !frames.is_open(*frame));
-        let open = sealed.filter(|frame| match world.denial(*frame) {
+        let open = frames.sealed().filter(|frame| match world.denial(*frame) {
             Denial::Denied => {
                 checked += 1;
                 false
@@ -130,7 +85,7 @@ impl Audit {
             let finding = Finding::new(Rule::SecondStageOpen, seq, detail);
             self.ledger.violation(Finding { frame: Some(run.start()), ..finding });
         }
-        for run in runs(frames.pooled().filter(|frame| !frames.is_secret(*frame))) {
+        for run in runs(frames.pooled_but_ordinary()) {
             let detail = format!("{} in the pool without being secret; seal first", count_of(run));
             let finding = Finding::new(Rule::SecondStageOpen, seq, detail);
             self.ledger.violation(Finding { frame: Some(run.start()), ..finding });
@@ -187,31 +142,4 @@ fn wrong_table(name: &str, found: (u64, u64), registered: (u64, u64)) -> Option<
             found.0, found.1, registered.0, registered.1
         )
     })
-}
-
-/// Whether a standing intent explains a difference at `va`: the entry that it announces is already
-/// what it will be. (While it still is what it was, records and tables agree.)
-fn explains(intent: &EntryWrite, root: Gpa, va: Gva, world: &impl World) -> bool {
-    let Some(offset) = va.offset_from(intent.va).filter(|offset| *offset < intent.span()) else {
-        return false;
-    };
-    let index = offset / intent.level.span();
-    let at = intent.va.wrapping_add(index * intent.level.span());
-    let entry = locate(world, root, at, intent.level).ok().and_then(|at| world.read_entry(at));
-    intent.root == root && entry == Some(intent.new.nth_of_run(intent.level, index))
-}
-
-fn describe(mapping: Option<&Mapping>) -> String {
-    match mapping {
-        None => "nothing is mapped".to_owned(),
-        Some(m) => format!(
-            "{} is mapped at level {}{}{}{}{}",
-            m.frame,
-            m.level.number(),
-            if m.rights.writable { ", writable" } else { "" },
-            if m.rights.executable { ", executable" } else { "" },
-            if m.rights.user { ", for ring 3" } else { "" },
-            if m.global { ", global" } else { "" },
-        ),
-    }
 }

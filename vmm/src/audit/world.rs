@@ -3,8 +3,12 @@
 use super::Profile;
 use lacuna_abi::addr::{Gfn, Gpa};
 use lacuna_abi::event::EntryWrite;
+use lacuna_abi::gate::PAGE_WORDS;
 use lacuna_abi::layout::Layout;
 use lacuna_abi::walk::Tables;
+
+/// The entries of one table.
+pub type TableWords = [u64; PAGE_WORDS];
 
 /// What the second stage grants of a frame, by its own state.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,6 +47,16 @@ pub struct CpuState {
 /// The machine as the audit sees it: a live guest, a recording or a test. Table entries come
 /// through [`Tables`]; an entry can be read only inside the table pool.
 pub trait World: Tables {
+    /// All entries of the table at a frame, each read once; false where no table can be. A machine
+    /// that can copy a page at once should.
+    fn read_table(&self, table: Gfn, into: &mut TableWords) -> bool {
+        (0..).zip(into).all(|(index, word)| {
+            let entry = self.read_entry(table.gpa().wrapping_add(8 * index));
+            *word = entry.unwrap_or_default().0;
+            entry.is_some()
+        })
+    }
+
     /// Whether every byte of the frame is zero; `None` if the host cannot see it.
     fn content_is_zero(&self, frame: Gfn) -> Option<bool>;
 

@@ -1,13 +1,15 @@
 //! Entry-write records: what they revoke becomes an obligation, what they map is judged.
 
 use super::finding::{Finding, Revoke, Rule};
-use super::index::{Mapping, Walked, is_table};
+use super::index::{Mapping, Rights, Run, Site, TableAt, Walked, is_table};
+use super::links::{Change, meaning};
+use super::tables::Place as TablePlace;
 use super::tlb::{CpuSet, Duty, EVERY, Leaves, Path, TableDuty, Written, cpu_list, members, only};
-use super::{Audit, MAX_LINK_WORK, World};
-use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
+use super::{Audit, MAX_LINK_WORK, TableWords, World};
+use lacuna_abi::addr::{FrameRange, Gfn, Gva};
 use lacuna_abi::event::{EntryWrite, TableFill, mapped_frames};
 use lacuna_abi::layout::Place;
-use lacuna_abi::paging::{Entry, Level};
+use lacuna_abi::paging::{ENTRIES, Entry, Level};
 
 impl Audit {
     /// Takes one entry-write record of a CPU.
@@ -33,29 +35,88 @@ impl Audit {
             self.ledger.inconclusive(reason);
             return;
         }
-        let grants = self.judge_claim(cpu, write, seq);
-        self.judge_remap(write, grants, seq);
-        self.oblige_leaves(write, grants, seq);
-        if write.level > Level::Pt {
-            self.oblige_tables(write, seq);
+        let site = self.index.find(write.root, write.va, write.level);
+        let lies = self.judge_claim(cpu, write, site, seq);
+        self.revoke(write, site, &lies, seq);
+        // One store changes the entry wherever its table is linked.
+        let others = site.map(|site| self.index.other_places(write, site)).unwrap_or_default();
+        self.link_work += others.len();
+        for (site, va) in others {
+            let root = site.place.root;
+            let pcid = self.roots.iter().find(|(known, _)| *known == root).map_or(0, |(_, p)| *p);
+            self.revoke(&EntryWrite { root, pcid, va, ..*write }, Some(site), &lies, seq);
         }
         // A remap carries the number that it took before its store.
         let since = if write.grant == 0 { seq } else { write.grant.min(seq) };
-        let stale = self.stale_table_of(write);
+        let stale = self.stale_table_of(site);
         if let Some(table) = stale {
             self.note_written(table, write, since, seq);
         }
-        let Self { index, fills, .. } = self;
-        let tables = |at: Gpa| fills.entry(at).or_else(|| world.read_entry(at));
-        let walked = index.apply(write, since, &tables);
+        let mut walked = std::mem::take(&mut self.walked);
+        walked.clear();
+        let Self { index, fills, config, .. } = self;
+        let source = |table: Gfn, into: &mut TableWords| {
+            fills.table(table, into) || world.read_table(table, into)
+        };
+        let mut change = Change::new(&config.layout, &source, since, &mut walked);
+        match site {
+            Some(site) => index.apply(write, site.id, &mut change),
+            None => self.judge_stray(cpu, write, seq, &mut walked),
+        }
         if !walked.tables.is_empty() {
             self.link_work += walked.tables.len() + walked.leaves.len();
             if let Some(table) = stale {
                 self.note_linked(table, write, &walked);
             }
+            self.judge_links(cpu, write, &walked, seq);
         }
-        self.judge_links(cpu, write, &walked, seq);
-        self.judge_walked(write.root, &walked, Some(cpu), seq);
+        self.judge_walked(&walked, Some(cpu), seq);
+        self.walked = walked;
+    }
+
+    /// What the record revokes at one of the places of its table. What was there whatever the record
+    /// claims, by the entries `lies`, is owed too.
+    fn revoke(&mut self, write: &EntryWrite, site: Option<Site>, lies: &[u64], seq: u64) {
+        let (first, _) = entries_of(write);
+        let held = |site, index| self.index.leaves_at(site, (first + index, first + index + 1));
+        let places = site.into_iter().flat_map(|site| lies.iter().map(move |lie| (site, *lie)));
+        let hidden = places.flat_map(|(site, lie)| held(site, lie));
+        let hidden: Vec<Leaves> = hidden.flat_map(|run| leaves_of(&run)).collect();
+        hidden.iter().for_each(|leaves| self.oblige(leaves, seq));
+        let grants = if lies.is_empty() { self.grants(write, site) } else { Grants::All(0) };
+        self.judge_remap(write, (site, grants), seq);
+        self.oblige_leaves(write, (site, grants), seq);
+        if write.level > Level::Pt {
+            self.oblige_tables(write, seq);
+        }
+    }
+
+    /// When the entries of a run were granted that has been told the truth of.
+    fn grants(&self, write: &EntryWrite, site: Option<Site>) -> Grants {
+        let Some(site) = site else { return Grants::All(0) };
+        let mut leaves = self.index.leaves_at(site, entries_of(write));
+        let since = leaves.next().map_or(0, |run| run.first.since);
+        if leaves.all(|run| run.first.since == since) { Grants::All(since) } else { Grants::Each }
+    }
+
+    /// `trace-honesty`: an entry is written only in a table that its root reaches. What it maps is
+    /// judged all the same, as if the path to it granted everything.
+    fn judge_stray(&mut self, cpu: u8, write: &EntryWrite, seq: u64, walked: &mut Walked) {
+        if !write.new.is_present() {
+            return;
+        }
+        let place = TablePlace { root: write.root, va: write.va, rights: Rights::ALL, since: seq };
+        let first = Mapping::at(&place, write.va, write.level, write.new, seq);
+        if leaf(write.new, write.level).is_some() {
+            walked.leaves.push(Run { first, count: u64::from(write.count) });
+        }
+        let detail =
+            "the record writes an entry of a table that its root does not lead to, as far \
+                      as earlier records and the first tables say"
+                .to_owned();
+        let finding = Finding::new(Rule::TraceHonesty, seq, detail);
+        let (frame, va, root) = (Some(first.frame), Some(write.va), Some(write.root));
+        self.ledger.violation(Finding { frame, va, cpu: Some(cpu), root, ..finding });
     }
 
     /// Takes the record of a table that was filled while no root reached it.
@@ -98,16 +159,17 @@ impl Audit {
         self.fills.add(fill);
     }
 
-    /// `stale-table`: a table that is linked at one place only is not linked at another one while a
-    /// CPU may still walk to it from the old one.
+    /// `stale-table`: a table that was linked nowhere is not linked at another place than before
+    /// while a CPU may still walk to it from the old one.
     fn judge_links(&mut self, cpu: u8, write: &EntryWrite, walked: &Walked, seq: u64) {
-        for (table, va, _) in &walked.tables {
+        for TableAt { frame: table, va, fresh, .. } in &walked.tables {
             self.fills.remove(*table);
-            if self.index.links(*table) > 1 {
+            if !fresh {
                 continue;
             }
             self.ledger.checked(Rule::StaleTable, 1);
-            let here = |duty: &&TableDuty| duty.root == write.root && duty.va == *va;
+            let index = &self.index;
+            let here = |duty: &&TableDuty| index.is_linked_at(*table, duty.root, duty.va);
             let duties = self.tlb.of_table(*table);
             for duty in duties.iter().filter(|duty| !here(duty)) {
                 let detail = format!(
@@ -129,40 +191,27 @@ impl Audit {
 
     /// `trace-honesty`: what a record says that its entries held is what the records before it made
     /// of them. A revoke cannot be hidden behind a false "before": the translations that are known
-    /// to be there become obligations whatever the record claims. The result is when the entries were
-    /// granted.
-    fn judge_claim(&mut self, cpu: u8, write: &EntryWrite, seq: u64) -> Grants {
+    /// to be there become obligations whatever the record claims. The result are the entries, counted
+    /// from the record's first, of which it is false.
+    fn judge_claim(
+        &mut self,
+        cpu: u8,
+        write: &EntryWrite,
+        site: Option<Site>,
+        seq: u64,
+    ) -> Vec<u64> {
         self.ledger.checked(Rule::TraceHonesty, 1);
-        let span = (write.va, write.va.wrapping_add(write.span() - 1));
-        let known = self.index.in_span(write.root, span).filter(|m| m.level == write.level);
-        let mut known = known.peekable();
-        let mut grants = known.peek().map_or(Grants::All(0), |first| Grants::All(first.since));
-        let mut hidden: Vec<Mapping> = Vec::new();
-        let mut first_lie = None;
-        for index in 0..u64::from(write.count) {
-            let va = write.va.wrapping_add(index * write.level.span());
-            let held = known.next_if(|mapping| mapping.va == va);
-            if held.is_some_and(|held| grants != Grants::All(held.since)) {
-                grants = Grants::Each;
-            }
-            let claimed = leaf(write.old.nth_of_run(write.level, index), write.level);
-            if !agrees(held, claimed, write.level) {
-                first_lie.get_or_insert((va, held.map(|mapping| mapping.frame)));
-                hidden.extend(held);
-                // Nothing is known of when the rest was granted.
-                grants = Grants::All(0);
-            }
-        }
-        drop(known);
-        if write.level > Level::Pt {
-            let claims_table = (0..u64::from(write.count))
-                .any(|index| is_table(write.old.nth_of_run(write.level, index), write.level));
-            let linked = self.index.tables_in(write.root, span, write.level).next();
-            if let Some((table, va)) = linked.filter(|_| !claims_table) {
-                first_lie.get_or_insert((va, Some(table)));
-            }
-        }
-        let Some((va, frame)) = first_lie else { return grants };
+        let page = site.and_then(|site| self.index.tables.page(site.id));
+        let (first, _) = entries_of(write);
+        let held = |index: u64| page.map_or(Entry::EMPTY, |page| page.entry(first + index));
+        let is_lie = |index: &u64| {
+            let claimed = write.old.nth_of_run(write.level, *index);
+            meaning(held(*index), write.level) != meaning(claimed, write.level)
+        };
+        let lies: Vec<u64> = (0..u64::from(write.count)).filter(is_lie).collect();
+        let Some(index) = lies.first() else { return lies };
+        let (va, entry) = (write.va.wrapping_add(index * write.level.span()), held(*index));
+        let frame = entry.is_present().then(|| entry.frame(write.level));
         let detail =
             "the record's old value is not what earlier records and the first tables left \
                       in the entry; a record must carry the entry as it was before the store"
@@ -170,15 +219,12 @@ impl Audit {
         let finding = Finding::new(Rule::TraceHonesty, seq, detail);
         let (va, root, cpu) = (Some(va), Some(write.root), Some(cpu));
         self.ledger.violation(Finding { frame, va, cpu, root, ..finding });
-        for mapping in &hidden {
-            self.oblige(&leaves_of(mapping), seq);
-        }
-        Grants::All(0)
+        lies
     }
 
     /// `stale-window`: a window address that gets a new translation has no old one left on the
     /// window's own CPU.
-    fn judge_remap(&mut self, write: &EntryWrite, grants: Grants, seq: u64) {
+    fn judge_remap(&mut self, write: &EntryWrite, granted: (Option<Site>, Grants), seq: u64) {
         let Some((owner, new)) = self.window_of(write.va).zip(leaf(write.new, write.level)) else {
             return;
         };
@@ -193,7 +239,7 @@ impl Audit {
         if let Some(old) = leaf(write.old, write.level)
             && old.frame(write.level) != new.frame(write.level)
         {
-            self.revoked_leaves(write, old, grants, |audit, leaves| {
+            self.revoked_leaves(write, old, granted, |audit, leaves| {
                 stale.extend(audit.tlb.would_owe(leaves, only(owner), seq));
             });
         }
@@ -209,11 +255,11 @@ impl Audit {
     }
 
     /// Leaves that the record revokes.
-    fn oblige_leaves(&mut self, write: &EntryWrite, grants: Grants, seq: u64) {
+    fn oblige_leaves(&mut self, write: &EntryWrite, granted: (Option<Site>, Grants), seq: u64) {
         if let Some(old) = leaf(write.old, write.level)
             && revoked(write.old, write.new, write.level)
         {
-            self.revoked_leaves(write, old, grants, |audit, leaves| audit.oblige(leaves, seq));
+            self.revoked_leaves(write, old, granted, |audit, leaves| audit.oblige(leaves, seq));
         }
     }
 
@@ -222,7 +268,7 @@ impl Audit {
         &mut self,
         write: &EntryWrite,
         old: Entry,
-        grants: Grants,
+        (site, grants): (Option<Site>, Grants),
         mut each: impl FnMut(&mut Self, &Leaves),
     ) {
         let EntryWrite { root, va, level, count, .. } = *write;
@@ -234,9 +280,9 @@ impl Audit {
                 }
             }
             Grants::Each => {
-                let span = (va, va.wrapping_add(write.span() - 1));
-                let known = self.index.in_span(root, span).filter(|m| m.level == level);
-                let parts: Vec<Leaves> = joined(known.map(leaves_of)).collect();
+                let runs =
+                    site.into_iter().flat_map(|s| self.index.leaves_at(s, entries_of(write)));
+                let parts: Vec<Leaves> = joined(runs.flat_map(|run| leaves_of(&run))).collect();
                 parts.iter().for_each(|leaves| each(self, leaves));
             }
         }
@@ -256,39 +302,38 @@ impl Audit {
             let va = write.va.wrapping_add(index * level.span());
             let span = (va, va.wrapping_add(level.span() - 1));
             let mut tables: Vec<_> = self.index.tables_below(root, span, level).collect();
-            let own = (old.frame(level), va, below);
+            let own = TableAt { frame: old.frame(level), root, va, level: below, fresh: false };
             if !tables.contains(&own) {
                 tables.push(own);
             }
-            for (table, va, level) in tables {
-                self.oblige_table(root, (table, va, level), seq);
-            }
+            tables.iter().for_each(|table| self.oblige_table(table, seq));
         }
     }
 
-    /// One table of `level` that is no longer reached from `va`, with its own leaves.
-    fn oblige_table(&mut self, root: Gpa, (table, va, level): (Gfn, Gva, Level), seq: u64) {
-        let above = Level::from_number(level.number() + 1).unwrap_or(Level::Pml4);
-        let span = (va, va.wrapping_add(above.span() - 1));
-        let own = self.index.in_span(root, span).filter(|mapping| mapping.level == level);
+    /// One table that is no longer reached where it was, with its own leaves.
+    fn oblige_table(&mut self, table: &TableAt, seq: u64) {
+        let site = self.index.site(table);
         let leaves: Vec<(Leaves, CpuSet)> =
-            joined(own.map(leaves_of)).map(|leaves| (leaves, self.among(leaves.va))).collect();
-        if !self.config.layout.pool.contains(table.gpa()) {
+            self.own_leaves(site).map(|leaves| (leaves, self.among(leaves.va))).collect();
+        if !self.config.layout.pool.contains(table.frame.gpa()) {
             leaves.iter().for_each(|(leaves, _)| self.oblige(leaves, seq));
             return;
         }
-        let since = self.index.linked_since(root, va, level);
-        let path = Path { root, va, level: above, table, since };
-        let kept = self.tlb.unlink(&path, &leaves, seq);
+        let since = site.map_or(0, |site| site.place.since);
+        let kept = self.tlb.unlink(&path_to(table, since), &leaves, seq);
         self.note_dropped(kept);
     }
 
-    /// The table that the record's entries are in, if CPUs may still walk to it by a revoked path.
-    fn stale_table_of(&self, write: &EntryWrite) -> Option<Gfn> {
-        if !self.tlb.has_stale_tables() {
-            return None;
-        }
-        let table = self.index.table(write.root, write.va, write.level)?;
+    /// A table's own leaves, at one of its places.
+    fn own_leaves(&self, site: Option<Site>) -> impl Iterator<Item = Leaves> {
+        let runs = site.into_iter().flat_map(|site| self.index.leaves_at(site, (0, ENTRIES)));
+        joined(runs.flat_map(|run| leaves_of(&run)))
+    }
+
+    /// The table that a record's entries are in, if CPUs may still walk to it by a revoked path.
+    fn stale_table_of(&self, site: Option<Site>) -> Option<Gfn> {
+        let site = site.filter(|_| self.tlb.has_stale_tables())?;
+        let table = self.index.tables.frame(site.id);
         self.tlb.is_stale_table(table).then_some(table)
     }
 
@@ -310,17 +355,14 @@ impl Audit {
         self.note_dropped(kept);
     }
 
-    /// Likewise what is reached through it.
+    /// Likewise what is reached through it, wherever it is linked.
     fn note_linked(&mut self, parent: Gfn, write: &EntryWrite, walked: &Walked) {
-        for (table, va, level) in &walked.tables {
-            let above = Level::from_number(level.number() + 1).unwrap_or(Level::Pml4);
-            let inside =
-                |leaf: &&Mapping| leaf.level == *level && leaf.va.align_down(above.span()) == *va;
-            let own = walked.leaves.iter().filter(inside).map(leaves_of);
-            let leaves: Vec<Leaves> = joined(own).collect();
-            let path = Path { root: write.root, va: *va, level: above, table: *table, since: 0 };
-            let offset = va.0 & ((write.level.span() << 9) - 1);
-            let kept = self.tlb.linked(parent, offset, &path, &leaves);
+        let last = write.va.wrapping_add(write.span() - 1);
+        let here = |t: &&TableAt| t.root == write.root && t.va >= write.va && t.va <= last;
+        for table in walked.tables.iter().filter(here) {
+            let leaves: Vec<Leaves> = self.own_leaves(self.index.site(table)).collect();
+            let offset = table.va.0 & ((write.level.span() << 9) - 1);
+            let kept = self.tlb.linked(parent, offset, &path_to(table, 0), &leaves);
             self.note_dropped(kept);
         }
     }
@@ -362,9 +404,29 @@ enum Grants {
     Each,
 }
 
-fn leaves_of(mapping: &Mapping) -> Leaves {
-    let Mapping { root, va, level, global, since, .. } = *mapping;
-    Leaves { root, va, level, frames: mapping.frames(), global, since }
+/// The entries of the table that the record is about: the first, and the one behind the last.
+const fn entries_of(write: &EntryWrite) -> (u64, u64) {
+    let first = write.level.index(write.va);
+    (first, first + write.count as u64)
+}
+
+/// The entry that leads to a table.
+fn path_to(table: &TableAt, since: u64) -> Path {
+    let TableAt { frame, root, va, level, .. } = *table;
+    let level = Level::from_number(level.number() + 1).unwrap_or(Level::Pml4);
+    Path { root, va, level, table: frame, since }
+}
+
+/// The leaves of a run, small pages all at once: they lie in one window, larger ones may not.
+fn leaves_of(run: &Run) -> impl Iterator<Item = Leaves> + use<> {
+    let at_once = run.first.level == Level::Pt;
+    let leaves = |mapping: Mapping, frames: FrameRange| {
+        let Mapping { root, va, level, global, since, .. } = mapping;
+        Leaves { root, va, level, frames, global, since }
+    };
+    let all = at_once.then(|| leaves(run.first, run.frames()));
+    let each = (!at_once).then(|| run.entries()).into_iter().flatten();
+    all.into_iter().chain(each.map(move |mapping| leaves(mapping, mapping.frames())))
 }
 
 /// Joins small pages of one table that follow each other, frames and all: a table of them is mostly
@@ -387,22 +449,6 @@ fn joined(leaves: impl Iterator<Item = Leaves>) -> impl Iterator<Item = Leaves> 
         }
         Some(run)
     })
-}
-
-/// Whether what a record claims of an entry fits what is known of it. The rights that are known are
-/// those of the whole path, so that they may be fewer than the entry's own.
-fn agrees(held: Option<&Mapping>, claimed: Option<Entry>, level: Level) -> bool {
-    match (held, claimed) {
-        (None, None) => true,
-        (Some(held), Some(claimed)) => {
-            held.frame == claimed.frame(level)
-                && held.global == claimed.has(Entry::GLOBAL)
-                && (!held.rights.writable || claimed.has(Entry::WRITABLE))
-                && (!held.rights.user || claimed.has(Entry::USER))
-                && (!held.rights.executable || !claimed.has(Entry::NO_EXECUTE))
-        }
-        _ => false,
-    }
 }
 
 /// The revoke of a path that a CPU may still cache.

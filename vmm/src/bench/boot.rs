@@ -131,7 +131,7 @@ fn one(kvm: Kvm, memory_mib: u64) -> Result<Size, BenchError> {
 
 /// Resident memory of this process that backs no guest, in KiB: what is anonymous or of files, not
 /// shared memory.
-fn own_resident_kib() -> std::io::Result<u64> {
+pub(super) fn own_resident_kib() -> std::io::Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name))?;

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod alloc;
+mod audit;
 mod boot;
 mod flip;
 mod flush;
@@ -14,6 +15,7 @@ mod table;
 mod zero;
 
 pub use alloc::{Alloc, Refill, Replay, alloc};
+pub use audit::{AuditCost, Check, Events, Footprint, Opens, audit};
 pub use boot::{BenchError, Boot, Size, boot};
 pub use flip::{Batch, Flip, flip};
 pub use flush::{Flush, Run, flush};

@@ -143,12 +143,14 @@ pub enum Bench {
     Boot,
     /// Invalidations.
     Flush,
+    /// The audit by itself.
+    Audit,
 }
 
 impl Bench {
     /// Everything that can be measured.
     pub const ALL: &'static [Self] =
-        &[Self::Alloc, Self::Zero, Self::Flip, Self::Boot, Self::Flush];
+        &[Self::Alloc, Self::Zero, Self::Flip, Self::Boot, Self::Flush, Self::Audit];
 
     /// Whether simulated machines can be measured; the others measure a processor.
     #[must_use]
@@ -165,6 +167,7 @@ impl Bench {
             Self::Flip => "flip",
             Self::Boot => "boot",
             Self::Flush => "flush",
+            Self::Audit => "audit",
         }
     }
 
@@ -179,6 +182,7 @@ impl Bench {
                 "time until the allocator is ready, and memory, for guests of several sizes"
             }
             Self::Flush => "runs of INVLPG against a CR3 load, in a guest",
+            Self::Audit => "what judging a guest's events and tables costs, without a machine",
         }
     }
 

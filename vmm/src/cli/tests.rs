@@ -61,6 +61,7 @@ fn doctor_and_bench_take_their_flags() {
         ("lacuna bench", plain.clone()),
         ("lacuna bench boot", named(Bench::Boot)),
         ("lacuna bench flush --json", BenchArgs { json: true, ..named(Bench::Flush) }),
+        ("lacuna bench audit", named(Bench::Audit)),
         ("lacuna bench zero --quick", BenchArgs { quick: true, ..named(Bench::Zero) }),
         (
             "lacuna bench alloc --machine sim",

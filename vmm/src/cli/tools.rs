@@ -1,7 +1,7 @@
 //! `lacuna doctor` and `lacuna bench`.
 
 use super::{Bench, BenchArgs, DoctorArgs, ExitStatus, print};
-use crate::bench::{self, Alloc, BenchError, Boot, Flip, Flush, Lab, Zero};
+use crate::bench::{self, Alloc, AuditCost, BenchError, Boot, Flip, Flush, Lab, Zero};
 use crate::config::MachineKind;
 use crate::doctor::{Doctor, ThisHost, open_kvm};
 use serde::Serialize;
@@ -36,6 +36,9 @@ pub fn bench(args: &BenchArgs) -> ExitStatus {
         Bench::Alloc => bench::alloc(&lab).map(|alloc| written(args, &alloc, Alloc::to_text)),
         Bench::Zero => bench::zero(&lab).map(|zero| written(args, &zero, Zero::to_text)),
         Bench::Flip => bench::flip(&lab).map(|flip| written(args, &flip, Flip::to_text)),
+        Bench::Audit => {
+            bench::audit(args.quick).map(|cost| written(args, &cost, AuditCost::to_text))
+        }
         Bench::Boot => bench::boot(kvm, args.quick).map(|boot| written(args, &boot, Boot::to_text)),
         Bench::Flush => {
             bench::flush(kvm, args.quick).map(|flush| written(args, &flush, Flush::to_text))

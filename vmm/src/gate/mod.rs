@@ -368,6 +368,9 @@ impl Gate {
         };
         self.with_audit(|audit, world| audit.done(cpu, op, seq, world));
         self.told(cpu, seq, act, op.frames);
+        for observer in &mut self.observers {
+            observer.operation(act, op.frames);
+        }
         Ok(Ok(()))
     }
 

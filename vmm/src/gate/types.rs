@@ -7,9 +7,9 @@ use crate::machine::memory::{Memory, MemoryError};
 use crate::machine::state::Registers;
 use crate::second_stage::{SecondStage, SecondStageError};
 use crate::stop::Stop;
-use lacuna_abi::addr::Gpa;
+use lacuna_abi::addr::{FrameRange, Gpa};
 use lacuna_abi::counter::Counters;
-use lacuna_abi::event::Record;
+use lacuna_abi::event::{HostAct, Record};
 use lacuna_abi::gate::ExceptionReport;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,6 +36,10 @@ pub enum GateFailure {
 pub trait Observer: Send {
     /// An event, in the order of numbers, after the audit has judged it.
     fn event(&mut self, _record: &Record) {}
+
+    /// A gate operation has taken effect, and the guest does not know yet. Its record comes later, in
+    /// its turn.
+    fn operation(&mut self, _act: HostAct, _frames: FrameRange) {}
 
     /// A line of the guest's log, control characters replaced.
     fn log(&mut self, _line: &str) {}

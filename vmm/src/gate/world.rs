@@ -1,6 +1,6 @@
 //! The live machine as the audit sees it.
 
-use crate::audit::{CpuState, Denial, World};
+use crate::audit::{CpuState, Denial, TableWords, World};
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
 use crate::second_stage::SecondStage;
@@ -24,6 +24,10 @@ impl Tables for LiveWorld<'_> {
 }
 
 impl World for LiveWorld<'_> {
+    fn read_table(&self, table: Gfn, into: &mut TableWords) -> bool {
+        self.memory.read_table(table, into)
+    }
+
     fn content_is_zero(&self, frame: Gfn) -> Option<bool> {
         self.memory.is_zero(frame)
     }

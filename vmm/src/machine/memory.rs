@@ -210,6 +210,19 @@ impl Memory {
         self.load(self.layout.shared.gpa.wrapping_add(SEQUENCE_OFFSET))
     }
 
+    /// Copies all entries of the page table at `table`, each read once; false where no table can be.
+    #[must_use]
+    pub fn read_table(&self, table: Gfn, into: &mut [u64; PAGE_WORDS]) -> bool {
+        if !self.layout.pool.contains(table.gpa()) {
+            return false;
+        }
+        let Ok(words) = self.words(table.gpa(), PAGE_WORDS) else { return false };
+        for (word, place) in into.iter_mut().zip(words) {
+            *word = place.load(Ordering::Relaxed);
+        }
+        true
+    }
+
     #[inline]
     fn word(&self, at: Gpa) -> Result<&AtomicU64, MemoryError> {
         self.words(at, 1)?.first().ok_or_else(|| access(at, &"no word is there"))
@@ -380,6 +393,12 @@ mod tests {
         assert_eq!(memory.read_entry(layout.image.gpa), None);
         assert_eq!(memory.read_entry(layout.pool.end()), None);
         assert_eq!(memory.read_entry(Gpa(u64::MAX)), None);
+        let mut words = [1; PAGE_WORDS];
+        assert!(memory.read_table(layout.pool.gpa.frame(), &mut words));
+        assert_eq!((words[0], words[1], words[511]), (7, 0, 0));
+        assert!(!memory.read_table(layout.image.gpa.frame(), &mut words));
+        assert!(!memory.read_table(layout.pool.end().frame(), &mut words));
+        assert!(!memory.read_table(Gfn(u64::MAX), &mut words));
     }
 
     #[test]

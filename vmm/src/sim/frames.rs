@@ -8,7 +8,7 @@
 use crate::gate::Observer;
 use crate::machine::sys;
 use lacuna_abi::addr::{FrameRange, Gfn};
-use lacuna_abi::event::{Event, HostAct, Record};
+use lacuna_abi::event::HostAct;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
@@ -100,12 +100,12 @@ impl Frames {
     }
 }
 
-/// Follows a run to know which frames are secret, with the seal off too.
+/// Follows a run to know which frames are secret, with the seal off too. It must know before the guest
+/// goes on: a frame that was released may be mapped, and unmapped again, before its record is taken.
 pub(crate) struct Secrecy(pub(crate) Arc<Frames>);
 
 impl Observer for Secrecy {
-    fn event(&mut self, record: &Record) {
-        let Event::Host(act, frames) = record.event else { return };
+    fn operation(&mut self, act: HostAct, frames: FrameRange) {
         let secret = match act {
             HostAct::Sealed | HostAct::HeldOpen => true,
             HostAct::Released => false,
@@ -151,8 +151,7 @@ mod tests {
         let frames = Arc::new(Frames::new(range(512, 512)));
         let mut follower = Secrecy(Arc::clone(&frames));
         let mut tell = |act| {
-            let event = Event::Host(act, range(570, 8));
-            follower.event(&Record { seq: 1, cpu: 0, site: 0, event });
+            follower.operation(act, range(570, 8));
             frames.is_secret(Gfn(577))
         };
         assert!(!tell(HostAct::Refused));

@@ -283,11 +283,32 @@ fn of_a_window_only_its_own_cpu_is_followed() {
     assert_eq!(duties.iter().map(|duty| duty.cpus).collect::<Vec<_>>(), [0b01]);
 }
 
-/// A second root that shares the first one's tables, registered with PCID 1.
-fn second_root(scene: &mut Scene) -> Gpa {
+/// Turns PCIDs on.
+fn use_pcids(scene: &mut Scene) {
     let (register, old) = (ControlRegister::Cr4, ControlPolicy::default().cr4_set);
     scene.record(0, Event::Control { register, old, new: old | ControlPolicy::CR4_PCIDE });
+}
+
+/// A second root that shares the first one's tables, registered with PCID 1.
+fn second_root(scene: &mut Scene) -> Gpa {
+    use_pcids(scene);
     let other = scene.machine.clone_root();
+    scene.audit.register_root(other, 1, &scene.machine).unwrap();
+    other
+}
+
+/// A second root with window tables of its own, registered with PCID 1: what is stored in them
+/// changes nothing for the first one.
+fn root_with_own_windows(scene: &mut Scene) -> Gpa {
+    use_pcids(scene);
+    let other = scene.machine.clone_root();
+    let mut table = other;
+    for level in [Level::Pml4, Level::Pdpt, Level::Pd] {
+        let below = scene.machine.new_table();
+        let entry = Entry::new(below.frame(), Entry::TABLE);
+        scene.machine.tables.insert(entry_address(table, level, window(0)).0, entry.0);
+        table = below;
+    }
     scene.audit.register_root(other, 1, &scene.machine).unwrap();
     other
 }
@@ -298,7 +319,7 @@ fn an_old_translation_under_another_pcid_is_none_of_the_new_address_space() {
         let mut scene = Scene::with_seal(1, Denial::NotEnforced);
         let block = scene.block(1);
         scene.flip(block);
-        let other = second_root(&mut scene);
+        let other = root_with_own_windows(&mut scene);
         scene.op(0, OpKind::Open, block).unwrap();
         let new = Entry::new(block.start(), Entry::DATA);
         let write = scene.store(window(0), Level::Pt, 1, new);

@@ -1,10 +1,8 @@
 //! What holds for any sequence of events: the index, the obligations, determinism, no panic.
 
-use super::super::index::{Index, Mapping, walk};
 use super::super::tlb::{Duty, Tag, only};
 use super::*;
 use lacuna_abi::gate::OpKind;
-use lacuna_abi::walk::EVERYTHING;
 use proptest::prelude::*;
 
 const PAGES: u64 = 24;
@@ -210,23 +208,6 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn the_index_says_what_a_full_walk_says(steps in prop::collection::vec(step(), 0..40)) {
-        let mut scene = prepared(2);
-        // Entries of a table that is linked twice are recorded at one place: unlinked first.
-        let steps = steps.iter().filter(|s| !matches!(s, Step::Split { whole: false, .. }));
-        steps.for_each(|step| carry_out(&mut scene, step, 2));
-        let root = scene.machine.root;
-        let walked = walk(&scene.machine, root, EVERYTHING, 1000);
-        let mut fresh = Index::new(1000);
-        fresh.replace(root, EVERYTHING, Level::Pml4, &walked);
-        let timeless = |mapping: &Mapping| Mapping { since: 0, ..*mapping };
-        let known: Vec<_> = scene.audit.index.all().map(timeless).collect();
-        prop_assert_eq!(&known, &fresh.all().copied().collect::<Vec<_>>());
-        let zone = scene.machine.layout.zone_frames();
-        let frames = |index: &Index| index.of_frames(zone).map(timeless).collect::<Vec<_>>();
-        prop_assert_eq!(frames(&scene.audit.index), frames(&fresh));
-    }
-
     #[test]
     fn the_index_follows_tables_that_are_linked_and_unlinked(
         links in prop::collection::vec((0..4u64, any::<bool>()), 0..20),

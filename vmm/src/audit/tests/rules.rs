@@ -47,8 +47,9 @@ fn case(rule: Rule) -> Case {
         | Rule::GlobalWindow
         | Rule::TableAlias
         | Rule::WriteExecute
-        | Rule::UserAccess
-        | Rule::TraceHonesty => endless_tables,
+        | Rule::UserAccess => endless_tables,
+        // A root that is still being built.
+        Rule::TraceHonesty => recorded_of_an_unknown_root,
         // What is not kept can no longer be found broken.
         Rule::StaleDirectMap | Rule::StaleTable => more_than_is_kept,
         // Copies that other CPUs made speculatively.
@@ -252,6 +253,14 @@ fn unreadable_registers() -> Scene {
     let mut scene = Scene::new(1);
     scene.machine.cpus[0] = None;
     scene.quiesce();
+    scene
+}
+
+fn recorded_of_an_unknown_root() -> Scene {
+    let mut scene = Scene::new(1);
+    let write = scene.store(window(0), Level::Pt, 1, Entry::EMPTY);
+    let root = scene.machine.clone_root();
+    scene.record(0, Event::EntryWrite(EntryWrite { root, ..write }));
     scene
 }
 

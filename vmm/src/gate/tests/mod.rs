@@ -72,6 +72,10 @@ impl Vcpus for Still {
 struct Lines(Arc<Mutex<Vec<String>>>);
 
 impl Observer for Lines {
+    fn operation(&mut self, act: HostAct, frames: FrameRange) {
+        self.0.lock().unwrap().push(format!("{act:?} {}", frames.count()));
+    }
+
     fn log(&mut self, line: &str) {
         self.0.lock().unwrap().push(line.to_owned());
     }
@@ -225,6 +229,15 @@ impl Guest {
     fn violations(&self, rule: Rule) -> u64 {
         self.gate.result().tally(rule).violations
     }
+}
+
+#[test]
+fn observers_know_of_an_operation_when_its_call_returns_and_of_none_that_was_refused() {
+    let mut guest = Guest::new(true);
+    let page = guest.frames(5, 1);
+    assert_eq!(guest.ops(&[(OpKind::Release, page)]), Status::NotSecret);
+    assert_eq!(guest.ops(&[(OpKind::Seal, page), (OpKind::Open, page)]), Status::Ok);
+    assert_eq!(*guest.lines.0.lock().unwrap(), ["Sealed 1", "Opened 1"]);
 }
 
 #[test]

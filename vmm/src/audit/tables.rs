@@ -1,0 +1,273 @@
+//! The host's own copy of page tables: the entries of each table page, since when each of them
+//! translates, and where the page is linked.
+//!
+//! One page may serve as a table of several levels at once, and at several places: a guest's root
+//! may lead to itself. Entries are kept once for a page, the rest for each level.
+
+use super::index::Rights;
+use super::world::TableWords;
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
+use lacuna_abi::gate::PAGE_WORDS;
+use lacuna_abi::layout::Layout;
+use lacuna_abi::paging::{ENTRIES, Entry, Level};
+
+/// A page of the table pool as a table of one level: number of the page and level in one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) struct TableId(u32);
+
+impl TableId {
+    pub(super) fn level(self) -> Level {
+        let number = u8::try_from(self.0 % 4 + 1).unwrap_or(1);
+        Level::from_number(number).unwrap_or(Level::Pt)
+    }
+
+    const fn slot(self) -> usize {
+        (self.0 / 4) as usize
+    }
+
+    const fn role(self) -> usize {
+        (self.0 % 4) as usize
+    }
+}
+
+/// Where a table is linked, and what the path to it grants.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Place {
+    pub root: Gpa,
+    /// First address that the table spans.
+    pub va: Gva,
+    pub rights: Rights,
+    /// Number of the latest grant on the path.
+    pub since: u64,
+}
+
+impl Place {
+    /// The place of a table behind `entry`, which spans from `va`.
+    pub(super) fn below(&self, entry: Entry, va: Gva, since: u64) -> Self {
+        let (rights, since) = (self.rights.and(entry), self.since.max(since));
+        Self { root: self.root, va, rights, since }
+    }
+}
+
+/// How many leaf entries a table has, and what they map: what a complete check counts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct LeafTally {
+    pub leaves: u64,
+    /// Those that map a frame of the table pool.
+    pub of_pool: u64,
+    /// Those that map memory of the guest.
+    pub of_guest: u64,
+    /// Those that are not XD by themselves.
+    pub executable: u64,
+}
+
+/// A page as a table of one level; without places it is none.
+#[derive(Clone, Debug, Default)]
+struct Role {
+    places: Vec<Place>,
+    /// Where it was linked first, of the places that it had since it had none.
+    first: Gva,
+    tally: LeafTally,
+}
+
+/// A copy of a table page.
+#[derive(Clone, Debug)]
+pub(super) struct Page {
+    words: TableWords,
+    since: TableWords,
+    roles: [Role; 4],
+    /// A bit for each role that has a place.
+    used: u8,
+}
+
+impl Page {
+    fn new(words: &TableWords) -> Self {
+        Self { words: *words, since: [0; PAGE_WORDS], roles: Default::default(), used: 0 }
+    }
+
+    /// Entry `index`; one that maps nothing past the table's end.
+    pub(super) fn entry(&self, index: u64) -> Entry {
+        let word = usize::try_from(index).ok().and_then(|index| self.words.get(index));
+        Entry(word.copied().unwrap_or(0))
+    }
+
+    /// Number of the event that granted entry `index`.
+    pub(super) fn since(&self, index: u64) -> u64 {
+        let since = usize::try_from(index).ok().and_then(|index| self.since.get(index));
+        since.copied().unwrap_or(0)
+    }
+
+    /// How many entries from `first` on, before `end`, are leaves that map frames that follow each
+    /// other with equal flags, granted together; 0 if the first one is none.
+    pub(super) fn run(&self, level: Level, (first, end): (u64, u64)) -> u64 {
+        let entry = self.entry(first);
+        if !entry.is_present() || !entry.is_leaf(level) {
+            return 0;
+        }
+        let range = |end: u64| Some(usize::try_from(first).ok()?..usize::try_from(end).ok()?);
+        let Some(range) = range(end.min(ENTRIES)) else { return 1 };
+        // Past the last frame that can exist an address would run into the flags.
+        let room = (Entry::ADDRESS - (entry.0 & Entry::ADDRESS)) >> level.span_shift();
+        let words = self.words.get(range.clone()).unwrap_or_default();
+        let sinces = self.since.get(range).unwrap_or_default();
+        let since = self.since(first);
+        let follows = |((distance, word), at): &((u64, &u64), &u64)| {
+            **word == entry.0.wrapping_add(distance << level.span_shift()) && **at == since
+        };
+        let joined = (0..=room).zip(words).zip(sinces).take_while(follows).count();
+        u64::try_from(joined).unwrap_or(1).max(1)
+    }
+
+    pub(super) const fn words(&self) -> &TableWords {
+        &self.words
+    }
+
+    pub(super) fn set(&mut self, index: u64, entry: Entry, since: u64) {
+        let Ok(index) = usize::try_from(index) else { return };
+        if let Some((word, at)) = self.words.get_mut(index).zip(self.since.get_mut(index)) {
+            (*word, *at) = (entry.0, since);
+        }
+    }
+}
+
+/// Copies of all pages that some root reaches.
+#[derive(Clone, Debug)]
+pub(super) struct Tables {
+    pool: FrameRange,
+    pages: Vec<Option<Box<Page>>>,
+    places: usize,
+}
+
+impl Tables {
+    pub(super) fn new(layout: &Layout) -> Self {
+        let pool = layout.pool.frames().unwrap_or(FrameRange::single(Gfn(0)));
+        let count = usize::try_from(pool.count()).unwrap_or(0);
+        Self { pool, pages: vec![None; count], places: 0 }
+    }
+
+    pub(super) const fn budget(&self) -> usize {
+        self.pages.len()
+    }
+
+    pub(super) const fn pool(&self) -> FrameRange {
+        self.pool
+    }
+
+    /// Number of places at which tables are linked, all together.
+    pub(super) const fn all_places(&self) -> usize {
+        self.places
+    }
+
+    /// The page at a frame as a table of `level`, whether it is one or not; `None` outside the pool.
+    pub(super) fn id(&self, frame: Gfn, level: Level) -> Option<TableId> {
+        if !self.pool.contains(frame) {
+            return None;
+        }
+        let slot = u32::try_from(frame.0 - self.pool.start().0).ok()?;
+        Some(TableId(slot.checked_mul(4)? + u32::from(level.number()) - 1))
+    }
+
+    pub(super) fn frame(&self, id: TableId) -> Gfn {
+        Gfn(self.pool.start().0 + id.slot() as u64)
+    }
+
+    /// The copy of a table's page.
+    pub(super) fn page(&self, id: TableId) -> Option<&Page> {
+        self.pages.get(id.slot())?.as_deref()
+    }
+
+    pub(super) fn page_mut(&mut self, id: TableId) -> Option<&mut Page> {
+        self.pages.get_mut(id.slot())?.as_deref_mut()
+    }
+
+    /// Makes the copy of a table's page, which no root reached so far.
+    pub(super) fn copy(&mut self, id: TableId, words: &TableWords) {
+        if let Some(page) = self.pages.get_mut(id.slot()) {
+            *page = Some(Box::new(Page::new(words)));
+        }
+    }
+
+    /// Every page of which there is a copy, as tables of the levels that it serves as.
+    pub(super) fn all(&self) -> impl Iterator<Item = (Gfn, &Page)> {
+        let frames = self.pool.iter().zip(&self.pages);
+        frames.filter_map(|(frame, page)| page.as_deref().map(|page| (frame, page)))
+    }
+
+    /// The tables of all levels that a page serves as.
+    pub(super) fn roles(&self, frame: Gfn) -> impl Iterator<Item = TableId> + use<> {
+        let id = self.id(frame, Level::Pt);
+        let used = id.and_then(|id| self.page(id)).map_or(0, |page| page.used);
+        (0..4_u32)
+            .filter(move |role| used >> role & 1 != 0)
+            .filter_map(move |role| id.map(|TableId(first)| TableId(first + role)))
+    }
+
+    fn role(&self, id: TableId) -> Option<&Role> {
+        self.page(id)?.roles.get(id.role())
+    }
+
+    fn role_mut(&mut self, id: TableId) -> Option<&mut Role> {
+        self.page_mut(id)?.roles.get_mut(id.role())
+    }
+
+    /// Where a table is linked.
+    pub(super) fn places(&self, id: TableId) -> &[Place] {
+        self.role(id).map_or(&[], |role| &role.places)
+    }
+
+    /// Where a table was linked first since it was linked nowhere.
+    pub(super) fn first_place(&self, id: TableId) -> Gva {
+        self.role(id).map_or(Gva(0), |role| role.first)
+    }
+
+    /// Where a page is linked, as a table of whatever level.
+    pub(super) fn linked_at(&self, frame: Gfn) -> impl Iterator<Item = &Place> {
+        self.roles(frame).flat_map(|id| self.places(id))
+    }
+
+    pub(super) fn tally(&self, id: TableId) -> LeafTally {
+        self.role(id).map(|role| role.tally).unwrap_or_default()
+    }
+
+    pub(super) fn tally_mut(&mut self, id: TableId) -> Option<&mut LeafTally> {
+        self.role_mut(id).map(|role| &mut role.tally)
+    }
+
+    /// Adds a place; false if the table is linked there already.
+    pub(super) fn add_place(&mut self, id: TableId, place: Place) -> bool {
+        let Some(page) = self.page_mut(id) else { return false };
+        let Some(role) = page.roles.get_mut(id.role()) else { return false };
+        if role.places.iter().any(|old| (old.root, old.va) == (place.root, place.va)) {
+            return false;
+        }
+        if role.places.is_empty() {
+            role.first = place.va;
+            page.used |= 1 << id.role();
+        }
+        role.places.push(place);
+        self.places += 1;
+        true
+    }
+
+    /// Takes a place back; `None` if the table is not linked there.
+    pub(super) fn remove_place(&mut self, id: TableId, root: Gpa, va: Gva) -> Option<Place> {
+        let page = self.page_mut(id)?;
+        let role = page.roles.get_mut(id.role())?;
+        let at = role.places.iter().position(|old| (old.root, old.va) == (root, va))?;
+        let place = role.places.remove(at);
+        if role.places.is_empty() {
+            page.used &= !(1 << id.role());
+        }
+        self.places -= 1;
+        Some(place)
+    }
+
+    /// Forgets the copy of a page that no root reaches any more.
+    pub(super) fn forget_unlinked(&mut self, id: TableId) {
+        if let Some(slot) = self.pages.get_mut(id.slot())
+            && slot.as_ref().is_some_and(|page| page.used == 0)
+        {
+            *slot = None;
+        }
+    }
+}
