@@ -196,8 +196,8 @@ impl Cpu {
     }
 
     /// Whether the CPU, which runs with another root, can still walk to the space's tables through
-    /// paths that it cached under the PCID that it uses again (SDM volume 3, "Details of Caching of
-    /// Paging-Structure-Cache Entries": they are used whatever CR3 holds).
+    /// paths that it cached under the PCID that it uses again (SDM volume 3, "Using the
+    /// Paging-Structure Caches to Translate Linear Addresses": they are used whatever CR3 holds).
     fn is_walked(&self, space: &Space) -> bool {
         let leads = |other: &Space| {
             !other.dying

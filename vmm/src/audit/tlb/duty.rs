@@ -6,7 +6,7 @@ use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva, PAGE_SHIFT, PAGE_SIZE};
 use lacuna_abi::paging::Level;
 
 /// What a cached translation is tagged with (SDM volume 3, "Process-Context Identifiers (PCIDs)" and
-/// "Use of Global Pages" under "Caching Translation Information").
+/// "Global Pages" under "Caching Translation Information").
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(in crate::audit) enum Tag {
     /// Used under every PCID; a CR3 load spares it.

@@ -3,7 +3,7 @@
 //!
 //! What a TLB holds cannot be known; what it may hold can. A present entry may be cached by any CPU
 //! that can walk to it, at any time and speculatively, and stay until an invalidation that must
-//! remove it (Intel SDM volume 3, "Details of TLB Use", "Details of Paging-Structure Cache Use"). A
+//! remove it (Intel SDM volume 3, "Details of TLB Use", "Caches for Paging Structures"). A
 //! revoked entry is therefore a **duty** of every CPU that may have cached it before: to invalidate
 //! it. Three things are kept:
 //!
