@@ -1,5 +1,6 @@
 //! Kernel images: the embedded ones, and any other ELF that follows the same rules.
 
+use crate::printable::steers;
 use lacuna_abi::ABI_VERSION;
 use lacuna_abi::addr::{Gva, PAGE_SIZE};
 use lacuna_abi::layout::IMAGE;
@@ -17,6 +18,10 @@ pub const TARGET: &str = env!("LACUNA_GUEST_TARGET");
 
 /// Largest image that is taken, in bytes from its first to its last address.
 const MAX_BYTES: u64 = 64 << 20;
+/// Longest name of a function that is kept, in bytes, and most bytes of all names; without a name an
+/// address has to do.
+const MAX_NAME: usize = 4096;
+const MAX_NAME_BYTES: usize = 32 << 20;
 /// Section that holds the version of the ABI that an image was built for.
 const ABI_SECTION: &[u8] = b".lacuna.abi";
 
@@ -126,16 +131,18 @@ impl Image {
             return Err(ImageError::Abi { found });
         }
         let table = sections.symbols(endian, file, object::elf::SHT_SYMTAB)?;
-        let mut symbols = Vec::new();
+        let (mut symbols, mut name_bytes) = (Vec::new(), 0);
         for symbol in table.iter() {
             let name = symbol.name(endian, table.strings())?;
-            if symbol.st_value(endian) >= IMAGE.0 && !name.is_empty() {
-                let name = String::from_utf8_lossy(name);
-                symbols.push(Symbol {
-                    start: symbol.st_value(endian),
-                    len: symbol.st_size(endian),
-                    name: format!("{:#}", rustc_demangle::demangle(&name)),
-                });
+            if symbol.st_value(endian) >= IMAGE.0 && (1..=MAX_NAME).contains(&name.len()) {
+                let name = readable(name);
+                name_bytes += name.len();
+                // Many symbols may share one long name in the file.
+                if name_bytes > MAX_NAME_BYTES {
+                    break;
+                }
+                let (start, len) = (symbol.st_value(endian), symbol.st_size(endian));
+                symbols.push(Symbol { start, len, name });
             }
         }
         symbols.sort_by_key(|symbol| (symbol.start, symbol.len));
@@ -193,6 +200,13 @@ impl Image {
         let inside = symbol.len == 0 || address - symbol.start < symbol.len;
         inside.then_some((symbol.start, symbol.name.as_str()))
     }
+}
+
+/// A symbol's name without its mangling, and without anything that could dress up what surrounds it.
+fn readable(name: &[u8]) -> String {
+    let name = String::from_utf8_lossy(name);
+    let full = format!("{:#}", rustc_demangle::demangle(&name));
+    full.chars().filter(|char| !steers(*char)).take(MAX_NAME).collect()
 }
 
 fn segment(

@@ -7,6 +7,7 @@
 //! own memory, and what KVM does when an access traps, may remove some.
 
 use super::finding::{Finding, Rule};
+use super::story::Moment;
 use super::{Audit, Denial, World};
 use lacuna_abi::addr::{BLOCK_FRAMES, FrameRange, Gfn, PAGE_SIZE};
 use lacuna_abi::named_enum;
@@ -113,7 +114,7 @@ impl Audit {
     }
 
     /// Judges what came of these touches; no vCPU has run since they were drawn.
-    pub fn judge_probes(&mut self, touched: &[(Probe, Touched)], seq: u64) {
+    pub fn judge_probes(&mut self, touched: &[(Probe, Touched)], seq: u64, world: &impl World) {
         for (probe, outcome) in touched {
             let sealed = self.frames.may_close(probe.frame);
             let right = match outcome {
@@ -141,6 +142,7 @@ impl Audit {
                 self.ledger.violation_about(topic, Finding { frame, ..finding });
             }
         }
+        self.tell(&Moment::Probe, world);
     }
 
     /// What was touched so far.

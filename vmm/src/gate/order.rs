@@ -99,7 +99,7 @@ impl Gate {
             self.audit.inconclusive("a complete check found events that were still owed".into());
         }
         // After everything that could look for stale translations: this may remove some.
-        self.probe(seq);
+        self.probe(seq)?;
         self.search(seq, scope == Scope::Done)?;
         self.counters.quiesces += 1;
         self.events_at_quiesce = self.counters.events;

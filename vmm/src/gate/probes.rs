@@ -1,7 +1,7 @@
 //! `second-stage-open` by real accesses, at a quiesce point: draws frames, has them touched, hands
 //! the audit what came of it.
 
-use super::{Gate, Prober};
+use super::{Gate, GateFailure, Prober};
 use crate::audit::{ProbeTally, Touched};
 use crate::second_stage::{Off, SecondStage};
 use crate::sim::Random;
@@ -66,7 +66,10 @@ impl Gate {
     }
 
     /// Has frames touched and the outcome judged. All vCPUs stand still.
-    pub(super) fn probe(&mut self, seq: u64) {
+    ///
+    /// # Errors
+    /// [`GateFailure::Probe`] if they must not go on.
+    pub(super) fn probe(&mut self, seq: u64) -> Result<(), GateFailure> {
         let kinds = self.probes.prober.as_ref().map_or(&[][..], |prober| prober.kinds());
         let (each, mut random) = (self.probes.each, self.probes.random.clone());
         let probes = self.with_audit(|audit, world| {
@@ -74,13 +77,15 @@ impl Gate {
         });
         self.probes.random = random;
         if probes.is_empty() {
-            return;
+            return Ok(());
         }
-        let Some(prober) = &mut self.probes.prober else { return };
+        let Some(prober) = &mut self.probes.prober else { return Ok(()) };
         let mut said = prober.touch(&probes).into_iter();
+        let harm = prober.harm();
         let silent = || Touched::Failed("nothing was said of it".into());
         let touched = probes.into_iter().map(|probe| (probe, said.next().unwrap_or_else(silent)));
         let touched: Vec<_> = touched.collect();
-        self.with_audit(|audit, _| audit.judge_probes(&touched, seq));
+        self.with_audit(|audit, world| audit.judge_probes(&touched, seq, world));
+        harm.map_or(Ok(()), |why| Err(GateFailure::Probe(why)))
     }
 }

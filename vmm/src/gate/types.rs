@@ -29,6 +29,9 @@ pub enum GateFailure {
     /// Guest memory could not be searched.
     #[error("cannot search guest memory for the secret input: {0}")]
     Search(std::io::Error),
+    /// Frames were touched on purpose, and the guest may not run on as if they had not been.
+    #[error("the guest is not resumed after its frames were touched: {0}")]
+    Probe(&'static str),
 }
 
 /// Those who follow a run. All methods are called on the thread of a vCPU that left for the host,
@@ -87,6 +90,11 @@ pub trait Prober: Send {
 
     /// Makes these touches, one after the other, in a time that is bounded; what came of each.
     fn touch(&mut self, probes: &[Probe]) -> Vec<Touched>;
+
+    /// Why the guest must not run on: a touch may still be under way, or was not undone.
+    fn harm(&self) -> Option<&'static str> {
+        None
+    }
 }
 
 /// What a served call means for the vCPU.

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use vm_memory::{VolatileMemory, VolatileSlice};
 
 /// `MADV_GUARD_INSTALL`, Linux 6.13; for file-backed mappings 6.15.
@@ -130,11 +131,9 @@ impl Words {
     /// Zeroes `len` bytes from `offset`; false if they do not all lie here.
     #[must_use]
     pub fn zero(&self, offset: u64, len: usize) -> bool {
-        let Some(start) = self.place(offset, len) else { return false };
-        // SAFETY: the bytes lie in the mapping that `self` owns. Guest memory may be written by
-        // several CPUs at once; what is then left is the guest's business, as on hardware.
-        unsafe { start.write_bytes(0, len) };
-        true
+        let words = len.is_multiple_of(8).then(|| self.words(offset, len / 8)).flatten();
+        // Other CPUs may use the same words meanwhile; what is then left is the guest's business.
+        words.map(|words| words.iter().for_each(|word| word.store(0, Relaxed))).is_some()
     }
 
     /// Where `len` bytes from `offset` lie.
@@ -233,7 +232,6 @@ const CODE: fn(&std::ffi::CStr, u64) -> io::Result<File> = memory_file;
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
-    use std::sync::atomic::Ordering;
 
     #[test]
     fn data_is_found_between_holes() {
@@ -248,12 +246,12 @@ mod tests {
     fn words_are_those_of_the_file_and_end_where_it_ends() {
         let file = memory_file(c"test", 8192).unwrap();
         let words = Words::new(&file, 8192).unwrap();
-        words.words(4096, 2).unwrap()[1].store(7, Ordering::Relaxed);
+        words.words(4096, 2).unwrap()[1].store(7, Relaxed);
         let mut bytes = [0; 8];
         file.read_exact_at(&mut bytes, 4104).unwrap();
         assert_eq!(u64::from_le_bytes(bytes), 7);
         assert!(words.zero(4096, 4096));
-        assert_eq!(words.words(4104, 1).unwrap()[0].load(Ordering::Relaxed), 0);
+        assert_eq!(words.words(4104, 1).unwrap()[0].load(Relaxed), 0);
         assert!(words.words(8192, 1).is_none() && words.words(8184, 1).is_some());
         assert!(words.words(4, 1).is_none() && words.words(u64::MAX - 7, 1).is_none());
         assert!(words.words(0, usize::MAX).is_none());

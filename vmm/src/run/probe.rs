@@ -2,7 +2,7 @@
 //! touches and waits; it runs at no other time.
 //!
 //! A touch that does not come back is kicked out of `KVM_RUN` as a vCPU of the guest is. If even that
-//! does not help, the thread is given up, and no further touch is made.
+//! does not help, the thread is given up, and the run ends: the touch may still be under way.
 
 use super::cpus;
 use crate::audit::{Probe, ProbeKind, Touched};
@@ -57,6 +57,8 @@ struct VcpuProber {
     thread: Option<JoinHandle<()>>,
     /// The round has taken too long: nothing more is touched in it.
     late: Arc<AtomicBool>,
+    /// What was in a frame could not be put back.
+    spoilt: Arc<AtomicBool>,
     limit: Duration,
     give_up: Duration,
 }
@@ -64,9 +66,11 @@ struct VcpuProber {
 impl VcpuProber {
     /// Starts the thread of the probe vCPU.
     fn start(vcpu: ProbeVcpu, memory: Arc<Memory>) -> io::Result<Self> {
-        let late = Arc::new(AtomicBool::new(false));
-        let mut hand = Hand { vcpu, memory, late: Arc::clone(&late) };
-        Self::spawn(late, move |probes| hand.round(probes))
+        let (late, spoilt) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let mut hand = Hand { vcpu, memory, late: Arc::clone(&late), spoilt: Arc::clone(&spoilt) };
+        let mut prober = Self::spawn(late, move |probes| hand.round(probes))?;
+        prober.spoilt = spoilt;
+        Ok(prober)
     }
 
     /// Starts a thread that makes each round by `round`, which ends soon once `late` is set.
@@ -84,7 +88,8 @@ impl VcpuProber {
             }
         })?;
         let (rounds, thread) = (Some(rounds), Some(thread));
-        Ok(Self { rounds, results, thread, late, limit: ROUND, give_up: GIVE_UP })
+        let spoilt = Arc::default();
+        Ok(Self { rounds, results, thread, late, spoilt, limit: ROUND, give_up: GIVE_UP })
     }
 
     /// The results of a round, waited for and kicked for; why there are none.
@@ -92,7 +97,10 @@ impl VcpuProber {
         const GONE: &str = "the thread of the probe vCPU has ended";
         match self.results.recv_timeout(self.limit) {
             Ok(results) => return Ok(results),
-            Err(RecvTimeoutError::Disconnected) => return Err(GONE),
+            Err(RecvTimeoutError::Disconnected) => {
+                self.rounds = None;
+                return Err(GONE);
+            }
             Err(RecvTimeoutError::Timeout) => self.late.store(true, Ordering::Release),
         }
         let deadline = Instant::now() + self.give_up;
@@ -103,7 +111,10 @@ impl VcpuProber {
             }
             match self.results.recv_timeout(KICK_AGAIN) {
                 Ok(results) => return Ok(results),
-                Err(RecvTimeoutError::Disconnected) => return Err(GONE),
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.rounds = None;
+                    return Err(GONE);
+                }
                 Err(RecvTimeoutError::Timeout) => {}
             }
         }
@@ -120,7 +131,8 @@ impl Prober for VcpuProber {
     }
 
     fn touch(&mut self, probes: &[Probe]) -> Vec<Touched> {
-        self.late.store(false, Ordering::Release);
+        // A thread that was given up stays told to stop.
+        self.late.store(self.rounds.is_none(), Ordering::Release);
         let mut touched = Vec::new();
         for round in probes.chunks(MAX_TOUCHES) {
             let sent = self.rounds.as_ref().is_some_and(|rounds| rounds.send(round.into()).is_ok());
@@ -132,6 +144,16 @@ impl Prober for VcpuProber {
             touched.extend(results);
         }
         touched
+    }
+
+    fn harm(&self) -> Option<&'static str> {
+        if self.rounds.is_none() {
+            Some("the probe vCPU was given up in the middle of a touch")
+        } else if self.spoilt.load(Ordering::Acquire) {
+            Some("what was in a frame could not be put back")
+        } else {
+            None
+        }
     }
 }
 
@@ -151,6 +173,7 @@ struct Hand {
     vcpu: ProbeVcpu,
     memory: Arc<Memory>,
     late: Arc<AtomicBool>,
+    spoilt: Arc<AtomicBool>,
 }
 
 impl Hand {
@@ -197,7 +220,10 @@ impl Hand {
         let outcome = self.make(&touch);
         match self.memory.swap_byte(at, was) {
             Some(_) => outcome,
-            None => Touched::Failed("what was in the frame could not be put back".into()),
+            None => {
+                self.spoilt.store(true, Ordering::Release);
+                Touched::Failed("what was in the frame could not be put back".into())
+            }
         }
     }
 
@@ -280,7 +306,9 @@ mod tests {
             let _ = wait.recv();
             Vec::new()
         });
+        assert_eq!(prober.harm(), None);
         let gone = prober.touch(&probes(1));
+        assert!(prober.harm().is_some(), "the guest must not run on");
         assert_eq!(gone, failed("the probe vCPU does not come out of KVM_RUN", 1));
         assert_eq!(prober.touch(&probes(2)), failed("the probe vCPU was given up", 2));
         drop(prober);
@@ -292,5 +320,6 @@ mod tests {
         let mut prober = prober(|_, _| std::panic::resume_unwind(Box::new(())));
         let gone = failed("the thread of the probe vCPU has ended", 1);
         assert_eq!(prober.touch(&probes(1)), gone);
+        assert!(prober.harm().is_some(), "the guest must not run on");
     }
 }

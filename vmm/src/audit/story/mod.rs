@@ -38,6 +38,8 @@ pub(super) enum Moment<'a> {
     Root(Gpa),
     /// The complete check.
     Quiesce,
+    /// Touches of a probe, after the complete check.
+    Probe,
     /// The search for bytes of the secret input.
     Search,
 }

@@ -37,6 +37,10 @@ impl Teller<'_> {
                 cpu: finding.cpu,
                 ..note(What::Mattered, format!("everything is checked: {so}"))
             },
+            Moment::Probe => Step {
+                seq: Some(finding.seq),
+                ..note(What::Mattered, format!("the frame was touched on purpose: {so}"))
+            },
             Moment::Search => Step {
                 seq: Some(finding.seq),
                 ..note(What::Mattered, format!("memory and files are searched: {so}"))
@@ -87,7 +91,10 @@ impl Teller<'_> {
 
     fn not_closed(&self, finding: &Finding) -> String {
         let open = finding.frame.is_some_and(|frame| self.frames.is_open(frame));
+        let closed = finding.frame.is_some_and(|frame| self.frames.may_close(frame));
         match self.moment {
+            Moment::Probe if closed => "a probe reached the sealed frame".to_owned(),
+            Moment::Probe => "the second stage stops accesses that must go through".to_owned(),
             Moment::Quiesce if finding.frame.is_some_and(|frame| self.frames.is_secret(frame)) => {
                 "the guest can still access the sealed frame".to_owned()
             }
@@ -123,6 +130,14 @@ impl Teller<'_> {
                     if finding.frame.is_some_and(|frame| self.frames.is_secret(frame)) =>
                 {
                     "to deny the frame in the second stage: the host's own duty".to_owned()
+                }
+                Moment::Probe
+                    if finding.frame.is_some_and(|frame| self.frames.may_close(frame)) =>
+                {
+                    "to deny the frame in the second stage: the host's own duty".to_owned()
+                }
+                Moment::Probe => {
+                    "to let the frame through in the second stage: the host's own duty".to_owned()
                 }
                 Moment::Call(..) => "to seal the frame before it is opened".to_owned(),
                 _ => "to seal the frame, and to report this only then".to_owned(),

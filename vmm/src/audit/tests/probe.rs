@@ -26,7 +26,7 @@ impl Scene {
             false => Touched::WentThrough,
         };
         let touched: Vec<_> = probes.iter().map(|probe| (*probe, outcome(probe))).collect();
-        self.audit.judge_probes(&touched, self.seq);
+        self.audit.judge_probes(&touched, self.seq, &self.machine);
     }
 
     fn sealed(&self, frame: Gfn) -> bool {
@@ -154,7 +154,7 @@ fn a_touch_that_fails_makes_the_run_inconclusive_and_says_why() {
     let (mut scene, block) = scene();
     let before = scene.checked(Rule::SecondStageOpen);
     let probe = Probe { frame: block.start(), offset: 0, kind: ProbeKind::Fetch };
-    scene.audit.judge_probes(&[(probe, Touched::Failed("no luck".to_owned()))], 9);
+    scene.audit.judge_probes(&[(probe, Touched::Failed("no luck".to_owned()))], 9, &scene.machine);
     let result = scene.audit.result();
     assert_eq!(result.inconclusive, ["a probe of the second stage failed: no luck"]);
     assert_eq!(result.findings, []);

@@ -74,3 +74,32 @@ fn a_prober_that_leaves_out_an_outcome_makes_the_run_inconclusive() {
     assert_eq!(result.inconclusive, [why]);
     assert_eq!(guest.gate.probe_summary().tally.failed, 8);
 }
+
+/// Says that a touch may still be under way.
+struct Stuck;
+
+impl Prober for Stuck {
+    fn kinds(&self) -> &'static [ProbeKind] {
+        ProbeKind::ALL
+    }
+
+    fn touch(&mut self, probes: &[Probe]) -> Vec<Touched> {
+        vec![Touched::Failed("stuck".to_owned()); probes.len()]
+    }
+
+    fn harm(&self) -> Option<&'static str> {
+        Some("a touch is under way")
+    }
+}
+
+#[test]
+fn a_guest_is_not_resumed_beside_a_touch_that_may_be_under_way() {
+    let mut guest = Guest::new(true);
+    guest.unmap_first_block(true);
+    guest.gate.attach_prober(Box::new(Stuck));
+    assert_eq!(guest.ops(&[(OpKind::Seal, guest.frames(5, 1))]), Status::Ok);
+    guest.still.asked.clear();
+    let served = guest.gate.serve(Call::Checkpoint, 0, &mut guest.still);
+    assert!(matches!(served, Err(GateFailure::Probe("a touch is under way"))), "{served:?}");
+    assert_eq!(guest.still.asked, ["stop"]);
+}
