@@ -3,6 +3,7 @@
 use super::finding::{Finding, Rule};
 use super::index::{Index, Mapping, Walked, is_table, walk};
 use super::links::{Change, meaning};
+use super::mappings::{Sight, judge_alias};
 use super::{Audit, TableWords, World};
 use lacuna_abi::addr::{Gfn, Gpa, Gva};
 use lacuna_abi::event::EntryWrite;
@@ -118,10 +119,31 @@ impl Audit {
         }
         // Where an intent explains it the copy stays behind memory: the record that is still to come
         // makes the obligation, and without it the next comparison finds the difference.
+        let mut explained = Vec::new();
+        let mut links = false;
         different.retain(|difference| {
-            let mut places = self.index.at_every_place(difference);
-            !places.any(|(root, va, ..)| intents.iter().any(|i| explains(i, root, va, world)))
+            let places: Vec<_> = self.index.at_every_place(difference).collect();
+            let is_explained = places.iter().any(|(root, va, level, ..)| {
+                intents.iter().any(|intent| self.explains(intent, *root, (*va, *level), world))
+            });
+            if is_explained {
+                links |= self.index.links_something(difference);
+                explained.extend(places.into_iter().filter_map(|(.., found)| found));
+            }
+            !is_explained
         });
+        if links {
+            for (root, _) in &self.roots {
+                let walked = walk(world, *root, self.index.budget());
+                let announced = |mapping: &Mapping| intents.iter().any(|i| spans(i, mapping.va));
+                explained.extend(walked.mappings().filter(announced));
+            }
+        }
+        // What an intent explains is no lie, but it must be right all the same.
+        for mapping in &explained {
+            let at = Sight { mapping, cpu: None, seq };
+            judge_alias(&mut self.ledger, &self.frames, &self.config.layout, &at);
+        }
         if different.is_empty() {
             return;
         }
@@ -174,11 +196,43 @@ impl Audit {
         let known: Vec<Mapping> = self.index.in_span(root, EVERYTHING).collect();
         let found: Vec<Mapping> = walked.mappings().collect();
         for (va, known, found) in merged(&known, &found) {
-            if !intents.iter().any(|intent| explains(intent, root, va, world)) {
+            let level = found.or(known).map_or(Level::Pt, |mapping| mapping.level);
+            if !intents.iter().any(|intent| self.explains(intent, root, (va, level), world)) {
                 self.lie(root, (va, known, found), seq);
             }
         }
         true
+    }
+
+    /// Whether a standing intent explains a difference at `va`, in a table of `level`: the entry that
+    /// it announces was what it says, and is already what it will be, which is something else. (While
+    /// it still is what it was, records and tables agree.) Below it, it explains something only where
+    /// it links or unlinks a table.
+    fn explains(
+        &self,
+        intent: &EntryWrite,
+        root: Gpa,
+        (va, level): (Gva, Level),
+        world: &impl World,
+    ) -> bool {
+        if intent.root != root || !spans(intent, va) {
+            return false;
+        }
+        let here = intent.level;
+        let index = va.0.wrapping_sub(intent.va.0) / here.span();
+        let [old, new] = [intent.old, intent.new].map(|entry| entry.nth_of_run(here, index));
+        let links = is_table(old, here) || is_table(new, here);
+        if level != here && !(links && level < here) {
+            return false;
+        }
+        let at = intent.va.wrapping_add(index * here.span());
+        let site = self.index.find(root, at, here);
+        let known = site.and_then(|site| self.index.tables.page(site.id));
+        let known = known.map(|page| page.entry(here.index(at)));
+        let held = locate(world, root, at, here).ok().and_then(|at| world.read_entry(at));
+        known.is_some_and(|known| meaning(known, here) == meaning(old, here))
+            && held == Some(new)
+            && meaning(old, here) != meaning(new, here)
     }
 
     /// Reports that a leaf is not what the records say.
@@ -234,16 +288,9 @@ fn merged(known: &[Mapping], found: &[Mapping]) -> Vec<(Gva, Option<Mapping>, Op
     }
 }
 
-/// Whether a standing intent explains a difference at `va`: the entry that it announces is already
-/// what it will be. (While it still is what it was, records and tables agree.)
-fn explains(intent: &EntryWrite, root: Gpa, va: Gva, world: &impl World) -> bool {
-    let Some(offset) = va.offset_from(intent.va).filter(|offset| *offset < intent.span()) else {
-        return false;
-    };
-    let index = offset / intent.level.span();
-    let at = intent.va.wrapping_add(index * intent.level.span());
-    let entry = locate(world, root, at, intent.level).ok().and_then(|at| world.read_entry(at));
-    intent.root == root && entry == Some(intent.new.nth_of_run(intent.level, index))
+/// Whether the write announces something for `va`.
+fn spans(intent: &EntryWrite, va: Gva) -> bool {
+    va.offset_from(intent.va).is_some_and(|offset| offset < intent.span())
 }
 
 fn describe(mapping: Option<&Mapping>) -> String {

@@ -6,6 +6,7 @@
 
 use super::aliases::Aliases;
 use super::tables::{Place, TableId, Tables};
+use super::tlb::Leaves;
 use lacuna_abi::addr::{BLOCK_FRAMES, FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::layout::Layout;
@@ -70,6 +71,12 @@ impl Mapping {
     /// The frames that it maps.
     pub(super) fn frames(&self) -> FrameRange {
         FrameRange::new(self.frame, self.level.frames()).unwrap_or(FrameRange::single(self.frame))
+    }
+
+    /// The same for the obligation that it is if it is revoked.
+    pub(super) fn leaves(&self) -> Leaves {
+        let Self { root, va, level, global, since, .. } = *self;
+        Leaves { root, va, level, frames: self.frames(), global, since }
     }
 
     /// Whether both say the same of an address, whenever it was granted.

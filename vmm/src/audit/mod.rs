@@ -58,9 +58,10 @@ use index::{Index, Walked};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::event::{Event, Record};
 use lacuna_abi::gate::{CpuRegistration, Status};
+use lacuna_abi::walk::EVERYTHING;
 use links::Change;
 use story::Moment;
-use tlb::{Start, Tlb, TooMany};
+use tlb::{Leaves, Start, Tlb, TooMany};
 
 /// Most roots that may be registered at once.
 pub const MAX_ROOTS: usize = 16;
@@ -156,6 +157,10 @@ impl Audit {
         if self.tlb.may_cache(root) != 0 {
             return Err(Status::BadState);
         }
+        // Its global translations outlive root loads: from here on they are owed.
+        let globals = self.index.in_span(root, EVERYTHING).filter(|mapping| mapping.global);
+        let globals: Vec<Leaves> = globals.map(|mapping| mapping.leaves()).collect();
+        globals.iter().for_each(|leaves| self.oblige(leaves, self.last_seq));
         self.roots.retain(|(registered, _)| *registered != root);
         self.index.remove_root(root, &self.config.layout);
         Ok(())

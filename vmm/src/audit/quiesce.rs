@@ -106,8 +106,12 @@ impl Audit {
             wrong_bits("CR0", state.cr0, policy.cr0_set, policy.cr0_clear),
             wrong_bits("CR4", state.cr4, policy.cr4_set, policy.cr4_clear),
             wrong_bits("IA32_EFER", state.efer, policy.efer_set, policy.efer_clear),
-            (!self.is_registered(root))
-                .then(|| format!("CR3 is {:#x}, which is no registered root", state.cr3)),
+            if !self.is_registered(root) {
+                Some(format!("CR3 is {:#x}, which is no registered root", state.cr3))
+            } else {
+                (!self.tlb.may_run_in(cpu, root))
+                    .then(|| format!("CR3 is {:#x}, which no record says was loaded", state.cr3))
+            },
         ];
         match self.registrations.get(usize::from(cpu)).copied().flatten() {
             Some(r) => judged.extend([

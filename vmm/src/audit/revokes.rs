@@ -2,7 +2,7 @@
 
 use super::Audit;
 use super::finding::Rule;
-use super::index::{Mapping, Run, Site, TableAt, is_table};
+use super::index::{Run, Site, TableAt, is_table};
 use super::tlb::{CpuSet, EVERY, Leaves, only};
 use super::writes::{entries_of, leaf, path_to, revoked, stale_finding};
 use lacuna_abi::addr::{FrameRange, Gva};
@@ -55,7 +55,8 @@ impl Audit {
         }
         let last = write.va.wrapping_add(write.span() - 1);
         let mut stale = self.tlb.at(write.va, last);
-        stale.retain(|duty| duty.tag.is_used_under(write.pcid));
+        let pcid = self.tlb.pcid_on(owner, write.pcid);
+        stale.retain(|duty| duty.tag.is_used_under(pcid));
         if let Some(old) = leaf(write.old, write.level)
             && old.frame(write.level) != new.frame(write.level)
         {
@@ -151,7 +152,7 @@ impl Audit {
     }
 
     /// Makes the leaves a duty of the CPUs that may cache them; of none where no rule asks.
-    fn oblige(&mut self, leaves: &Leaves, seq: u64) {
+    pub(super) fn oblige(&mut self, leaves: &Leaves, seq: u64) {
         let among = self.among(leaves.va);
         if among != 0 {
             let kept = self.tlb.revoke(leaves, among, seq);
@@ -190,13 +191,9 @@ enum Grants {
 /// The leaves of a run, small pages all at once: they lie in one window, larger ones may not.
 fn leaves_of(run: &Run) -> impl Iterator<Item = Leaves> + use<> {
     let at_once = run.first.level == Level::Pt;
-    let leaves = |mapping: Mapping, frames: FrameRange| {
-        let Mapping { root, va, level, global, since, .. } = mapping;
-        Leaves { root, va, level, frames, global, since }
-    };
-    let all = at_once.then(|| leaves(run.first, run.frames()));
+    let all = at_once.then(|| Leaves { frames: run.frames(), ..run.first.leaves() });
     let each = (!at_once).then(|| run.entries()).into_iter().flatten();
-    all.into_iter().chain(each.map(move |mapping| leaves(mapping, mapping.frames())))
+    all.into_iter().chain(each.map(|mapping| mapping.leaves()))
 }
 
 /// Joins small pages of one table that follow each other, frames and all: a table of them is mostly

@@ -30,6 +30,17 @@ impl Audit {
             self.ledger.not_checked(Rule::TraceHonesty, 1);
             return;
         }
+        let pcid = self.roots.iter().find(|(root, _)| *root == write.root).map_or(0, |(_, p)| *p);
+        if write.pcid != pcid {
+            let detail = format!(
+                "the record names PCID {}, but its root is registered with PCID {pcid}",
+                write.pcid
+            );
+            let finding = Finding::new(Rule::TraceHonesty, seq, detail);
+            let (va, root) = (Some(write.va), Some(write.root));
+            self.ledger.violation(Finding { va, cpu: Some(cpu), root, ..finding });
+        }
+        let write = &EntryWrite { pcid, ..*write };
         if self.link_work >= MAX_LINK_WORK {
             let reason = "too many tables are linked between two quiesce points".to_owned();
             self.ledger.inconclusive(reason);

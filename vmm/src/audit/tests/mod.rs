@@ -2,6 +2,7 @@
 
 mod alias;
 mod cached;
+mod hostile;
 mod index;
 mod probe;
 mod properties;

@@ -192,6 +192,18 @@ impl Tlb {
         self.cpus.get(usize::from(cpu)).is_some_and(|cpu| cpu.running)
     }
 
+    /// Whether the CPU may have this root in CR3, by its root loads.
+    pub(in crate::audit) fn may_run_in(&self, cpu: u8, root: Gpa) -> bool {
+        let spaces = self.cpus.get(usize::from(cpu)).into_iter().flat_map(|cpu| &cpu.spaces);
+        spaces.into_iter().any(|space| space.root == root && space.fill.until.is_none())
+    }
+
+    /// The PCID under which the CPU uses a root that is registered with this one.
+    pub(in crate::audit) fn pcid_on(&self, cpu: u8, registered: u16) -> u16 {
+        let cpu = self.cpus.get(usize::from(cpu));
+        if cpu.is_some_and(|cpu| cpu.cr4 & bits::CR4_PCIDE != 0) { registered } else { 0 }
+    }
+
     /// The CPUs that run.
     pub(in crate::audit) fn running(&self) -> CpuSet {
         self.those(|cpu| cpu.running)
