@@ -139,7 +139,8 @@ impl Audit {
         // Nothing is known of when its entries were granted.
         let mut change = Change::new(&self.config.layout, &source, 0, &mut walked);
         self.index.add_root(root, &mut change);
-        walked.tables.iter().for_each(|table| self.fills.remove(table.frame));
+        self.judge_links(None, root, &walked, self.last_seq);
+        self.judge_table_page(root.frame(), self.last_seq);
         self.judge_walked(&walked, None, self.last_seq);
         self.tell(&Moment::Root(root), world);
         Ok(())

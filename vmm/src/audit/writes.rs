@@ -7,7 +7,7 @@ use super::links::{Change, meaning};
 use super::tables::Place as TablePlace;
 use super::tlb::{Duty, Leaves, Path, TableDuty, Written, cpu_list, members};
 use super::{Audit, MAX_LINK_WORK, TableWords, World};
-use lacuna_abi::addr::{FrameRange, Gfn};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa};
 use lacuna_abi::event::{EntryWrite, TableFill, mapped_frames};
 use lacuna_abi::paging::{Entry, Level};
 
@@ -79,7 +79,7 @@ impl Audit {
             if let Some(table) = stale {
                 self.note_linked(table, write, &walked);
             }
-            self.judge_links(cpu, write, &walked, seq);
+            self.judge_links(Some(cpu), write.root, &walked, seq);
         }
         self.judge_walked(&walked, Some(cpu), seq);
         self.walked = walked;
@@ -147,7 +147,7 @@ impl Audit {
 
     /// `stale-table`: a table that was linked nowhere is not linked at another place than before
     /// while a CPU may still walk to it from the old one.
-    fn judge_links(&mut self, cpu: u8, write: &EntryWrite, walked: &Walked, seq: u64) {
+    pub(super) fn judge_links(&mut self, cpu: Option<u8>, root: Gpa, walked: &Walked, seq: u64) {
         for TableAt { frame: table, va, fresh, .. } in &walked.tables {
             self.fills.remove(*table);
             if !fresh {
@@ -168,8 +168,7 @@ impl Audit {
                 );
                 let finding = Finding::new(Rule::StaleTable, seq, detail);
                 let (frame, va) = (Some(*table), Some(*va));
-                let (cpu, root) = (Some(cpu), Some(write.root));
-                let revoked = revoke_of(duty);
+                let (root, revoked) = (Some(root), revoke_of(duty));
                 self.ledger.violation(Finding { frame, va, cpu, root, revoked, ..finding });
             }
         }

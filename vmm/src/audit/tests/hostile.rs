@@ -145,3 +145,21 @@ fn changes_of_control_registers_are_followed() {
     assert_eq!(scene.checked(Rule::StaleDirectMap), block.count());
     assert_eq!(scene.found(), [], "a change of PGE flushes everything");
 }
+
+#[test]
+fn a_table_that_may_be_cached_is_not_used_for_a_root_that_is_registered() {
+    for flushed in [false, true] {
+        let mut scene = Scene::new(1);
+        let table = scene.machine.new_table();
+        let block = scene.block(1);
+        let va = direct_map(block.start().gpa());
+        scene.write(0, va, Level::Pd, 1, Entry::new(table.frame(), Entry::TABLE));
+        scene.write(0, va, Level::Pd, 1, Entry::EMPTY);
+        if flushed {
+            scene.flush_all(Flush::Everything);
+        }
+        scene.audit.register_root(table, 0, &scene.machine).unwrap();
+        let stale = scene.found().contains(&(Rule::StaleTable, Some(table.frame())));
+        assert_eq!(stale, !flushed);
+    }
+}
