@@ -133,14 +133,18 @@ impl Audit {
         if !in_pool || self.is_registered(root) || self.roots.len() >= MAX_ROOTS || pcid > 0xfff {
             return Err(Status::BadRoot);
         }
+        let first = self.roots.is_empty();
         self.roots.push((root, pcid));
         let mut walked = Walked::default();
         let source = |table: Gfn, into: &mut TableWords| world.read_table(table, into);
         // Nothing is known of when its entries were granted.
         let mut change = Change::new(&self.config.layout, &source, 0, &mut walked);
         self.index.add_root(root, &mut change);
-        self.judge_links(None, root, &walked, self.last_seq);
-        self.judge_table_page(root.frame(), self.last_seq);
+        // Before the first root no CPU has walked anything.
+        if !first {
+            self.judge_links(None, root, &walked, self.last_seq);
+            self.judge_table_page(root.frame(), self.last_seq);
+        }
         self.judge_walked(&walked, None, self.last_seq);
         self.tell(&Moment::Root(root), world);
         Ok(())
