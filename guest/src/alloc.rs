@@ -206,7 +206,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             self.platform.zero(direct_map(frames.start().gpa()), frames.count() * PAGE_SIZE);
             self.counts.zeroed_mapped.add(frames.count());
         }
-        self.counts.alloc.add(1);
+        self.counts.alloc_mapped.add(1);
         Ok(MappedPages::new(self, Slot::hand_out(&self.map, chunk, freetype)))
     }
 
@@ -231,7 +231,6 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
         }
         let life = if zero { Life::HandedOutZero } else { Life::HandedOut };
         self.platform.life(life, frames);
-        self.counts.alloc.add(1);
         self.counts.alloc_secret.add(1);
         Ok(SecretPages::new(self, Slot::hand_out(&self.map, chunk, freetype)))
     }
@@ -419,7 +418,7 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
         self.retire(chunk);
         self.clear_freed(chunk);
         self.put(chunk);
-        self.counts.free.add(1);
+        self.counts.free_other.add(1);
     }
 
     /// Frees secret pages; those that were written to are scrubbed, together with others. What
@@ -428,23 +427,27 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
     pub(crate) fn free_secret(&self, pin: Pin<'_>) {
         let chunk = pin.chunk();
         let frames = self.map.frames(chunk);
-        self.counts.free.add(1);
+        let page = pin.page();
+        let converted = page.is_converted();
+        let stays = page.is_unsealed() && !converted;
+        let known = self.map.is_known(frames);
+        let count = if converted { &self.counts.free_other } else { &self.counts.free_secret };
+        count.add(1);
+        if !converted && !stays && (known || !self.config.scrub) {
+            // One record for both: what is on a free list was given back.
+            self.retire(chunk);
+            self.report_pooled_as(frames, known);
+            self.put(chunk);
+            return;
+        }
         self.platform.life(Life::Freed, frames);
-        if pin.page().is_converted() {
+        if converted {
             // Whoever drops pages cannot be told; what is not free yet is tried again.
             let _ = self.free_converted(chunk);
-            return;
-        }
-        self.counts.free_secret.add(1);
-        if pin.page().is_unsealed() {
+        } else if stays {
             self.withhold(chunk, true);
-            return;
-        }
-        self.retire(chunk);
-        if !self.config.scrub || self.map.is_known(frames) {
-            self.report_pooled(frames);
-            self.put(chunk);
         } else {
+            self.retire(chunk);
             self.scrub_later(chunk);
         }
     }
@@ -471,6 +474,21 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             return;
         };
         let (_, lists) = self.own_lists();
+        self.put_on(&lists, chunk, pindex);
+    }
+
+    /// As [`Self::put`], for a few hundred chunks at most, with this CPU's lists taken once.
+    pub(crate) fn put_all(&self, chunks: impl Iterator<Item = Chunk>) {
+        let (_, lists) = self.own_lists();
+        for chunk in chunks {
+            match pindex(chunk.order, self.map.block_at(chunk.index).freetype()) {
+                Some(pindex) => self.put_on(&lists, chunk, pindex),
+                None => self.zone().insert(&self.map, chunk),
+            }
+        }
+    }
+
+    fn put_on(&self, lists: &Held<'_, P>, chunk: Chunk, pindex: usize) {
         lists.push(&self.map, chunk, pindex);
         if lists.pages() > self.cpu_marks.high {
             let keep = self.cpu_marks.high - self.cpu_marks.batch;

@@ -211,14 +211,12 @@ impl<P: Platform> PageAllocator<'_, P> {
         if together {
             ops.iter().for_each(|(_, frames)| self.report_pooled(*frames));
         }
-        for chunk in chunks {
-            if self.map.page(chunk.index).head(State::Withheld).is_none() {
-                if !together {
-                    self.report_pooled(self.map.frames(*chunk));
-                }
-                self.put(*chunk);
-            }
+        let free = |chunk: &&Chunk| self.map.page(chunk.index).head(State::Withheld).is_none();
+        if !together {
+            let free = chunks.iter().filter(free);
+            free.for_each(|chunk| self.report_pooled(self.map.frames(*chunk)));
         }
+        self.put_all(chunks.iter().filter(free).copied());
         result
     }
 
@@ -250,7 +248,11 @@ impl<P: Platform> PageAllocator<'_, P> {
 
     /// Reports pages as in the pool.
     pub(crate) fn report_pooled(&self, frames: FrameRange) {
-        let zero = self.map.is_known(frames);
+        self.report_pooled_as(frames, self.map.is_known(frames));
+    }
+
+    /// Reports pages as in the pool, and `zero` or not.
+    pub(crate) fn report_pooled_as(&self, frames: FrameRange, zero: bool) {
         self.platform.life(if zero { Life::PooledZero } else { Life::Pooled }, frames);
     }
 }

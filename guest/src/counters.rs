@@ -27,9 +27,10 @@ impl Count {
 /// Everything that the allocator counts itself; names as in [`lacuna_abi::counter::Counters`].
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    pub(crate) alloc: Count,
+    pub(crate) alloc_mapped: Count,
     pub(crate) alloc_secret: Count,
-    pub(crate) free: Count,
+    /// Frees of mapped pages, and of converted ones.
+    pub(crate) free_other: Count,
     pub(crate) free_secret: Count,
     pub(crate) alloc_fail: Count,
     pub(crate) alloc_fail_noblock: Count,
@@ -117,6 +118,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         let (pages, fresh) = self.pages();
         let windows = self.mermap.counters();
         let counts = &self.counts;
+        let [alloc_secret, free_secret] = [counts.alloc_secret.get(), counts.free_secret.get()];
         let sum = |of: fn(&Pages) -> u32, unmapped: bool| {
             (0..FREETYPES)
                 .filter(|index| {
@@ -130,10 +132,10 @@ impl<P: Platform> PageAllocator<'_, P> {
         let allocated = |index: usize| u64::from(pages[index].allocated);
         let total = |index: usize| u64::from(pages[index].total);
         Counters {
-            alloc: counts.alloc.get(),
-            alloc_secret: counts.alloc_secret.get(),
-            free: counts.free.get(),
-            free_secret: counts.free_secret.get(),
+            alloc: alloc_secret + counts.alloc_mapped.get(),
+            alloc_secret,
+            free: free_secret + counts.free_other.get(),
+            free_secret,
             alloc_fail: counts.alloc_fail.get(),
             alloc_fail_noblock: counts.alloc_fail_noblock.get(),
             alloc_fail_no_block: counts.alloc_fail_no_block.get(),

@@ -18,7 +18,7 @@ use crate::platform::{CpuSet, InterruptsOff, Platform, planted, slips};
 use crate::space::{self, Run};
 use core::array;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use core::sync::atomic::{AtomicBool, AtomicU32};
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{BLOCK_FRAMES, FrameRange, Gfn, Gva};
 use lacuna_abi::event::Flush;
@@ -101,14 +101,10 @@ pub struct Mermap<'a, P: Platform> {
     windows: [IrqLock<Window>; MAX_CPUS],
     /// For each CPU, one more than the flushes of its whole window; changed by that CPU alone.
     generations: [AtomicU32; MAX_CPUS],
-    flushes: AtomicU64,
-    local_flushes: AtomicU64,
-    mapped: AtomicU64,
-    mapped_reserved: AtomicU64,
 }
 
-/// What the mermap counted.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// What the mermap counted. Each window has its own, changed under its lock.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct MermapCounters {
     /// Flushes because a window's addresses were used up.
     pub flushes: u64,
@@ -132,10 +128,6 @@ impl<'a, P: Platform> Mermap<'a, P> {
             ready: AtomicBool::new(false),
             windows: array::from_fn(|_| IrqLock::new(Window::default())),
             generations: array::from_fn(|_| AtomicU32::new(1)),
-            flushes: AtomicU64::new(0),
-            local_flushes: AtomicU64::new(0),
-            mapped: AtomicU64::new(0),
-            mapped_reserved: AtomicU64::new(0),
         }
     }
 
@@ -188,14 +180,15 @@ impl<'a, P: Platform> Mermap<'a, P> {
         let (part, run) = if whole_block {
             let (slot, mut stale) = window.take_block()?;
             stale &= !slips!(self.platform, LargeWindowUnflushed);
-            (Part::Large(slot), self.clean(window.large_run(cpu, slot), stale))
+            let run = window.large_run(cpu, slot);
+            (Part::Large(slot), self.clean(&mut window, run, stale))
         } else {
             let (slot, first, stale) = window.take_pages(frames.count())?;
             self.start_over(cpu, &mut window, first, stale);
             // At most 511 pages.
             (Part::Small(slot), window.small_run(cpu, first, frames.count() as u32))
         };
-        self.mapped.fetch_add(1, Relaxed);
+        window.counts.mapped += 1;
         Ok(self.map_run(cpu, part, run, frames, flags, None))
     }
 
@@ -220,8 +213,9 @@ impl<'a, P: Platform> Mermap<'a, P> {
         let cpu = self.platform.cpu();
         let mut window = self.lock(cpu)?;
         let stale = window.take_reserve()?;
-        let run = self.clean(window.small_run(cpu, PAGES, 1), stale);
-        self.mapped_reserved.fetch_add(1, Relaxed);
+        let run = window.small_run(cpu, PAGES, 1);
+        let run = self.clean(&mut window, run, stale);
+        window.counts.mapped_reserved += 1;
         Ok(self.map_run(cpu, Part::Reserve, run, frames, flags, Some(off)))
     }
 
@@ -246,12 +240,15 @@ impl<'a, P: Platform> Mermap<'a, P> {
 
     /// What was counted so far.
     pub fn counters(&self) -> MermapCounters {
-        MermapCounters {
-            flushes: self.flushes.load(Relaxed),
-            local_flushes: self.local_flushes.load(Relaxed),
-            mapped: self.mapped.load(Relaxed),
-            mapped_reserved: self.mapped_reserved.load(Relaxed),
-        }
+        self.windows.iter().fold(MermapCounters::default(), |sum, window| {
+            let one = window.lock(self.platform).counts;
+            MermapCounters {
+                flushes: sum.flushes + one.flushes,
+                local_flushes: sum.local_flushes + one.local_flushes,
+                mapped: sum.mapped + one.mapped,
+                mapped_reserved: sum.mapped_reserved + one.mapped_reserved,
+            }
+        })
     }
 
     /// The CPUs that may still cache a window over the frames, whose every mapping is gone: those
@@ -294,10 +291,10 @@ impl<'a, P: Platform> Mermap<'a, P> {
     }
 
     /// Flushes the address of a run of one entry if something may be cached there.
-    fn clean(&self, run: Run, stale: bool) -> Run {
+    fn clean(&self, window: &mut Window, run: Run, stale: bool) -> Run {
         if stale {
             self.platform.flush(Flush::Pages { va: run.va, count: 1, level: run.level });
-            self.local_flushes.fetch_add(1, Relaxed);
+            window.counts.local_flushes += 1;
         }
         run
     }
@@ -315,8 +312,8 @@ impl<'a, P: Platform> Mermap<'a, P> {
         if !planted!(self.platform, SkipWindowFlush) {
             self.platform.flush(flush);
         }
-        self.flushes.fetch_add(1, Relaxed);
-        self.local_flushes.fetch_add(1, Relaxed);
+        window.counts.flushes += 1;
+        window.counts.local_flushes += 1;
         if few {
             // Other addresses may still be cached: what blocks remember of this window stays true.
             return;

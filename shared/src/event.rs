@@ -198,15 +198,16 @@ named_enum! {
     /// Steps in a frame's life that the allocator reports.
     #[repr(u8)]
     pub enum Life {
-        /// On an unmapped free list.
+        /// On an unmapped free list. Of pages that somebody had it also says that they were given
+        /// back: pages that go onto a list at once are reported once.
         Pooled = "pooled",
-        /// In the pool and known to be zero.
+        /// In the pool and known to be zero; otherwise as [`Life::Pooled`].
         PooledZero = "pooled-zero",
         /// Handed out, contents undefined.
         HandedOut = "handed-out",
         /// Handed out as zero.
         HandedOutZero = "handed-out-zero",
-        /// Given back by its owner.
+        /// Given back by its owner, and not on a list yet: to be scrubbed, mapped or withheld.
         Freed = "freed",
         /// Taken off the unmapped lists, on its way back to the mapped side.
         Unpooled = "unpooled",

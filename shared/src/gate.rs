@@ -217,14 +217,14 @@ pub struct Op {
     pub frames: FrameRange,
 }
 
-/// Reads a list of operations from a copy of the call page, whatever it holds. The words' count
-/// ends the list.
+/// Reads a list of operations from a copy of the call page, or of as much of it as the list takes,
+/// whatever it holds. The words' count ends the list.
 ///
 /// # Errors
 /// The index of the first word that makes no sense.
-pub fn read_ops(page: &[u64; PAGE_WORDS], mut each: impl FnMut(Op)) -> Result<(), usize> {
-    let end = usize::try_from(page[COUNT_WORD]).ok().filter(|end| *end <= PAGE_WORDS);
-    let end = end.ok_or(COUNT_WORD)?;
+pub fn read_ops(page: &[u64], mut each: impl FnMut(Op)) -> Result<(), usize> {
+    let end = page.get(COUNT_WORD).and_then(|end| usize::try_from(*end).ok());
+    let end = end.filter(|end| *end <= page.len()).ok_or(COUNT_WORD)?;
     let mut next = ARGS_WORD;
     while next < end {
         let [kind, z1, z2, z3, r0, r1, r2, r3] = page[next].to_le_bytes();

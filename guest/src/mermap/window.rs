@@ -1,7 +1,7 @@
 //! One CPU's window: which addresses are in use, and which must be flushed before they serve
 //! again. Bookkeeping only; the flushes are the mermap's.
 
-use super::MermapError;
+use super::{MermapCounters, MermapError};
 use crate::space::Run;
 use core::iter;
 use lacuna_abi::addr::{BLOCK_SIZE, Gpa, PAGE_SIZE};
@@ -55,6 +55,7 @@ pub(super) struct Window {
     slots: [Slot; SLOTS],
     reserve: Place,
     large: [Place; LARGE_SLOTS],
+    pub(super) counts: MermapCounters,
 }
 
 impl Window {
