@@ -37,4 +37,5 @@ pub mod run;
 pub mod second_stage;
 pub mod sim;
 pub mod stop;
+mod ticks;
 pub mod trace;

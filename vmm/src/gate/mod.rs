@@ -25,12 +25,12 @@ use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
 use crate::second_stage::SecondStage;
 use crate::stop::Stop;
+use crate::ticks::Ticks;
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
 use lacuna_abi::event::{EntryWrite, HostAct, Record};
 use lacuna_abi::gate::{
     ARGS_WORD, Call, CpuRegistration, ExceptionReport, Op, OpKind, PAGE_WORDS, STATUS_WORD, Status,
-    read_ops,
 };
 use lacuna_abi::layout::{call_page_offset, report_page_offset};
 use pages::{arguments, text};
@@ -63,6 +63,9 @@ pub struct Gate {
     sequencer: Sequencer,
     /// Room for records that are judged.
     settled: Vec<Record>,
+    /// Room for the words of a list of operations, and for what they say.
+    list: Vec<u64>,
+    ops: Vec<Op>,
     intents: Vec<Option<EntryWrite>>,
     cpus: Vec<Option<Registers>>,
     registered: Vec<bool>,
@@ -76,7 +79,9 @@ pub struct Gate {
     events_at_quiesce: u64,
     counters: GateCounters,
     ready_at: Option<Instant>,
-    audit_time: Duration,
+    /// What the time of short steps is taken by.
+    clock: Ticks,
+    audit_ticks: u64,
     stop: Arc<Stop>,
     observers: Vec<Box<dyn Observer>>,
 }
@@ -110,7 +115,13 @@ impl Gate {
         };
         let cpus = vec![None; layout.cpus];
         let intents = vec![None; layout.cpus];
-        let world = LiveWorld { memory: &memory, stage: &*stage, cpus: &cpus, intents: &intents };
+        let world = LiveWorld {
+            memory: &memory,
+            stage: &*stage,
+            cpus: &cpus,
+            intents: &intents,
+            frugal: true,
+        };
         let audit = Audit::new(config, &world);
         let rings = (0..=u8::MAX).take(layout.cpus).map(|cpu| RingReader::new(&memory, cpu));
         let rings = rings.collect();
@@ -121,6 +132,8 @@ impl Gate {
             rings,
             sequencer: Sequencer::default(),
             settled: Vec::new(),
+            list: Vec::new(),
+            ops: Vec::new(),
             intents,
             cpus,
             registered: vec![false; layout.cpus],
@@ -133,7 +146,8 @@ impl Gate {
             events_at_quiesce: 0,
             counters: GateCounters::default(),
             ready_at: None,
-            audit_time: Duration::ZERO,
+            clock: Ticks::start(),
+            audit_ticks: 0,
             stop,
             observers,
         }
@@ -158,15 +172,13 @@ impl Gate {
             _ => None,
         };
         let in_write = self.drain(cpu, standing)?;
+        if call == Call::Ops {
+            let (status, index) = self.operations(cpu, vcpus)?;
+            return self.served(cpu, (status, index), in_write, vcpus);
+        }
         let page = self.call_page(cpu, call)?;
-        let mut index = 0;
         let status = match call {
             Call::Ready => self.ready(cpu, &page),
-            Call::Ops => {
-                let (status, failed) = self.operations(cpu, &page, vcpus)?;
-                index = failed;
-                status
-            }
             Call::RegisterRoot => {
                 let pcid = u16::try_from(page[ARGS_WORD + 1]).unwrap_or(u16::MAX);
                 let root = Gpa(page[ARGS_WORD]);
@@ -181,7 +193,8 @@ impl Gate {
                 self.counters.ring_drains += 1;
                 Status::Ok
             }
-            Call::Yield => Status::Ok,
+            // A list was carried out above.
+            Call::Yield | Call::Ops => Status::Ok,
             Call::InputDone => self.input_done()?,
             Call::Log => self.log(&page),
             Call::Checkpoint => {
@@ -222,6 +235,17 @@ impl Gate {
                 return Ok(Served::Panic(self.withhold("the guest's panic message", text)));
             }
         };
+        self.served(cpu, (status, 0), in_write, vcpus)
+    }
+
+    /// Answers a call, and checks everything if that is due.
+    fn served(
+        &mut self,
+        cpu: u8,
+        (status, index): (Status, usize),
+        in_write: bool,
+        vcpus: &mut dyn Vcpus,
+    ) -> Result<Served, GateFailure> {
         self.answer(cpu, status, index)?;
         let due = self.counters.events - self.events_at_quiesce >= self.quiesce_every;
         if due && !in_write {
@@ -297,21 +321,20 @@ impl Gate {
     fn operations(
         &mut self,
         cpu: u8,
-        page: &[u64; PAGE_WORDS],
         vcpus: &mut dyn Vcpus,
     ) -> Result<(Status, usize), GateFailure> {
-        let mut ops: Vec<Op> = Vec::new();
         // The list is checked as a whole first: one that makes no sense has no effect.
-        if read_ops(page, |op| ops.push(op)).is_err() {
+        if !self.read_list(cpu)? {
             return Ok((Status::BadArguments, 0));
         }
         // A list may name each frame a few times (seal, open, seal), not a few hundred times: the
         // host's work for one call is bounded by the guest's memory.
-        let frames = ops.iter().fold(0_u64, |sum, op| sum.saturating_add(op.frames.count()));
+        let frames = self.ops.iter().fold(0_u64, |sum, op| sum.saturating_add(op.frames.count()));
         if frames > MAX_PASSES * self.memory.layout().zone_frames().count() {
             return Ok((Status::BadArguments, 0));
         }
-        for (index, op) in ops.into_iter().enumerate() {
+        for index in 0..self.ops.len() {
+            let op = self.ops[index];
             if self.stop.told().is_some() {
                 return Ok((Status::BadState, index));
             }
@@ -375,10 +398,11 @@ impl Gate {
     }
 
     fn with_audit<R>(&mut self, f: impl FnOnce(&mut Audit, &LiveWorld<'_>) -> R) -> R {
-        let started = Instant::now();
+        let started = self.clock.now();
         let Self { memory, stage, cpus, intents, audit, .. } = self;
-        let result = f(audit, &LiveWorld { memory, stage: &**stage, cpus, intents });
-        self.audit_time += started.elapsed();
+        let world = LiveWorld { memory, stage: &**stage, cpus, intents, frugal: false };
+        let result = f(audit, &world);
+        self.audit_ticks += self.clock.now().saturating_sub(started);
         result
     }
 

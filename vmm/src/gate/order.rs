@@ -93,7 +93,9 @@ impl Gate {
         }
         let seq = self.host_record(cpu, HostAct::Quiesced, self.memory.layout().zone_frames())?;
         if judged && self.sequencer.missing(last) == 0 {
-            self.with_audit(|audit, world| audit.quiesce(seq, world));
+            self.with_audit(|audit, world| {
+                audit.quiesce(seq, &LiveWorld { frugal: true, ..*world });
+            });
         } else {
             // Tables could not be told from records that are still to come.
             self.audit.inconclusive("a complete check found events that were still owed".into());
@@ -133,6 +135,9 @@ impl Gate {
     /// The CPUs but `caller` whose rings say that they may hold a number, one bit each.
     fn busy(&self, caller: u8) -> Result<u8, GateFailure> {
         let mut busy = 0;
+        if self.rings.len() == 1 {
+            return Ok(busy);
+        }
         for cpu in self.audit.running().filter(|cpu| *cpu != caller) {
             if let Some(ring) = self.rings.get(usize::from(cpu))
                 && ring.is_busy(&self.memory)?
@@ -188,10 +193,13 @@ impl Gate {
         if records.is_empty() {
             return true;
         }
-        let started = Instant::now();
+        let started = self.clock.now();
+        let mut stopping: Option<Instant> = None;
         for record in records {
             self.counters.events += u64::from(!matches!(record.event, Event::Host(..)));
-            if self.stop.told().is_some() && started.elapsed() > JUDGE_AT_STOP {
+            if self.stop.told().is_some()
+                && stopping.get_or_insert_with(Instant::now).elapsed() > JUDGE_AT_STOP
+            {
                 // What follows is the end of the run; what is left is not judged.
                 self.audit.inconclusive("the run was stopped while events were judged".into());
                 return false;
@@ -201,14 +209,15 @@ impl Gate {
                 observer.event(record);
             }
         }
-        self.audit_time += started.elapsed();
+        self.audit_ticks += self.clock.now().saturating_sub(started);
         true
     }
 
     /// Has the audit judge a record. The caller takes the time, once for many.
     fn event(&mut self, record: &Record) {
         let Self { memory, stage, cpus, intents, audit, .. } = self;
-        audit.event(record, &LiveWorld { memory, stage: &**stage, cpus, intents });
+        let world = LiveWorld { memory, stage: &**stage, cpus, intents, frugal: false };
+        audit.event(record, &world);
     }
 
     /// Takes a number for something that the host does, and records it.

@@ -2,25 +2,43 @@
 
 use super::{Gate, GateFailure};
 use crate::printable::steers;
-use lacuna_abi::gate::{ARGS_WORD, COUNT_WORD, Call, LOG_BYTES, PAGE_WORDS};
+use lacuna_abi::gate::{ARGS_WORD, COUNT_WORD, Call, LOG_BYTES, PAGE_WORDS, read_ops};
 use lacuna_abi::layout::call_page_offset;
+use std::sync::atomic::Ordering::Acquire;
 
 impl Gate {
     /// The words of the call page that this call may use, once and by value; zero behind them.
     pub(super) fn call_page(&self, cpu: u8, call: Call) -> Result<[u64; PAGE_WORDS], GateFailure> {
         let page = call_page_offset(cpu.into());
         let words = match call {
-            // A list says where it ends: copying all of the page would take longer than what most
-            // lists ask for.
-            Call::Ops => {
-                let shared = self.memory.layout().shared.gpa;
-                let end = self.memory.load(shared.wrapping_add(page + 8 * COUNT_WORD as u64))?;
-                usize::try_from(end).unwrap_or(PAGE_WORDS)
-            }
-            Call::Drain | Call::Yield | Call::Checkpoint | Call::InputDone | Call::StartCpus => 0,
+            // A list is read by itself.
+            Call::Ops
+            | Call::Drain
+            | Call::Yield
+            | Call::Checkpoint
+            | Call::InputDone
+            | Call::StartCpus => 0,
             _ => PAGE_WORDS,
         };
         Ok(self.memory.shared_page(page, words)?)
+    }
+
+    /// Reads the list of operations in the call page, once and by value: in place of what `self.ops`
+    /// held. Whether it makes sense. Only as much of the page is copied as the list takes: most are
+    /// short, and copying all of the page takes longer than what they ask for.
+    pub(super) fn read_list(&mut self, cpu: u8) -> Result<bool, GateFailure> {
+        let page = self.memory.layout().shared.gpa.wrapping_add(call_page_offset(cpu.into()));
+        let count = self.memory.load(page.wrapping_add(8 * COUNT_WORD as u64))?;
+        self.ops.clear();
+        let Some(end) = usize::try_from(count).ok().filter(|end| *end <= PAGE_WORDS) else {
+            return Ok(false);
+        };
+        let words = self.memory.words(page, end.max(ARGS_WORD))?;
+        self.list.clear();
+        self.list.extend(words.iter().map(|word| word.load(Acquire)));
+        // The guest may have changed it since.
+        self.list[COUNT_WORD] = count;
+        Ok(read_ops(&self.list, |op| self.ops.push(op)).is_ok())
     }
 }
 

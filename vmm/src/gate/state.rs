@@ -40,8 +40,8 @@ impl Gate {
 
     /// Time that the audit took.
     #[must_use]
-    pub const fn audit_time(&self) -> Duration {
-        self.audit_time
+    pub fn audit_time(&self) -> Duration {
+        self.clock.duration(self.audit_ticks)
     }
 
     /// The second stage.

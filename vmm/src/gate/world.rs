@@ -10,11 +10,14 @@ use lacuna_abi::paging::Entry;
 use lacuna_abi::walk::Tables;
 
 /// Memory, second stage and registers of a machine whose vCPUs stand still.
+#[derive(Clone, Copy)]
 pub(super) struct LiveWorld<'a> {
     pub(super) memory: &'a Memory,
     pub(super) stage: &'a dyn SecondStage,
     pub(super) cpus: &'a [Option<Registers>],
     pub(super) intents: &'a [Option<EntryWrite>],
+    /// Looks may take in all of the guest's memory: they are to take up none of the host's.
+    pub(super) frugal: bool,
 }
 
 impl Tables for LiveWorld<'_> {
@@ -29,7 +32,7 @@ impl World for LiveWorld<'_> {
     }
 
     fn content_is_zero(&self, frame: Gfn) -> Option<bool> {
-        self.memory.is_zero(frame)
+        if self.frugal { self.memory.is_zero(frame) } else { self.memory.is_zero_in_use(frame) }
     }
 
     fn first_nonzero(&self, frame: Gfn) -> Option<u64> {

@@ -47,6 +47,8 @@ pub struct Memory {
     low: Words,
     zone_file: File,
     zone: HostMapping,
+    /// The zone once more, never closed: for looks at frames that the guest has used.
+    view: Words,
     probe: ProbeMemory,
 }
 
@@ -64,8 +66,9 @@ impl Memory {
             |len| usize::try_from(len).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()));
         let low = Words::new(&low_file, size(low_len)?).map_err(failed)?;
         let zone = HostMapping::new(&zone_file, size(layout.zone.len)?).map_err(failed)?;
+        let view = Words::new(&zone_file, size(layout.zone.len)?).map_err(failed)?;
         let probe = ProbeMemory::new().map_err(failed)?;
-        Ok(Self { layout, low_file, low, zone_file, zone, probe })
+        Ok(Self { layout, low_file, low, zone_file, zone, view, probe })
     }
 
     /// Where everything lies.
@@ -98,16 +101,11 @@ impl Memory {
         &self.low
     }
 
-    /// The zone as simulated CPUs access it, in a mapping of its own that is never closed.
-    ///
-    /// # Errors
-    /// [`MemoryError::Create`].
-    pub fn map_zone(&self) -> Result<Words, MemoryError> {
-        let len = self.layout.zone.len;
-        let mapped = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory.into());
-        mapped
-            .and_then(|len| Words::new(&self.zone_file, len))
-            .map_err(|error| MemoryError::Create { mib: len >> 20, error })
+    /// The zone as simulated CPUs access it, in a mapping that is never closed. To look at a page
+    /// through it that was never written takes up memory for that page.
+    #[must_use]
+    pub const fn zone_words(&self) -> &Words {
+        &self.view
     }
 
     /// Reads bytes of low memory.
@@ -297,6 +295,16 @@ impl Memory {
         self.zone_file.write_all_at(bytes, at.0 - self.layout.zone.gpa.0).unwrap();
     }
 
+    /// Whether a zone frame that the guest has used is all zero, each word read once; `None` outside
+    /// the zone. Looked at where it is mapped: a system call for each page that is handed out would
+    /// cost more than all else that is judged of it.
+    #[must_use]
+    pub fn is_zero_in_use(&self, frame: Gfn) -> Option<bool> {
+        let offset = frame.gpa().offset_from(self.layout.zone.gpa)?;
+        let words = self.view.words(offset, PAGE_WORDS)?;
+        Some(words.iter().fold(0, |all, word| all | word.load(Ordering::Relaxed)) == 0)
+    }
+
     /// Whether a zone frame is all zero; `None` outside the zone or where it cannot be read.
     #[must_use]
     pub fn is_zero(&self, frame: Gfn) -> Option<bool> {
@@ -405,10 +413,13 @@ mod tests {
     fn a_written_zone_is_seen_and_an_untouched_one_is_zero() {
         let memory = memory();
         let first = memory.layout().zone_frames().start();
-        assert_eq!(memory.is_zero(first), Some(true));
-        assert_eq!(memory.is_zero(Gfn(1)), None);
+        assert_eq!((memory.is_zero(first), memory.is_zero_in_use(first)), (Some(true), Some(true)));
+        assert_eq!((memory.is_zero(Gfn(1)), memory.is_zero_in_use(Gfn(1))), (None, None));
         memory.fill_zone(0xa5).unwrap();
-        assert_eq!(memory.is_zero(first), Some(false));
+        assert_eq!(
+            (memory.is_zero(first), memory.is_zero_in_use(first)),
+            (Some(false), Some(false))
+        );
         let mut pages = 0;
         memory.for_each_page_with_data(|_, _| pages += 1).unwrap();
         assert_eq!(pages, 16 << 8);

@@ -63,25 +63,33 @@ impl PageMap {
         want: impl Fn(Gfn) -> bool,
         mut change: impl FnMut(FrameRange, bool) -> io::Result<()>,
     ) -> Result<(), (FrameRange, bool, io::Error)> {
-        let mut next = frames.start().0;
-        while next < frames.end().0 {
-            let closed = want(Gfn(next));
-            if self.is_closed(Gfn(next)) == closed {
-                next += 1;
+        // The run that is being gathered, and what is to become of it.
+        let mut pending: Option<(FrameRange, bool)> = None;
+        for frame in frames.iter() {
+            let closed = want(frame);
+            if self.is_closed(frame) == closed {
+                self.carry_out(pending.take(), &mut change)?;
                 continue;
             }
-            let start = next;
-            while next < frames.end().0
-                && want(Gfn(next)) == closed
-                && self.is_closed(Gfn(next)) != closed
-            {
-                next += 1;
+            let longer = pending.filter(|(_, wanted)| *wanted == closed);
+            let longer = longer.and_then(|(run, _)| FrameRange::new(run.start(), run.count() + 1));
+            if longer.is_none() {
+                self.carry_out(pending, &mut change)?;
             }
-            let Some(run) = FrameRange::new(Gfn(start), next - start) else { break };
-            change(run, closed).map_err(|error| (run, closed, error))?;
-            for frame in run.iter() {
-                self.set(frame.0 - self.zone.start().0, closed);
-            }
+            pending = Some((longer.unwrap_or_else(|| FrameRange::single(frame)), closed));
+        }
+        self.carry_out(pending, &mut change)
+    }
+
+    fn carry_out(
+        &mut self,
+        run: Option<(FrameRange, bool)>,
+        change: &mut impl FnMut(FrameRange, bool) -> io::Result<()>,
+    ) -> Result<(), (FrameRange, bool, io::Error)> {
+        let Some((run, closed)) = run else { return Ok(()) };
+        change(run, closed).map_err(|error| (run, closed, error))?;
+        for frame in run.iter() {
+            self.set(frame.0 - self.zone.start().0, closed);
         }
         Ok(())
     }

@@ -24,7 +24,7 @@ use lacuna_guest::ring::Ring;
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PAGE_FAULT: u64 = 14;
 const GENERAL_PROTECTION: u64 = 13;
@@ -112,13 +112,15 @@ impl SimMachine {
     fn serve(&self, number: usize, call: Call) {
         let calls = &self.cpus[number].calls;
         calls.made.fetch_add(1, Relaxed);
-        let started = Instant::now();
-        let floor = self.floor();
+        let started = self.clock.now();
+        let registers = || self.registers();
+        let floor = FloorPlan { cpus: &self.cpus, registers: &registers };
         // Below MAX_CPUS, 8.
         let serve = |cpus: &mut dyn Vcpus| self.lock_gate().serve(call, number as u8, cpus);
         let served = self.turns.with_gate(number, &floor, serve);
-        let nanos = u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
-        calls.nanos.fetch_add(nanos, Relaxed);
+        // Only this CPU's thread writes it.
+        let ticks = self.clock.now().saturating_sub(started);
+        calls.ticks.store(calls.ticks.load(Relaxed) + ticks, Relaxed);
         match served {
             Err(Over) => self.halt(),
             // A call that was broken off has an answer that no guest should see.
@@ -136,10 +138,6 @@ impl SimMachine {
             }
             Ok(Err(failure)) => self.end(number, failure.into()),
         }
-    }
-
-    fn floor(&self) -> FloorPlan<'_> {
-        FloorPlan { cpus: &self.cpus, registers: self.registers() }
     }
 
     /// Has the host send the shootdown interrupt.
@@ -245,7 +243,8 @@ impl SimMachine {
     /// # Errors
     /// As [`crate::gate::Gate::finish`].
     pub(super) fn finish(&self, number: usize, done: bool) -> Result<(), GateFailure> {
-        let floor = self.floor();
+        let registers = || self.registers();
+        let floor = FloorPlan { cpus: &self.cpus, registers: &registers };
         self.lock_gate().finish(number as u8, &mut ended(&floor), done)
     }
 
@@ -288,12 +287,11 @@ impl Services for SimMachine {
     }
 
     fn clock(&self) -> u64 {
-        // 2^64 nanoseconds are more than five hundred years.
-        u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        self.clock.now()
     }
 
     fn gate_clock(&self) -> u64 {
-        self.cpus[cpu::number()].calls.nanos.load(Relaxed)
+        self.cpus[cpu::number()].calls.ticks.load(Relaxed)
     }
 
     fn input_done(&self) {

@@ -34,8 +34,8 @@ pub(super) struct Calls {
     pub(super) made: AtomicU64,
     /// Those that were refused.
     pub(super) refused: AtomicU64,
-    /// Nanoseconds that they took.
-    pub(super) nanos: AtomicU64,
+    /// Ticks of the machine's clock that they took.
+    pub(super) ticks: AtomicU64,
 }
 
 /// A CPU. Its own cache lines: every CPU writes to its own all the time.

@@ -16,6 +16,7 @@ use crate::machine::state::Registers;
 use crate::machine::sys::here_in_code;
 use crate::run::End;
 use crate::stop::Stop;
+use crate::ticks::Ticks;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::event::{EntryWrite, Event, Flush, Life, TableFill};
 use lacuna_abi::gate::OpKind;
@@ -27,7 +28,6 @@ use std::panic::resume_unwind;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 /// Calls of [`Platform`] between two looks at what is left to chance, as a power of two: 1 to this
 /// many.
@@ -55,7 +55,7 @@ pub struct SimMachine {
     stop: Arc<Stop>,
     over: AtomicBool,
     end: Mutex<Option<(usize, End)>>,
-    pub(super) started: Instant,
+    pub(super) clock: Ticks,
 }
 
 /// What a machine is made of.
@@ -87,7 +87,7 @@ impl SimMachine {
             stop,
             over: AtomicBool::new(false),
             end: Mutex::new(None),
-            started: Instant::now(),
+            clock: Ticks::start(),
         }
     }
 

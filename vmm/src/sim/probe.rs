@@ -36,7 +36,7 @@ impl MmuProber {
         frames: Arc<Frames>,
         seed: u64,
     ) -> Result<Self, MemoryError> {
-        let ram = Ram::new(Arc::clone(&memory), frames)?.with_probe_memory();
+        let ram = Ram::new(Arc::clone(&memory), frames).with_probe_memory();
         Ok(Self { memory, ram, seed })
     }
 
@@ -138,7 +138,7 @@ mod tests {
     fn its_own_memory_is_not_that_of_the_guests_cpus() {
         let (memory, ram, _) = booted(1);
         assert!(ram.word(PROBE_START).is_none());
-        let own = Ram::new(memory, Arc::clone(&ram.frames)).unwrap().with_probe_memory();
+        let own = Ram::new(memory, Arc::clone(&ram.frames)).with_probe_memory();
         assert!(own.word(PROBE_START).is_some());
     }
 

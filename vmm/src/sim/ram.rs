@@ -2,7 +2,7 @@
 
 use super::frames::Frames;
 use super::versions::Versions;
-use crate::machine::memory::{Memory, MemoryError};
+use crate::machine::memory::Memory;
 use crate::machine::probe::PROBE_START;
 use crate::machine::sys::Words;
 use lacuna_abi::addr::Gpa;
@@ -18,7 +18,6 @@ use std::sync::atomic::Ordering::Acquire;
 pub struct Ram {
     layout: Layout,
     memory: Arc<Memory>,
-    zone: Words,
     /// The memory of the probe CPU is there too.
     probes: bool,
     /// The second stage.
@@ -29,12 +28,10 @@ pub struct Ram {
 
 impl Ram {
     /// The memory of this guest, closed as `frames` says.
-    ///
-    /// # Errors
-    /// [`MemoryError::Create`].
-    pub fn new(memory: Arc<Memory>, frames: Arc<Frames>) -> Result<Self, MemoryError> {
-        let (layout, zone) = (*memory.layout(), memory.map_zone()?);
-        Ok(Self { layout, memory, zone, probes: false, frames, versions: Versions::default() })
+    #[must_use]
+    pub fn new(memory: Arc<Memory>, frames: Arc<Frames>) -> Self {
+        let layout = *memory.layout();
+        Self { layout, memory, probes: false, frames, versions: Versions::default() }
     }
 
     /// The same memory as the probe CPU sees it, with its own.
@@ -75,7 +72,7 @@ impl Ram {
     #[inline]
     fn place(&self, at: Gpa) -> (&Words, u64) {
         match at.offset_from(self.layout.zone.gpa) {
-            Some(offset) => (&self.zone, offset),
+            Some(offset) => (self.memory.zone_words(), offset),
             None if self.probes && at >= PROBE_START => {
                 (self.memory.probe().words(), at.0 - PROBE_START.0)
             }
@@ -106,7 +103,7 @@ pub(super) mod tests {
         let info = lacuna_abi::boot::BootInfo::for_layout(&layout);
         let info = crate::machine::boot::prepare(&memory, &image, info).unwrap();
         let frames = Arc::new(Frames::new(layout.zone_frames()));
-        let ram = Ram::new(Arc::clone(&memory), frames).unwrap();
+        let ram = Ram::new(Arc::clone(&memory), frames);
         (memory, ram, Gpa(info.root))
     }
 

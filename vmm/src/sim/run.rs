@@ -105,7 +105,7 @@ impl Prepared {
         let Self { memory, frames, root, faults, seed, schedule, stop, workload } = self;
         let prober = MmuProber::new(Arc::clone(&memory), Arc::clone(&frames), seed)?;
         gate.lock().unwrap_or_else(PoisonError::into_inner).attach_prober(Box::new(prober));
-        let ram = Ram::new(Arc::clone(&memory), frames)?;
+        let ram = Ram::new(Arc::clone(&memory), frames);
         let through_gate = boot_info(&memory)?.features & FEATURE_GATE_SHOOTDOWN != 0;
         let parts = Parts { ram, gate, root, faults, through_gate, seed, schedule, stop };
         let machine = SimMachine::new(parts);
@@ -136,7 +136,7 @@ impl Prepared {
                 machine.finish(number, done).map_or_else(End::from, |()| end)
             }
         };
-        let in_gate = Duration::from_nanos(machine.sum_of_calls(|calls| &calls.nanos));
+        let in_gate = machine.clock.duration(machine.sum_of_calls(|calls| &calls.ticks));
         Ok(Simulated {
             end,
             in_guest: running.saturating_sub(in_gate),

@@ -136,7 +136,8 @@ impl Turns {
 /// What a gate call may ask of the CPUs.
 pub(super) struct FloorPlan<'m> {
     pub(super) cpus: &'m [Cpu],
-    pub(super) registers: Registers,
+    /// The registers of a CPU.
+    pub(super) registers: &'m dyn Fn() -> Registers,
 }
 
 /// How CPUs are made to stand still.
@@ -188,7 +189,7 @@ impl Vcpus for Floor<'_, '_> {
     }
 
     fn registers(&self, _: u8) -> Result<Registers, KvmError> {
-        Ok(self.plan.registers)
+        Ok((self.plan.registers)())
     }
 
     fn start(&mut self) {
