@@ -7,8 +7,8 @@
 use crate::sync::AtomicU64;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use lacuna_abi::event::{
-    EntryWrite, Event, INTENT_WORDS, Intent, RING_BUSY_WORD, RING_HEAD_WORD, RING_INTENT_WORD,
-    RING_RECORDS, RING_TAIL_WORD, Record,
+    EntryWrite, Event, INTENT_WORDS, Intent, RECORD_WORDS, RING_BUSY_WORD, RING_HEAD_WORD,
+    RING_INTENT_WORD, RING_RECORDS, RING_TAIL_WORD, Record,
 };
 use lacuna_abi::paging::Entry;
 
@@ -34,6 +34,14 @@ pub trait Ring {
 
     /// A word of a record, both below their limits.
     fn record(&self, record: usize, word: usize) -> &AtomicU64;
+
+    /// Stores the words of a record, in any order: what is published later is that they are there.
+    #[inline]
+    fn put(&self, record: usize, words: &[u64; RECORD_WORDS]) {
+        for (index, word) in words.iter().enumerate() {
+            self.record(record, index).store(*word, Relaxed);
+        }
+    }
 
     /// Waits for the host to take what the ring holds.
     fn drain(&self);
@@ -100,8 +108,6 @@ fn reserve<R: Ring>(ring: &R) {
 fn push<R: Ring>(ring: &R, record: &Record) {
     let head = ring.control(RING_HEAD_WORD).load(Relaxed);
     let slot = (head % R::RECORDS) as usize;
-    for (index, word) in record.to_words().into_iter().enumerate() {
-        ring.record(slot, index).store(word, Relaxed);
-    }
+    ring.put(slot, &record.to_words());
     ring.control(RING_HEAD_WORD).store(head.wrapping_add(1), Release);
 }

@@ -363,8 +363,12 @@ impl Gate {
         }
         let frames = self.audit.frames();
         let releasing = op.kind == OpKind::Release;
-        let may_close =
-            |frame: Gfn| frames.may_close(frame) && !(releasing && op.frames.contains(frame));
+        // Most often all frames have the same answer.
+        let all = !opening && !releasing && frames.all_may_close(op.frames);
+        let none = opening || releasing;
+        let may_close = |frame: Gfn| {
+            if (all || none) && op.frames.contains(frame) { all } else { frames.may_close(frame) }
+        };
         let alone = self.stage.needs_all_stopped(op.frames, &may_close);
         if alone {
             vcpus.stop();
@@ -380,7 +384,7 @@ impl Gate {
             }
             OpKind::Seal => {
                 self.counters.seals += 1;
-                let sealed = op.frames.iter().all(|frame| self.stage.denies(frame));
+                let sealed = self.stage.denies_all(op.frames);
                 let act = if sealed { HostAct::Sealed } else { HostAct::HeldOpen };
                 (self.host_number()?, act)
             }

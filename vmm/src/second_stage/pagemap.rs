@@ -32,6 +32,11 @@ impl PageMap {
         self.index(frame).is_some_and(|index| self.bit(index))
     }
 
+    /// Whether all these frames are closed.
+    pub(super) fn all_closed(&self, frames: FrameRange) -> bool {
+        frames.iter().all(|frame| self.is_closed(frame))
+    }
+
     fn bit(&self, index: u64) -> bool {
         let word = usize::try_from(index / WORD).ok().and_then(|i| self.words.get(i));
         word.is_some_and(|w| w & (1 << (index % WORD)) != 0)

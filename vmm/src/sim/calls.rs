@@ -65,6 +65,12 @@ impl Ring for OwnRing<'_> {
         &self.words[RECORDS + record * RECORD_WORDS + word]
     }
 
+    #[inline]
+    fn put(&self, record: usize, words: &[u64; RECORD_WORDS]) {
+        let places = &self.words[RECORDS + record * RECORD_WORDS..][..RECORD_WORDS];
+        places.iter().zip(words).for_each(|(place, word)| place.store(*word, Relaxed));
+    }
+
     fn drain(&self) {
         let _ = self.machine.call(self.cpu, Call::Drain);
     }

@@ -58,14 +58,14 @@ impl Frames {
         self.state(frame).is_some_and(|state| state.load(Acquire) & CLOSED != 0)
     }
 
-    /// Closes or opens these frames of the zone.
+    /// Closes or opens these frames of the zone. One caller at a time: whoever has the gate.
     pub fn set(&self, frames: FrameRange, closed: bool) {
         let closing = if closed { self.closings.fetch_add(1, AcqRel) + 1 } else { 0 };
         for state in frames.iter().filter_map(|frame| self.state(frame)) {
             if closed {
                 state.store(closing | CLOSED, Release);
             } else {
-                state.fetch_and(!CLOSED, AcqRel);
+                state.store(state.load(Relaxed) & !CLOSED, Release);
             }
         }
     }
@@ -78,12 +78,20 @@ impl Frames {
 
     /// Notes whether the host calls these frames secret.
     pub(super) fn set_secret(&self, frames: FrameRange, secret: bool) {
-        for (word, bit) in frames.iter().filter_map(|frame| self.secret_bit(frame)) {
+        let Some(inside) = frames.intersection(self.zone) else { return };
+        let (mut next, end) = (inside.start().0, inside.end().0);
+        while next < end
+            && let Some((word, bit)) = self.secret_bit(Gfn(next))
+        {
+            // As many as there are in this word.
+            let count = (64 - u64::from(bit.trailing_zeros())).min(end - next);
+            let bits = (u64::MAX >> (64 - count)) << bit.trailing_zeros();
             if secret {
-                word.fetch_or(bit, Relaxed);
+                word.fetch_or(bits, Relaxed);
             } else {
-                word.fetch_and(!bit, Relaxed);
+                word.fetch_and(!bits, Relaxed);
             }
+            next += count;
         }
     }
 

@@ -216,6 +216,15 @@ impl SimMachine {
         word.unwrap_or_else(|| panic!("no table entry can be at {at}"))
     }
 
+    /// Consecutive words of the table pool.
+    #[inline]
+    fn entry_words(&self, at: Gpa, count: u32) -> &[AtomicU64] {
+        let pool = &self.ram.layout().pool;
+        let words = at.offset_from(pool.gpa);
+        let words = words.and_then(|offset| self.ram.region(pool, offset, count as usize));
+        words.unwrap_or_else(|| panic!("no {count} table entries can be at {at}"))
+    }
+
     fn record(&self, site: u32, event: Event) {
         ring::record(&self.ring(site), event);
     }
@@ -376,8 +385,10 @@ impl Platform for SimMachine {
 impl SimMachine {
     fn write_entries_at(&self, site: u32, at: Gpa, write: &EntryWrite) {
         let Some((_, cpu)) = self.enter() else { return };
+        let entries = self.entry_words(at, write.count);
         let store = |index: u64, entry: Entry| {
-            self.entry_word(at.wrapping_add(8 * index)).store(entry.0, Release);
+            // Below the count, which is that of the words.
+            entries[index as usize].store(entry.0, Release);
             if index + 1 == u64::from(write.count) {
                 self.ram.versions.count(write);
             }

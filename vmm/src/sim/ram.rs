@@ -31,7 +31,7 @@ impl Ram {
     #[must_use]
     pub fn new(memory: Arc<Memory>, frames: Arc<Frames>) -> Self {
         let layout = *memory.layout();
-        Self { layout, memory, probes: false, frames, versions: Versions::default() }
+        Self { layout, memory, probes: false, frames, versions: Versions::new(layout.cpus) }
     }
 
     /// The same memory as the probe CPU sees it, with its own.

@@ -5,7 +5,7 @@
 //! architecture lets them. [`Tlb::vanish`] is how they go at random.
 
 use super::random::Random;
-use lacuna_abi::addr::{Gfn, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::addr::{BLOCK_FRAMES, Gfn, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::paging::Level;
 
 /// Translations of 4 KiB that a CPU has room for: its window twice over.
@@ -103,19 +103,36 @@ impl Invalidation {
     }
 }
 
+/// Of which 2 MiB pages parts may be cached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum Parts {
+    #[default]
+    None,
+    /// Of the one at this address.
+    Of(Gva),
+    Several,
+}
+
 /// The leaf translations that one CPU caches.
 #[derive(Clone, Debug)]
 pub struct Tlb {
     small: Box<[Option<Translation>]>,
     large: Box<[Option<Translation>]>,
-    /// Parts of larger pages that were ever cached since all of them were last dropped.
-    parts: bool,
+    /// For each place of a 2 MiB page, of which that belongs there parts may be cached.
+    parts: [Parts; LARGE],
+    /// Parts of still larger pages were cached since everything was last dropped.
+    of_giants: bool,
 }
 
 impl Default for Tlb {
     fn default() -> Self {
         let empty = |count| vec![None; count].into_boxed_slice();
-        Self { small: empty(SMALL), large: empty(LARGE), parts: false }
+        Self {
+            small: empty(SMALL),
+            large: empty(LARGE),
+            parts: [Parts::None; LARGE],
+            of_giants: false,
+        }
     }
 }
 
@@ -150,8 +167,16 @@ impl Tlb {
         if other && random.one_in(2) {
             return;
         }
-        self.parts |= new.leaf > new.size;
         *place = Some(new);
+        self.of_giants |= new.leaf > Level::Pd;
+        if new.leaf > new.size {
+            let (block, parts) = (block_of(new.va), &mut self.parts[large_place(new.va)]);
+            *parts = match *parts {
+                Parts::None => Parts::Of(block),
+                Parts::Of(other) if other.0 == block.0 => Parts::Of(block),
+                Parts::Of(_) | Parts::Several => Parts::Several,
+            };
+        }
     }
 
     /// Drops what translates `va` at this size.
@@ -174,15 +199,33 @@ impl Tlb {
     /// Drops what must go, and nothing else.
     pub fn invalidate(&mut self, what: &Invalidation) {
         if let Invalidation::Page { va, .. } | Invalidation::PageOfPcid { va, .. } = *what
-            && !self.parts
+            && !self.of_giants
         {
-            // Each page has one place.
-            drop_if(&mut self.small[small_place(va)], what);
-            drop_if(&mut self.large[large_place(va)], what);
+            // Each page has one place, and so has each of its parts.
+            let place = large_place(va);
+            drop_if(&mut self.large[place], what);
+            let block = block_of(va);
+            if !matches!(self.parts[place], Parts::Several) && self.parts[place] != Parts::Of(block)
+            {
+                drop_if(&mut self.small[small_place(va)], what);
+                return;
+            }
+            let mut left = false;
+            for page in 0..BLOCK_FRAMES {
+                let cached = &mut self.small[small_place(block.wrapping_add(page * PAGE_SIZE))];
+                drop_if(cached, what);
+                left |= cached.is_some_and(|cached| cached.leaf > Level::Pt);
+            }
+            if !left && self.parts[place] == Parts::Of(block) {
+                self.parts[place] = Parts::None;
+            }
             return;
         }
         self.small.iter_mut().chain(&mut self.large).for_each(|cached| drop_if(cached, what));
-        self.parts &= *what != Invalidation::Everything;
+        if *what == Invalidation::Everything {
+            self.parts = [Parts::None; LARGE];
+            self.of_giants = false;
+        }
     }
 
     /// Everything cached.
@@ -195,6 +238,12 @@ fn drop_if(cached: &mut Option<Translation>, what: &Invalidation) {
     if cached.is_some_and(|cached| what.removes(&cached)) {
         *cached = None;
     }
+}
+
+/// First address of the 2 MiB that `va` lies in.
+#[inline]
+const fn block_of(va: Gva) -> Gva {
+    va.align_down(Level::Pd.span())
 }
 
 /// Consecutive pages have consecutive places, and those of another 1 GiB are shifted.

@@ -21,20 +21,23 @@ pub struct Versions {
     all: AtomicU64,
     /// Writes to entries that may point to a table.
     links: AtomicU64,
+    /// One CPU alone writes entries.
+    alone: bool,
     /// First address and bytes of the latest write: where translations change is where a CPU that
     /// guesses does most harm.
     latest: [AtomicU64; 2],
 }
 
-impl Default for Versions {
-    fn default() -> Self {
+impl Versions {
+    /// Nothing was written yet, and so many CPUs will write.
+    #[must_use]
+    pub fn new(cpus: usize) -> Self {
         let blocks = (0..PLACES).map(|_| AtomicU64::new(0)).collect();
         let [all, links] = [1, 1].map(AtomicU64::new);
-        Self { blocks, all, links, latest: [0, 1].map(AtomicU64::new) }
+        let latest = [0, 1].map(AtomicU64::new);
+        Self { blocks, all, links, alone: cpus == 1, latest }
     }
-}
 
-impl Versions {
     /// A number that changes when an entry that `va` is translated through is written. Never 0.
     #[inline]
     #[must_use]
@@ -62,15 +65,25 @@ impl Versions {
         let blocks = write.span().div_ceil(Level::Pd.span());
         if blocks <= FEW {
             for block in block..block + blocks {
-                self.blocks[place(block)].fetch_add(1, AcqRel);
+                self.add_one(&self.blocks[place(block)]);
             }
         } else {
-            self.all.fetch_add(1, AcqRel);
+            self.add_one(&self.all);
         }
         self.latest[0].store(write.va.0, Release);
         self.latest[1].store(write.span(), Release);
         if write.level > Level::Pt {
-            self.links.fetch_add(1, AcqRel);
+            self.add_one(&self.links);
+        }
+    }
+
+    /// Counts. With several CPUs no write may be lost, and that takes a locked instruction.
+    #[inline]
+    fn add_one(&self, counter: &AtomicU64) {
+        if self.alone {
+            counter.store(counter.load(Acquire) + 1, Release);
+        } else {
+            counter.fetch_add(1, AcqRel);
         }
     }
 }
@@ -95,22 +108,25 @@ mod tests {
     fn a_write_changes_the_number_of_all_that_it_spans() {
         const BASE: u64 = 0xffff_9100_0000_0000;
         let block = |n: u64| Gva(BASE + (n << 21));
-        for (write, changed, unchanged, links) in [
+        let cases = [
             (write(BASE + 0x1000, Level::Pt, 511), vec![0], vec![1, 511], 0),
             (write(BASE, Level::Pd, 2), vec![0, 1], vec![2], 1),
             (write(BASE, Level::Pd, 512), vec![0, 7, 511], vec![], 1),
             (write(BASE, Level::Pml4, 1), vec![0, 511, 100_000], vec![], 1),
-        ] {
-            let versions = Versions::default();
+        ];
+        for (cpus, (write, changed, unchanged, links)) in
+            [1, 2].into_iter().flat_map(|cpus| cases.iter().map(move |case| (cpus, case)))
+        {
+            let versions = Versions::new(cpus);
             let before = |n: &u64| versions.at(block(*n));
-            let old: Vec<_> = changed.iter().chain(&unchanged).map(before).collect();
+            let old: Vec<_> = changed.iter().chain(unchanged).map(before).collect();
             let old_links = versions.links();
-            versions.count(&write);
-            let new: Vec<_> = changed.iter().chain(&unchanged).map(before).collect();
+            versions.count(write);
+            let new: Vec<_> = changed.iter().chain(unchanged).map(before).collect();
             for (index, (old, new)) in old.iter().zip(&new).enumerate() {
                 assert_eq!(old != new, index < changed.len(), "{write:?}, {index}");
             }
-            assert_eq!(versions.links() - old_links, links);
+            assert_eq!(versions.links() - old_links, *links);
         }
     }
 }
