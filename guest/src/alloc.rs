@@ -1,15 +1,17 @@
 //! The page allocator: requests for mapped and for secret pages.
 
+mod config;
+mod free;
+
 use crate::balance::Watermarks;
-use crate::contents::OnFree;
 use crate::counters::Counts;
 use crate::error::{FirstFailure, UseError};
 use crate::freetype::{Freetype, Migratetype};
-use crate::handle::{Pin, Slot};
+use crate::handle::Slot;
 use crate::lock::{IrqGuard, IrqLock};
 use crate::mapped::MappedPages;
 use crate::mermap::{Mermap, MermapError};
-use crate::meta::{Chunk, MAX_ORDER, MemMap, State};
+use crate::meta::{Chunk, MAX_ORDER, MemMap};
 use crate::parked::Parked;
 use crate::pcp::{CpuLists, Held, Marks, pindex};
 use crate::platform::{GateError, InterruptsOff, Platform};
@@ -21,69 +23,10 @@ use crate::zone::{BLOCK, Taken, Zone};
 use core::sync::atomic::AtomicBool;
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{Gfn, PAGE_SIZE};
-use lacuna_abi::boot::{
-    BootInfo, FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_POISON, FEATURE_PREZERO, FEATURE_SCRUB,
-    FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
-};
 use lacuna_abi::event::Life;
 use lacuna_abi::layout::{Layout, direct_map};
 
-/// How the allocator behaves.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct AllocConfig {
-    /// Pageblocks are zeroed when they flip, so that hand-out finds zero pages.
-    pub prezero: bool,
-    /// An empty pool is refilled by flipping pageblocks.
-    pub flip: bool,
-    /// What happens to freed mapped pages.
-    pub on_free: OnFree,
-    /// Freed secret pages that were written to are zeroed; otherwise they are when they are handed
-    /// out as zero.
-    pub scrub: bool,
-    /// Secret pages that are known to be zero are looked at when they are handed out as zero.
-    pub check_zero: bool,
-    /// Pages of the mapped side that are kept for callers that cannot wait; `None` for what suits the
-    /// zone's size.
-    pub min_free: Option<u32>,
-    /// Free secret pages below which [`PageAllocator::balance`] flips pageblocks ahead of demand.
-    pub pool_low: u32,
-    /// Free secret pages up to which flips go on, while memory is plentiful.
-    pub pool_high: u32,
-}
-
-impl AllocConfig {
-    /// What the boot information asks for.
-    #[must_use]
-    pub fn from_boot(info: &BootInfo) -> Self {
-        let pages = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
-        Self {
-            prezero: info.features & FEATURE_PREZERO != 0,
-            flip: info.features & FEATURE_FLIP != 0,
-            on_free: match info.features & (FEATURE_POISON | FEATURE_ZERO_ON_FREE) {
-                0 => OnFree::Leave,
-                FEATURE_ZERO_ON_FREE => OnFree::Zero,
-                _ => OnFree::Poison,
-            },
-            scrub: info.features & FEATURE_SCRUB != 0,
-            check_zero: info.features & FEATURE_CHECK_ZERO != 0,
-            min_free: (info.min_free != MIN_FREE_BY_SIZE).then(|| pages(info.min_free)),
-            pool_low: pages(info.pool_low),
-            pool_high: pages(info.pool_high),
-        }
-    }
-
-    /// Zeroes ahead, flips as much as is asked for and no more, checks nothing.
-    pub const PLAIN: Self = Self {
-        prezero: true,
-        flip: true,
-        on_free: OnFree::Leave,
-        scrub: true,
-        check_zero: false,
-        min_free: None,
-        pool_low: 0,
-        pool_high: 0,
-    };
-}
+pub use config::AllocConfig;
 
 /// What a caller asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -410,99 +353,6 @@ impl<'a, P: Platform> PageAllocator<'a, P> {
             self.check_zero(chunk)?;
         }
         Ok(())
-    }
-
-    /// Frees mapped pages.
-    pub(crate) fn free_mapped(&self, pin: Pin<'_>) {
-        let chunk = pin.chunk();
-        self.retire(chunk);
-        self.clear_freed(chunk);
-        self.put(chunk);
-        self.counts.free_other.add(1);
-    }
-
-    /// Frees secret pages; those that were written to are scrubbed, together with others. What
-    /// cannot be scrubbed is free as it is, sealed and not known to be zero; what the host would not
-    /// close is withheld. Converted pages go back to where they came from.
-    pub(crate) fn free_secret(&self, pin: Pin<'_>) {
-        let chunk = pin.chunk();
-        let frames = self.map.frames(chunk);
-        let page = pin.page();
-        let converted = page.is_converted();
-        let stays = page.is_unsealed() && !converted;
-        let known = self.map.is_known(frames);
-        let count = if converted { &self.counts.free_other } else { &self.counts.free_secret };
-        count.add(1);
-        if !converted && !stays && (known || !self.config.scrub) {
-            // One record for both: what is on a free list was given back.
-            self.retire(chunk);
-            self.report_pooled_as(frames, known);
-            self.put(chunk);
-            return;
-        }
-        self.platform.life(Life::Freed, frames);
-        if converted {
-            // Whoever drops pages cannot be told; what is not free yet is tried again.
-            let _ = self.free_converted(chunk);
-        } else if stays {
-            self.withhold(chunk, true);
-        } else {
-            self.retire(chunk);
-            self.scrub_later(chunk);
-        }
-    }
-
-    /// Ends an allocation.
-    ///
-    /// # Panics
-    /// If the chunk is not one of this order: a double free, or a free of something else.
-    pub(crate) fn retire(&self, chunk: Chunk) {
-        let page = self.map.page(chunk.index);
-        let frames = self.map.frames(chunk);
-        assert!(
-            page.is_head(State::Allocated, chunk.order),
-            "{frames} is freed, but not allocated so"
-        );
-        page.set_head(State::Plain, 0);
-        self.map.count_allocated(chunk, false);
-    }
-
-    /// Puts free pages on this CPU's lists, or on the zone's.
-    pub(crate) fn put(&self, chunk: Chunk) {
-        let Some(pindex) = pindex(chunk.order, self.map.block_at(chunk.index).freetype()) else {
-            self.zone().insert(&self.map, chunk);
-            return;
-        };
-        let (_, lists) = self.own_lists();
-        self.put_on(&lists, chunk, pindex);
-    }
-
-    /// As [`Self::put`], for a few hundred chunks at most, with this CPU's lists taken once.
-    pub(crate) fn put_all(&self, chunks: impl Iterator<Item = Chunk>) {
-        let (_, lists) = self.own_lists();
-        for chunk in chunks {
-            match pindex(chunk.order, self.map.block_at(chunk.index).freetype()) {
-                Some(pindex) => self.put_on(&lists, chunk, pindex),
-                None => self.zone().insert(&self.map, chunk),
-            }
-        }
-    }
-
-    fn put_on(&self, lists: &Held<'_, P>, chunk: Chunk, pindex: usize) {
-        lists.push(&self.map, chunk, pindex);
-        if lists.pages() > self.cpu_marks.high {
-            let keep = self.cpu_marks.high - self.cpu_marks.batch;
-            lists.drain(&self.map, &mut self.zone(), keep);
-        }
-    }
-
-    /// Nobody uses the chunk any more: it stays allocated for good. `allocated` says whether it was.
-    pub(crate) fn withhold(&self, chunk: Chunk, allocated: bool) {
-        self.map.page(chunk.index).set_head(State::Withheld, chunk.order);
-        if !allocated {
-            self.map.count_allocated(chunk, true);
-        }
-        self.counts.withheld.add(u64::from(chunk.pages()));
     }
 }
 
