@@ -14,7 +14,8 @@
 //! | `mmu` | translation, speculation |
 //! | `probe` | touches frames on purpose |
 //! | `baton`, `schedule` | which CPUs run |
-//! | `cpu`, `machine`, `calls` | a CPU, the platform, what the guest tells the host |
+//! | `cpu`, `machine` | a CPU, and all of them as one machine |
+//! | `platform`, `calls` | what the guest asks of a CPU, and what it tells the host |
 //! | `guest`, `touch`, `crash` | the guest image's main function, and its programs that misbehave |
 //! | `run` | threads, from start to end |
 //!
@@ -31,6 +32,7 @@ mod guest;
 mod machine;
 mod mmu;
 mod paths;
+mod platform;
 mod probe;
 mod ram;
 mod random;
