@@ -5,6 +5,7 @@
 //! own failures are errors.
 
 mod leaks;
+mod operations;
 mod order;
 mod pages;
 mod probes;
@@ -26,11 +27,11 @@ use crate::machine::state::Registers;
 use crate::second_stage::SecondStage;
 use crate::stop::Stop;
 use crate::ticks::Ticks;
-use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
+use lacuna_abi::addr::{Gpa, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
-use lacuna_abi::event::{EntryWrite, HostAct, Record};
+use lacuna_abi::event::{EntryWrite, Record};
 use lacuna_abi::gate::{
-    ARGS_WORD, Call, CpuRegistration, ExceptionReport, Op, OpKind, PAGE_WORDS, STATUS_WORD, Status,
+    ARGS_WORD, Call, CpuRegistration, ExceptionReport, Op, PAGE_WORDS, STATUS_WORD, Status,
 };
 use lacuna_abi::layout::{call_page_offset, report_page_offset};
 use pages::{arguments, text};
@@ -50,9 +51,6 @@ enum Scope {
     /// The program came to its end.
     Done,
 }
-
-/// How often one call may name all of a guest's frames.
-const MAX_PASSES: u64 = 4;
 
 /// The gate of one machine.
 pub struct Gate {
@@ -315,90 +313,6 @@ impl Gate {
             self.ready_at.get_or_insert_with(Instant::now);
         }
         Status::Ok
-    }
-
-    /// Carries out a list of operations; the status, and the index of the one that failed.
-    fn operations(
-        &mut self,
-        cpu: u8,
-        vcpus: &mut dyn Vcpus,
-    ) -> Result<(Status, usize), GateFailure> {
-        // The list is checked as a whole first: one that makes no sense has no effect.
-        if !self.read_list(cpu)? {
-            return Ok((Status::BadArguments, 0));
-        }
-        // A list may name each frame a few times (seal, open, seal), not a few hundred times: the
-        // host's work for one call is bounded by the guest's memory.
-        let frames = self.ops.iter().fold(0_u64, |sum, op| sum.saturating_add(op.frames.count()));
-        if frames > MAX_PASSES * self.memory.layout().zone_frames().count() {
-            return Ok((Status::BadArguments, 0));
-        }
-        for index in 0..self.ops.len() {
-            let op = self.ops[index];
-            if self.stop.told().is_some() {
-                return Ok((Status::BadState, index));
-            }
-            if let Err(status) = self.operation(cpu, op, vcpus)? {
-                return Ok((status, index));
-            }
-        }
-        Ok((Status::Ok, 0))
-    }
-
-    fn operation(
-        &mut self,
-        cpu: u8,
-        op: Op,
-        vcpus: &mut dyn Vcpus,
-    ) -> Result<Result<(), Status>, GateFailure> {
-        // An open takes its number before its effect, a seal and a release after theirs. On
-        // arrival a seal is judged at the number of the last event.
-        let opening = op.kind == OpKind::Open;
-        let before = if opening { self.host_number()? } else { self.memory.last_event_number()? };
-        if let Err(status) = self.with_audit(|audit, world| audit.arrival(cpu, op, before, world)) {
-            if opening {
-                self.told(cpu, before, HostAct::Refused, op.frames);
-            }
-            return Ok(Err(status));
-        }
-        let frames = self.audit.frames();
-        let releasing = op.kind == OpKind::Release;
-        // Most often all frames have the same answer.
-        let all = !opening && !releasing && frames.all_may_close(op.frames);
-        let none = opening || releasing;
-        let may_close = |frame: Gfn| {
-            if (all || none) && op.frames.contains(frame) { all } else { frames.may_close(frame) }
-        };
-        let alone = self.stage.needs_all_stopped(op.frames, &may_close);
-        if alone {
-            vcpus.stop();
-        }
-        self.stage.update(op.frames, &may_close)?;
-        if alone {
-            vcpus.resume();
-        }
-        let (seq, act) = match op.kind {
-            OpKind::Open => {
-                self.counters.opens += 1;
-                (before, HostAct::Opened)
-            }
-            OpKind::Seal => {
-                self.counters.seals += 1;
-                let sealed = self.stage.denies_all(op.frames);
-                let act = if sealed { HostAct::Sealed } else { HostAct::HeldOpen };
-                (self.host_number()?, act)
-            }
-            OpKind::Release => {
-                self.counters.releases += 1;
-                (self.host_number()?, HostAct::Released)
-            }
-        };
-        self.with_audit(|audit, world| audit.done(cpu, op, seq, world));
-        self.told(cpu, seq, act, op.frames);
-        for observer in &mut self.observers {
-            observer.operation(act, op.frames);
-        }
-        Ok(Ok(()))
     }
 
     fn with_audit<R>(&mut self, f: impl FnOnce(&mut Audit, &LiveWorld<'_>) -> R) -> R {

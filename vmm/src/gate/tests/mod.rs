@@ -9,12 +9,13 @@ use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
 use crate::second_stage::{Guard, Mechanism, Off};
-use lacuna_abi::addr::FrameRange;
+use lacuna_abi::addr::{FrameRange, Gfn};
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::event::{
-    Event, Flush, Intent, RECORD_BYTES, RING_BUSY_WORD, RING_HEAD_WORD, RING_RECORDS, Record,
+    Event, Flush, HostAct, Intent, RECORD_BYTES, RING_BUSY_WORD, RING_HEAD_WORD, RING_RECORDS,
+    Record,
 };
-use lacuna_abi::gate::{COUNT_WORD, OpWriter};
+use lacuna_abi::gate::{COUNT_WORD, OpKind, OpWriter};
 use lacuna_abi::layout::{Layout, Needs, SEQUENCE_OFFSET, ring_offset};
 use lacuna_abi::paging::Level;
 use lacuna_abi::walk::locate;
