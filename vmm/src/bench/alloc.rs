@@ -60,7 +60,7 @@ pub struct Refill {
     pub page_gate_ticks: Option<f64>,
     /// `page_ticks` as a multiple of the cycle of a mapped page that is zeroed on free.
     pub ratio: Option<f64>,
-    /// Events for 512 pages.
+    /// Events for 512 pages that were flipped, zeroed and handed out.
     pub per_512_pages: Counts,
     /// What a use of one of them adds, the scrub that it makes necessary included.
     pub per_use: Counts,
@@ -130,11 +130,12 @@ fn pages(lab: &Lab) -> Result<Vec<Line>, BenchError> {
     line::lines(lab, subjects, Some(UNZEROED), effort(lab, 0))
 }
 
-/// Whole refills, each of twelve pageblocks of sixteen, or of two on KVM, where they take long.
+/// Eight refills, each of thirteen pageblocks of sixteen: one is due when less than a quarter of the
+/// pool is left. On KVM, where they take long, of two of two.
 fn refill(lab: &Lab, pages: &[Line]) -> Result<Refill, BenchError> {
     let pairs = if lab.quick { 1 } else { 3 };
     let (kib, warm, rounds) =
-        if lab.is_sim() && !lab.quick { (32 << 10, 25, 96) } else { (4 << 10, 4, 8) };
+        if lab.is_sim() && !lab.quick { (32 << 10, 26, 104) } else { (4 << 10, 4, 8) };
     let fresh = kind(Bench::SecretKept, 0, Policy::Pool { kib });
     let fresh = Kind { memory_mib: 512, ..fresh };
     let samples = lab.compare(&[fresh], Effort { warm, rounds, pairs })?;
@@ -146,9 +147,15 @@ fn refill(lab: &Lab, pages: &[Line]) -> Result<Refill, BenchError> {
         page_ticks,
         page_gate_ticks: (gate > 0.0).then_some(gate),
         ratio: multiple(page_ticks, base),
-        per_512_pages: samples.first().map_or(Counts::default(), |sample| sample.counts),
+        per_512_pages: samples.first().map_or(Counts::default(), |sample| per_flip(sample.counts)),
         per_use: pages.get(POOLED).map_or(Counts::default(), |line| line.per_use),
     })
+}
+
+/// What a pageblock cost that was flipped and zeroed, however many pages were handed out meanwhile: a
+/// refill that falls just into a run, or just out of it, changes nothing.
+fn per_flip(counts: Counts) -> Counts {
+    counts.times(1.0 / counts.flips_out.max(1.0))
 }
 
 /// What is compared at this order: first a whole cycle with flips, ours and as the series has it;
@@ -289,6 +296,20 @@ impl Refill {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_refill_is_counted_by_the_pageblocks_that_flipped_for_it() {
+        // Thirteen flips in the time of twelve pageblocks' worth of pages.
+        let counts = |flips| Counts {
+            flips_out: flips,
+            local_flushes: flips,
+            shootdowns: 1.0,
+            ..Counts::default()
+        };
+        assert_eq!(per_flip(counts(13.0)).local_flushes, 1.0);
+        assert_eq!(per_flip(counts(4.0)).shootdowns, 0.25);
+        assert_eq!(per_flip(Counts::default()), Counts::default());
+    }
 
     #[test]
     fn page_by_page_stands_beside_the_others_at_every_order() {
