@@ -3,10 +3,15 @@
 use crate::machine::memory::{Memory, MemoryError};
 use lacuna_abi::addr::{Gpa, PAGE_SIZE};
 use lacuna_abi::event::{
-    Event, INTENT_WORDS, Intent, RECORD_BYTES, RECORD_WORDS, RING_BUSY_WORD, RING_HEAD_WORD,
-    RING_INTENT_WORD, RING_RECORDS, RING_TAIL_WORD, Record,
+    Event, INTENT_WORDS, Intent, RECORD_WORDS, RING_BUSY_WORD, RING_HEAD_WORD, RING_INTENT_WORD,
+    RING_RECORDS, RING_TAIL_WORD, Record,
 };
 use lacuna_abi::layout::ring_offset;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Acquire;
+
+/// Words of all records of a ring.
+const WORDS: usize = RING_RECORDS as usize * RECORD_WORDS;
 
 /// The host's side of a ring. The tail is the host's own: what the guest writes over the copy in
 /// shared memory changes only the guest's view.
@@ -52,8 +57,9 @@ impl RingReader {
             ));
             self.tail = head;
         }
+        let records = memory.words(self.control.wrapping_add(PAGE_SIZE), WORDS)?;
         while self.tail != head {
-            match self.record(memory, self.tail)? {
+            match self.record(records, self.tail) {
                 Ok(record) => self.drained.records.push(record),
                 Err(why) => self.drained.lost.push(why),
             }
@@ -81,10 +87,15 @@ impl RingReader {
             .map_err(|bad| format!("CPU {}'s intent makes no sense: {bad:?}", self.cpu)))
     }
 
-    fn record(&self, memory: &Memory, index: u64) -> Result<Result<Record, String>, MemoryError> {
-        let offset = PAGE_SIZE + (index % RING_RECORDS) * RECORD_BYTES;
-        let words = memory.load_words::<RECORD_WORDS>(self.control.wrapping_add(offset))?;
-        Ok(match Record::from_words(&words) {
+    /// The record with this number, of all of the ring's words, each read once.
+    fn record(&self, records: &[AtomicU64], index: u64) -> Result<Record, String> {
+        // Below the ring's number of records, 1024.
+        let first = (index % RING_RECORDS) as usize * RECORD_WORDS;
+        let mut words = [0; RECORD_WORDS];
+        for (word, place) in words.iter_mut().zip(&records[first..]) {
+            *word = place.load(Acquire);
+        }
+        match Record::from_words(&words) {
             Ok(Record { event: Event::Host(..), .. }) => Err(format!(
                 "record {index} in CPU {}'s event ring claims to be the host's",
                 self.cpu
@@ -95,7 +106,7 @@ impl RingReader {
                 self.cpu, record.cpu
             )),
             Err(bad) => Err(format!("record {index} in CPU {}'s event ring: {bad:?}", self.cpu)),
-        })
+        }
     }
 
     const fn word(&self, word: usize) -> Gpa {
@@ -107,7 +118,7 @@ impl RingReader {
 mod tests {
     use super::*;
     use lacuna_abi::addr::{FrameRange, Gfn};
-    use lacuna_abi::event::{Flush, HostAct};
+    use lacuna_abi::event::{Flush, HostAct, RECORD_BYTES};
     use lacuna_abi::layout::{Layout, Needs};
 
     fn memory() -> Memory {
