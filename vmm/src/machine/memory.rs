@@ -2,8 +2,9 @@
 //!
 //! Two files back it. The *low* one holds everything but the zone (image, tables, shared pages,
 //! input, stacks, metadata), is mapped into this process and is never sealed. The *zone* is mapped
-//! for KVM only; this process reads it by file offset, whether sealed or not, so that closing the
-//! mapping can never fault the VMM itself.
+//! for KVM in a mapping that this process never looks through, so that closing it can never fault the
+//! VMM itself. It reads the zone by file offset, whether sealed or not, and where a look at one page
+//! must be quick, through a second mapping that is never closed.
 
 use crate::machine::probe::ProbeMemory;
 use crate::machine::sys::{self, HostMapping, Words};
