@@ -1,10 +1,10 @@
 //! One simulated CPU: its MMU, its interrupt flag, and what comes from outside.
 
 use super::mmu::Mmu;
+use spin::{Mutex, MutexGuard};
 use std::cell::Cell;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// An interrupt has been sent and not been taken.
 const INTERRUPT: u8 = 1 << 0;
@@ -41,6 +41,7 @@ pub(super) struct Calls {
 /// A CPU. Its own cache lines: every CPU writes to its own all the time.
 #[repr(align(128))]
 pub(super) struct Cpu {
+    /// A lock that spins, because nobody ever waits for it: it is let go by a plain store.
     mmu: Mutex<Mmu>,
     /// Calls of the platform until the next look at what is left to chance.
     until: AtomicU64,
@@ -64,7 +65,7 @@ impl Cpu {
     /// The MMU; nobody else asks for it while the CPU runs.
     #[inline]
     pub(super) fn mmu(&self) -> MutexGuard<'_, Mmu> {
-        self.mmu.lock().unwrap_or_else(PoisonError::into_inner)
+        self.mmu.lock()
     }
 
     /// Counts a call; whether it is time to look at what is left to chance.
