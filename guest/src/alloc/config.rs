@@ -23,7 +23,7 @@ pub struct AllocConfig {
     /// Pages of the mapped side that are kept for callers that cannot wait; `None` for what suits the
     /// zone's size.
     pub min_free: Option<u32>,
-    /// Free secret pages below which [`PageAllocator::balance`] flips pageblocks ahead of demand.
+    /// Free secret pages below which [`super::PageAllocator::balance`] flips pageblocks ahead of demand.
     pub pool_low: u32,
     /// Free secret pages up to which flips go on, while memory is plentiful.
     pub pool_high: u32,
