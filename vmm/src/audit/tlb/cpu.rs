@@ -3,7 +3,7 @@
 
 use super::duty::{PageFlush, Tag};
 use super::epochs::Scope;
-use super::fill::{Fill, Healed};
+use super::fill::{Fill, Healed, PENDING};
 use lacuna_abi::addr::{FrameRange, Gpa};
 
 /// Most address spaces that are followed on one CPU.
@@ -129,7 +129,7 @@ impl Cpu {
             // Global translations of the pages may have been cached through any PCID's paths.
             if flush.reaches(space.tag) || flush.globals {
                 let (leaves, paths) = (true, paths && !all_paths);
-                space.fill.heal(Healed::Pages { flush: *flush, leaves, paths });
+                space.fill.heal(Healed::Pages { flush: *flush, leaves, paths, by: PENDING });
             }
         }
         self.changed = Some(flush.seq);
@@ -137,9 +137,11 @@ impl Cpu {
     }
 
     /// The second stage was closed for these frames: what is not filled again is gone.
-    pub(super) fn heal(&mut self, frames: FrameRange) {
-        for space in self.spaces.iter_mut().filter(|space| space.fill.until.is_some()) {
-            space.fill.heal(Healed::Frames(frames));
+    pub(super) fn heal(&mut self, frames: FrameRange, seq: u64) {
+        for fill in self.spaces.iter_mut().map(|space| &mut space.fill) {
+            if fill.until.is_some() || fill.healed.iter().any(Healed::cuts_paths) {
+                fill.heal(Healed::Frames(frames, seq));
+            }
         }
     }
 
@@ -175,24 +177,22 @@ impl Cpu {
                 let cut = (space.tag == Tag::Global).then(|| self.cut_paths(space.root));
                 let space = &mut self.spaces[index];
                 space.fill.resume();
-                space.fill.healed = cut.unwrap_or_else(|| std::mem::take(&mut space.fill.healed));
+                if let Some(cut) = cut {
+                    space.fill.cut(&cut);
+                }
             } else {
                 self.spaces[index].fill.end();
             }
         }
     }
 
-    /// Paths that went and through which global translations of the root would be filled. With
-    /// several ways to the root's tables it counts as if none had gone.
+    /// Paths that went and through which global translations of the root would be filled.
     fn cut_paths(&self, root: Gpa) -> Vec<Healed> {
-        let leads = |s: &&Space| !s.dying && s.paths && s.root == root && s.tag != Tag::Global;
-        let mut ways = self.spaces.iter().filter(leads);
-        match (ways.next(), ways.next()) {
-            (Some(way), None) => {
-                way.fill.healed.iter().filter(|h| h.cuts_paths()).copied().collect()
-            }
-            _ => Vec::new(),
-        }
+        let tag = Tag::Pcid(self.mode.pcid);
+        let leads = |s: &&Space| !s.dying && s.paths && s.root == root && s.tag == tag;
+        let way = self.spaces.iter().find(leads);
+        let healed = way.into_iter().flat_map(|way| &way.fill.healed);
+        healed.filter(|healed| healed.cuts_paths()).copied().collect()
     }
 
     /// Whether the CPU, which runs with another root, can still walk to the space's tables through

@@ -9,6 +9,10 @@ use lacuna_abi::paging::Level;
 /// has left. Of more, the oldest are forgotten: then more is called cached than can be.
 const MAX_HEALED: usize = 32;
 
+/// The instruction that drops the paths has been announced: that it was executed is certain only when
+/// the CPU's next event has come.
+pub(super) const PENDING: u64 = u64::MAX;
+
 /// Something that the CPU dropped after it could last fill it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Healed {
@@ -19,19 +23,21 @@ pub(super) enum Healed {
         leaves: bool,
         /// The paths that lead to the pages went: through them nothing is filled any more.
         paths: bool,
+        /// Number of an event by which that was certain; [`PENDING`] until then.
+        by: u64,
     },
-    /// The second stage was closed for frames.
-    Frames(FrameRange),
+    /// The second stage was closed for frames, by the event with this number.
+    Frames(FrameRange, u64),
 }
 
 impl Healed {
     /// Whether a newer one adds nothing to this.
     fn says(&self, newer: &Self) -> bool {
         match (self, newer) {
-            (Self::Frames(old), Self::Frames(new)) => old.contains_range(*new),
+            (Self::Frames(old, _), Self::Frames(new, _)) => old.contains_range(*new),
             (
-                Self::Pages { flush: old, leaves, paths },
-                Self::Pages { flush: new, leaves: new_leaves, paths: new_paths },
+                Self::Pages { flush: old, leaves, paths, .. },
+                Self::Pages { flush: new, leaves: new_leaves, paths: new_paths, .. },
             ) => {
                 let like = PageFlush { seq: old.seq, ..*new } == *old;
                 like && leaves == new_leaves && paths == new_paths
@@ -42,6 +48,19 @@ impl Healed {
 
     pub(super) fn cuts_paths(&self) -> bool {
         matches!(self, Self::Pages { paths: true, .. })
+    }
+
+    fn pending(&self) -> Self {
+        match *self {
+            Self::Pages { flush, leaves, paths, .. } => {
+                Self::Pages { flush, leaves, paths, by: PENDING }
+            }
+            frames @ Self::Frames(..) => frames,
+        }
+    }
+
+    fn is_of_frames(&self) -> bool {
+        matches!(self, Self::Frames(..))
     }
 }
 
@@ -108,17 +127,54 @@ impl Fill {
         if std::mem::take(&mut self.leaving) {
             self.until = Some(seq);
         }
+        for healed in &mut self.healed {
+            if let Healed::Pages { by, .. } = healed {
+                *by = seq.min(*by);
+            }
+        }
     }
 
     pub(super) fn heal(&mut self, healed: Healed) {
-        // Nothing came back in between, so that the older of two like ones says it all.
-        if self.healed.iter().any(|old| old.says(&healed)) {
-            return;
+        match healed {
+            // A newer seal says more than an older one, as long as anything is filled.
+            Healed::Frames(new, _) if self.until.is_none() => {
+                let older =
+                    |old: &Healed| matches!(old, Healed::Frames(f, _) if new.contains_range(*f));
+                self.healed.retain(|old| !older(old));
+            }
+            // Nothing came back in between, so that the older of two like ones says it all.
+            _ if self.healed.iter().any(|old| self.counts(old) && old.says(&healed)) => return,
+            _ => {}
         }
         if self.healed.len() >= MAX_HEALED {
-            self.healed.remove(0);
+            // Paths that went are the last to be forgotten: seals depend on them.
+            let first = self.healed.iter().position(|old| !old.cuts_paths()).unwrap_or(0);
+            self.healed.remove(first);
         }
         self.healed.push(healed);
+    }
+
+    /// Whether it counts for all that it names, whatever the paths.
+    fn counts(&self, healed: &Healed) -> bool {
+        match healed {
+            Healed::Frames(_, seq) => self.is_over(*seq),
+            Healed::Pages { .. } => true,
+        }
+    }
+
+    /// From now on it is filled through paths of which these went. That one of them went is as
+    /// certain as it was, if it could be filled through no others since; else it is with the next
+    /// event.
+    pub(super) fn cut(&mut self, paths: &[Healed]) {
+        let old = std::mem::take(&mut self.healed);
+        if paths.is_empty() {
+            return;
+        }
+        self.healed.extend(old.iter().filter(|healed| healed.is_of_frames()));
+        self.healed.extend(paths.iter().map(|cut| {
+            let known = old.iter().find(|known| known.says(cut));
+            known.copied().unwrap_or_else(|| cut.pending())
+        }));
     }
 
     /// The parts of the run, tagged so, that the CPU may have cached. The common case is all or
@@ -139,7 +195,9 @@ impl Fill {
             }
             let mut parts = vec![entry.frames];
             for healed in &self.healed {
-                if let Healed::Frames(gone) = healed {
+                if let Healed::Frames(gone, seq) = healed
+                    && (self.is_over(*seq) || self.is_out_of_reach(entry.va, entry.level, *seq))
+                {
                     parts = parts.iter().flat_map(|frames| cut(*frames, *gone)).collect();
                 }
             }
@@ -155,10 +213,26 @@ impl Fill {
         in_time && !self.is_cut_off_path(va, level, since)
     }
 
+    /// Whether nothing could be filled any more at `seq`.
+    fn is_over(&self, seq: u64) -> bool {
+        self.until.is_some_and(|until| seq >= until)
+    }
+
+    /// Whether the paths to the table of the entry for `va` had gone by `seq`: what went then has not
+    /// come back.
+    fn is_out_of_reach(&self, va: Gva, level: Level, seq: u64) -> bool {
+        self.healed.iter().any(|healed| match healed {
+            Healed::Pages { flush, paths: true, by, .. } => {
+                seq >= *by && hits_table(flush, va, level)
+            }
+            _ => false,
+        })
+    }
+
     fn is_cut_off_path(&self, va: Gva, level: Level, since: u64) -> bool {
         self.healed.iter().any(|healed| match healed {
-            Healed::Pages { flush, paths: true, .. } => {
-                flush.hits(va, level) || is_unreachable(flush, va, level, since)
+            Healed::Pages { flush, paths: true, by, .. } => {
+                flush.hits(va, level) || (since >= *by && hits_table(flush, va, level))
             }
             _ => false,
         })
@@ -172,18 +246,18 @@ impl Fill {
         removes: impl Fn(&PageFlush, bool) -> bool,
     ) -> bool {
         self.healed.iter().any(|healed| match healed {
-            Healed::Pages { flush, leaves, paths } => {
+            Healed::Pages { flush, leaves, paths, by } => {
                 (flush.hits(va, level) && removes(flush, *leaves))
-                    || (*paths && is_unreachable(flush, va, level, since))
+                    || (*paths && since >= *by && hits_table(flush, va, level))
             }
-            Healed::Frames(_) => false,
+            Healed::Frames(..) => false,
         })
     }
 }
 
-/// Whether the flush dropped all paths to the table of the entry for `va` before that was granted:
-/// the paths to an address are those to every table on its way.
-fn is_unreachable(flush: &PageFlush, va: Gva, level: Level, since: u64) -> bool {
+/// Whether the flush drops all paths to the table of the entry for `va`: the paths to an address are
+/// those to every table on its way.
+fn hits_table(flush: &PageFlush, va: Gva, level: Level) -> bool {
     let table = Level::from_number(level.number() + 1);
-    since >= flush.seq && table.is_none_or(|above| flush.hits(va, above))
+    table.is_none_or(|above| flush.hits(va, above))
 }

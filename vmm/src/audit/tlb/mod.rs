@@ -469,9 +469,9 @@ impl Tlb {
         frames: FrameRange,
         seq: u64,
     ) -> Result<(), TooMany> {
-        self.cpus.iter_mut().for_each(|cpu| cpu.heal(frames));
+        self.cpus.iter_mut().for_each(|cpu| cpu.heal(frames, seq));
         if !self.stale.is_empty() {
-            self.stale.heal(frames);
+            self.stale.heal(frames, seq);
         }
         self.duties.discharge(frames, seq, &self.epochs)
     }

@@ -3,7 +3,7 @@
 
 use super::duty::{Duty, PageFlush, Tag, cut};
 use super::epochs::Scope;
-use super::fill::{Fill, Healed, Run};
+use super::fill::{Fill, Healed, PENDING, Run};
 use super::set::{CpuSet, only};
 use super::store::{Numbers, TooMany};
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
@@ -216,7 +216,7 @@ impl StaleTables {
                 && (all_paths || flush.hits(path.va, path.level))
         };
         self.drop_paths(goes, &|_, _| true, each);
-        let healed = Healed::Pages { flush: *flush, leaves: true, paths: false };
+        let healed = Healed::Pages { flush: *flush, leaves: true, paths: false, by: PENDING };
         for path in self.of_cpu(cpu).filter(|path| path.fill.until.is_some()) {
             if flush.globals && flush.hits(path.va, path.level) {
                 path.fill.heal(healed);
@@ -225,10 +225,10 @@ impl StaleTables {
     }
 
     /// The second stage was closed for these frames: what is not filled again is gone.
-    pub(super) fn heal(&mut self, frames: FrameRange) {
+    pub(super) fn heal(&mut self, frames: FrameRange, seq: u64) {
         let paths = self.tables.values_mut().flat_map(|known| &mut known.paths);
         for path in paths.filter(|path| path.fill.until.is_some()) {
-            path.fill.heal(Healed::Frames(frames));
+            path.fill.heal(Healed::Frames(frames, seq));
         }
     }
 

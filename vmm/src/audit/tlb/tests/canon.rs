@@ -3,7 +3,7 @@
 
 use super::super::fill::{Fill, Healed};
 use super::super::*;
-use super::reference::{Act, Item, Pde, Pte, To};
+use super::reference::{Act, Caches, Item, Pde, Pte, To};
 use super::world::World;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -150,7 +150,8 @@ fn encode_reference(world: &World, cpu: usize, order: &Order, words: &mut Vec<u6
         u64::from(pcid) << 8 | place(&order.roots, r) << 4 | flags
     };
     for caches in state.states() {
-        let flags = [caches.pge, caches.pcide, caches.pg, caches.smep];
+        let Caches { pge, pcide, pg, smep, wp, nxe, .. } = *caches;
+        let flags = [pge, pcide, pg, smep, wp, nxe];
         words.push(flags.iter().fold(0, |bits, flag| bits << 1 | u64::from(*flag)));
         words.push(way(caches.pcid, caches.root, 0));
         sorted(words, caches.items.iter().map(|item| vec![item_word(item, order)]).collect());
@@ -191,8 +192,10 @@ fn numbers(tlb: &Tlb) -> Vec<u64> {
     let mut add = |fill: &Fill| {
         numbers.extend(fill.until);
         for healed in &fill.healed {
-            if let Healed::Pages { flush, paths: true, .. } = healed {
-                numbers.push(flush.seq);
+            match healed {
+                Healed::Pages { paths: true, by, .. } => numbers.push(*by),
+                Healed::Frames(_, seq) => numbers.push(*seq),
+                Healed::Pages { .. } => {}
             }
         }
     };
@@ -212,13 +215,13 @@ fn encode_fill(fill: &Fill, order: &Order, numbers: &[u64], words: &mut Vec<u64>
     words.push(fill.until.map_or(0, |until| before(numbers, until)));
     words.push(u64::from(fill.leaving));
     let healed = fill.healed.iter().map(|healed| match healed {
-        Healed::Frames(frames) => {
+        Healed::Frames(frames, seq) => {
             let f = usize::try_from(frames.start().0 - 0x1000).unwrap();
-            vec![1, place(&order.pages, f), 0, 0]
+            vec![1, place(&order.pages, f), 0, before(numbers, *seq)]
         }
-        Healed::Pages { flush, leaves, paths } => {
+        Healed::Pages { flush, leaves, paths, by } => {
             let i = usize::try_from((flush.va.0 - 0x4020_0000) / 4096).unwrap();
-            let seq = if *paths { before(numbers, flush.seq) } else { 0 };
+            let seq = if *paths { before(numbers, *by) } else { 0 };
             let flags = u64::from(*leaves) | u64::from(*paths) << 1 | u64::from(flush.globals) << 2;
             vec![2 | flags << 4, place(&order.pages, i), u64::from(flush.pcid), seq]
         }

@@ -73,6 +73,8 @@ pub(super) enum Act {
     Pcide,
     Pg,
     Smep,
+    Wp,
+    Nxe,
 }
 
 /// Facts of the processor.
@@ -93,6 +95,8 @@ pub(super) struct Caches {
     pub pcide: bool,
     pub pg: bool,
     pub smep: bool,
+    pub wp: bool,
+    pub nxe: bool,
     pub items: BTreeSet<Item>,
     pub ways: BTreeSet<Way>,
     /// Roots whose upper tables are cached, by PCID.
@@ -186,6 +190,9 @@ impl Caches {
                     self.drop_all();
                 }
             }
+            // They change what a cached translation permits, not what is cached.
+            Act::Wp => self.wp = !self.wp,
+            Act::Nxe => self.nxe = !self.nxe,
             Act::Smep => {
                 self.smep = !self.smep;
                 if self.smep {

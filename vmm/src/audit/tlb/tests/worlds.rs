@@ -54,7 +54,7 @@ fn resets(size: Size) -> Vec<Op> {
 }
 
 fn small(name: &'static str, size: Size, ops: Vec<Vec<Op>>) -> Small {
-    Small { name, size, delayed: false, exact: true, ops: ops.concat() }
+    Small { name, size, delayed: false, ops: ops.concat() }
 }
 
 /// Loads of two roots under these PCIDs, with bit 63 and without.
@@ -69,6 +69,7 @@ fn worlds() -> Vec<Small> {
     let flushes = [load(0, 0, false), Act::Invlpg(Some(0)), Act::Everything];
     let next = Act::Invlpg(None);
     let two = [Pte::Empty, page(0, true, true), page(1, false, true)];
+    let one_cpu = Size { cpus: 1, ..one };
     let tables = Size { tables: 2, ..one };
     let linked = |t, w| Pde::Table { t, w };
     let links = [Pde::Empty, WHOLE, LINK, linked(1, true), linked(0, false)];
@@ -139,19 +140,16 @@ fn worlds() -> Vec<Small> {
                 acts(roots, &[next, Act::Pcid(1)]),
             ],
         ),
-        Small {
-            exact: false,
-            ..small(
-                "roots that share a PCID, INVPCID, seals",
-                roots,
-                vec![
-                    writes(roots, &[Pde::Empty, LINK], &kinds[..2]),
-                    acts(roots, &reuse),
-                    acts(roots, &invpcid[..2]),
-                    seals(roots),
-                ],
-            )
-        },
+        small(
+            "roots that share a PCID, INVPCID, seals",
+            roots,
+            vec![
+                writes(roots, &[Pde::Empty, LINK], &kinds[..2]),
+                acts(roots, &reuse),
+                acts(roots, &invpcid[..2]),
+                seals(roots),
+            ],
+        ),
         small(
             "roots with a PCID each",
             roots,
@@ -184,6 +182,16 @@ fn worlds() -> Vec<Small> {
             ],
         ),
         small(
+            "rights of cached translations",
+            one_cpu,
+            vec![
+                writes(one_cpu, &[Pde::Empty, WHOLE, LINK], &kinds),
+                acts(one_cpu, &flushes),
+                acts(one_cpu, &[Act::Wp, Act::Nxe]),
+                seals(one_cpu),
+            ],
+        ),
+        small(
             "AMD with TCE",
             Size { cpus: 1, ..plain },
             vec![
@@ -213,6 +221,20 @@ fn worlds() -> Vec<Small> {
                 ],
             )
         },
+        Small {
+            delayed: true,
+            ..small(
+                "INVPCID under way",
+                roots,
+                vec![
+                    writes(roots, &[LINK, Pde::Empty], &kinds[..2]),
+                    acts(roots, &[load(0, 0, false), load(1, 0, true)]),
+                    acts(roots, &invpcid[..2]),
+                    seals(roots),
+                    vec![Op::GoOn(0)],
+                ],
+            )
+        },
     ]
 }
 
@@ -225,12 +247,11 @@ const QUICK: [&str; 3] = ["pages, resets, PGE", "two pages and frames", "AMD wit
 
 /// Walks worlds and prints how large they were.
 fn walk_all(wanted: impl Fn(&Small) -> bool) {
-    let mut all = Walk { states: 0, steps: 0, cautious: 0 };
+    let mut all = Walk { states: 0, steps: 0 };
     for world in worlds().iter().filter(|world| wanted(world)) {
-        let Walk { states, steps, cautious } =
+        let Walk { states, steps } =
             world.walk(Slip::None).unwrap_or_else(|why| panic!("{}: {why}", world.name));
-        let note = if world.exact { String::new() } else { format!(" ({cautious} cautious)") };
-        println!("{states:>8} states, {steps:>9} steps: {}{note}", world.name);
+        println!("{states:>8} states, {steps:>9} steps: {}", world.name);
         all.states += states;
         all.steps += steps;
     }
@@ -243,8 +264,6 @@ fn model_and_reference_agree_in_every_state_of_the_quick_worlds() {
     walk_all(|world| QUICK.contains(&world.name));
 }
 
-/// Takes too long without optimisation: `.ci/run` has a step for it.
-#[cfg(not(debug_assertions))]
 #[test]
 fn model_and_reference_agree_in_every_state_of_every_world() {
     walk_all(|_| true);
@@ -272,6 +291,8 @@ fn every_slip_of_the_model_is_found_by_a_walk() {
         (Slip::GrantForgotten, roots),
         (Slip::PcideForgotten, "control registers"),
         (Slip::RootLoadIsAtOnce, "root loads under way"),
+        (Slip::InvpcidIsAtOnce, "INVPCID under way"),
+        (Slip::RightsFlush, "rights of cached translations"),
     ];
     for (slip, name) in twins {
         match world(name).walk(slip) {
@@ -279,4 +300,11 @@ fn every_slip_of_the_model_is_found_by_a_walk() {
             Err(why) => println!("{slip:?}:\n{why}\n"),
         }
     }
+}
+
+#[test]
+fn temporary() {
+    walk_all(|world| {
+        world.name == "INVPCID under way" || world.name == "rights of cached translations"
+    });
 }
