@@ -185,6 +185,10 @@ pub(super) struct Index {
     pub(super) full: bool,
     /// Tables that the store under way has taken from their last place.
     pub(super) emptied: Vec<TableId>,
+    /// Entries that map frames of the zone and are not XD by themselves.
+    pub(super) zone_executable: u64,
+    zone: FrameRange,
+    recent: Recent,
 }
 
 impl Index {
@@ -192,7 +196,16 @@ impl Index {
         let tables = Tables::new(layout);
         // Roots share tables, but hardly all of a pool that is used up.
         let room = 8 * tables.budget();
-        Self { tables, aliases: Aliases::new(layout), room, full: false, emptied: Vec::new() }
+        Self {
+            tables,
+            aliases: Aliases::new(layout),
+            room,
+            full: false,
+            emptied: Vec::new(),
+            zone_executable: 0,
+            zone: layout.zone_frames(),
+            recent: Recent::default(),
+        }
     }
 
     /// Tables that one walk may read: no more can exist.
@@ -215,6 +228,16 @@ impl Index {
         })
     }
 
+    /// Whether it is quickly seen that nothing maps these frames.
+    #[inline]
+    pub(super) fn maps_nothing_of(&self, frames: FrameRange) -> bool {
+        let last = frames.end().0 - 1;
+        if frames.start().block_start() == Gfn(last).block_start() {
+            return self.maps_nothing(frames);
+        }
+        frames.by_block().all(|part| self.maps_nothing(part))
+    }
+
     /// Mappings of any of these frames.
     pub(super) fn of_frames(&self, frames: FrameRange) -> impl Iterator<Item = Mapping> {
         self.overlapping(frames, |_| true)
@@ -226,7 +249,11 @@ impl Index {
     }
 
     /// An executable mapping of any of these frames.
+    #[inline]
     pub(super) fn executable(&self, frames: FrameRange) -> Option<Mapping> {
+        if self.zone_executable == 0 && self.zone.contains_range(frames) {
+            return None;
+        }
         let some = |id: TableId| self.tables.tally(id).executable > 0;
         self.overlapping(frames, some).find(|mapping| mapping.rights.executable)
     }
@@ -251,6 +278,21 @@ impl Index {
         let places = self.tables.places(id);
         let place = *places.iter().find(|place| place.root == root && place.va == base)?;
         Some(Site { id, place })
+    }
+
+    /// The same; it is remembered as long as no table comes or goes anywhere.
+    pub(super) fn find_again(&mut self, root: Gpa, va: Gva, level: Level) -> Option<Site> {
+        if !is_canonical(va) {
+            return None;
+        }
+        let key = (root, base_of(va, level), level);
+        let changes = self.tables.changes();
+        if let Some(site) = self.recent.get(key, changes) {
+            return Some(site);
+        }
+        let site = self.find(root, va, level)?;
+        self.recent.put(key, site, changes);
+        Some(site)
     }
 
     /// The table with the place where it is linked there, if it is.
@@ -289,7 +331,7 @@ impl Index {
             while next < to.min(ENTRIES) {
                 let index = next;
                 let count = page.run(level, (index, to));
-                next += count.max(1);
+                next += if count > 0 { count } else { page.gap((index, to)).max(1) };
                 if count > 0 {
                     let va = child_address(place.va, level, index);
                     let first =
@@ -381,7 +423,7 @@ impl Index {
             {
                 self.walk_table(below, &place.below(entry, va, since), (from, to), walked);
             }
-            index += count.max(1);
+            index += if count > 0 { count } else { page.gap((index, end)).max(1) };
         }
     }
 
@@ -424,6 +466,33 @@ impl Index {
             })
         })
     }
+}
+
+/// Where tables were found last, by root, first address and level. Plain memory: what it says holds as
+/// long as no table has come or gone since.
+#[derive(Clone, Debug, Default)]
+struct Recent([Option<(TableKey, Site, u64)>; 16]);
+
+/// Root, first address that the table spans, level.
+type TableKey = (Gpa, Gva, Level);
+
+impl Recent {
+    fn get(&self, key: TableKey, changes: u64) -> Option<Site> {
+        let known = self.0.get(slot_of(key))?.as_ref()?;
+        (known.0 == key && known.2 == changes).then_some(known.1)
+    }
+
+    fn put(&mut self, key: TableKey, site: Site, changes: u64) {
+        if let Some(slot) = self.0.get_mut(slot_of(key)) {
+            *slot = Some((key, site, changes));
+        }
+    }
+}
+
+/// Windows lie far apart, and tables of the direct map close together.
+fn slot_of((root, va, level): TableKey) -> usize {
+    let mixed = va.0 >> 21 ^ va.0 >> 30 ^ va.0 >> 39 ^ root.0 >> 12 ^ u64::from(level.number());
+    usize::try_from(mixed & 15).unwrap_or(0)
 }
 
 /// Where a table of `level` spans from that has the entry for `va`.

@@ -63,6 +63,11 @@ pub trait SecondStage: Send {
     /// Whether the back end closed this frame.
     fn denies(&self, frame: Gfn) -> bool;
 
+    /// Whether the back end closed all these frames.
+    fn denies_all(&self, frames: FrameRange) -> bool {
+        frames.iter().all(|frame| self.denies(frame))
+    }
+
     /// Whether the frame is open only because the last update of its granule had to leave it open
     /// for another frame.
     fn holds_open(&self, frame: Gfn) -> bool;

@@ -32,6 +32,26 @@ impl PageMap {
         self.index(frame).is_some_and(|index| self.bit(index))
     }
 
+    /// Whether all these frames are closed.
+    pub(super) fn all_closed(&self, frames: FrameRange) -> bool {
+        if !self.zone.contains_range(frames) {
+            return false;
+        }
+        let mut next = frames.start().0 - self.zone.start().0;
+        let end = next + frames.count();
+        while next < end {
+            // As many frames as the word holds.
+            let count = (WORD - next % WORD).min(end - next);
+            let mask = (u64::MAX >> (WORD - count)) << (next % WORD);
+            let word = usize::try_from(next / WORD).ok().and_then(|i| self.words.get(i));
+            if word.is_none_or(|word| word & mask != mask) {
+                return false;
+            }
+            next += count;
+        }
+        true
+    }
+
     fn bit(&self, index: u64) -> bool {
         let word = usize::try_from(index / WORD).ok().and_then(|i| self.words.get(i));
         word.is_some_and(|w| w & (1 << (index % WORD)) != 0)

@@ -99,6 +99,13 @@ impl SecondStage for Software {
         }
     }
 
+    fn denies_all(&self, frames: FrameRange) -> bool {
+        match &self.back {
+            Back::Pages(map) => map.all_closed(frames),
+            Back::Blocks(stage) => stage.denies_all(frames),
+        }
+    }
+
     fn holds_open(&self, frame: Gfn) -> bool {
         match &self.back {
             Back::Pages(_) => false,

@@ -121,6 +121,12 @@ impl Fill {
         self.healed.push(healed);
     }
 
+    /// Whether the CPU may have cached all of anything.
+    #[inline]
+    pub(super) fn is_whole(&self) -> bool {
+        self.until.is_none() && self.healed.is_empty()
+    }
+
     /// The parts of the run, tagged so, that the CPU may have cached. The common case is all or
     /// nothing.
     pub(super) fn held(&self, run: &Run, tag: Tag, each: &mut dyn FnMut(Run)) {

@@ -188,6 +188,7 @@ impl Tlb {
     }
 
     /// Whether the CPU runs.
+    #[inline]
     pub(in crate::audit) fn is_running(&self, cpu: u8) -> bool {
         self.cpus.get(usize::from(cpu)).is_some_and(|cpu| cpu.running)
     }
@@ -215,12 +216,17 @@ impl Tlb {
     }
 
     /// The CPU has its next event, `seq`: what it announced before has been carried out.
+    #[inline]
     pub(in crate::audit) fn went_on(&mut self, cpu: u8, seq: u64) -> Result<(), TooMany> {
         let Some(state) = self.cpus.get_mut(usize::from(cpu)) else { return Ok(()) };
         self.epochs.went_on(cpu, seq);
-        if !state.went_on(seq) || self.stale.is_empty() {
+        if !state.has_announced() || !state.went_on(seq) || self.stale.is_empty() {
             return Ok(());
         }
+        self.stale_went_on(cpu, seq)
+    }
+
+    fn stale_went_on(&mut self, cpu: u8, seq: u64) -> Result<(), TooMany> {
         let Self { stale, duties, epochs, .. } = self;
         let mut kept = Ok(());
         stale.went_on(cpu, seq, &mut |duty| kept = kept.and(duties.add(&duty, epochs)));
@@ -478,23 +484,38 @@ impl Tlb {
 
     /// Duties for any of these frames, with the CPUs that may still cache them.
     pub(in crate::audit) fn of_frames(&self, frames: FrameRange) -> Vec<Duty> {
+        self.some_of_frames(frames, |_| true)
+    }
+
+    /// Those of them that are `wanted`.
+    #[inline]
+    pub(in crate::audit) fn some_of_frames(
+        &self,
+        frames: FrameRange,
+        wanted: impl Fn(&Duty) -> bool,
+    ) -> Vec<Duty> {
         let mut all = Vec::new();
-        let touching = |duty: &Duty| duty.frames.intersection(frames).is_some();
+        let touching = |duty: &Duty| duty.frames.intersection(frames).is_some() && wanted(duty);
         if !self.stale.is_empty() {
             self.stale.duties(touching, &mut all);
         }
-        self.duties.of_frames(frames, &self.epochs, &mut all);
+        self.duties.of_frames(frames, &self.epochs, &mut all, &touching);
         all
     }
 
-    /// Duties for any address in `first..=last`, cut to these addresses where they are of small
-    /// pages, with the CPUs that may still cache them.
-    pub(in crate::audit) fn at(&self, first: Gva, last: Gva) -> Vec<Duty> {
+    /// Those of the duties for any address in `first..=last` that are `wanted`, cut to these
+    /// addresses where they are of small pages, with the CPUs that may still cache them.
+    pub(in crate::audit) fn at(
+        &self,
+        (first, last): (Gva, Gva),
+        wanted: impl Fn(&Duty) -> bool,
+    ) -> Vec<Duty> {
         let mut all = Vec::new();
+        let touching = |duty: &Duty| duty.va <= last && duty.last() >= first && wanted(duty);
         if !self.stale.is_empty() {
-            self.stale.duties(|duty| duty.va <= last && duty.last() >= first, &mut all);
+            self.stale.duties(touching, &mut all);
         }
-        self.duties.at((first, last), &self.epochs, &mut all);
+        self.duties.at((first, last), &self.epochs, &mut all, &touching);
         all.iter_mut().for_each(|duty| *duty = duty.between(first, last));
         all
     }
@@ -567,6 +588,10 @@ impl Tlb {
                     continue;
                 }
                 let kind = (space.tag, space.dying);
+                if space.fill.is_whole() {
+                    group(groups, kind, only(cpu));
+                    continue;
+                }
                 space.fill.held(&run, space.tag, &mut |part| {
                     if part != run {
                         let duty = duty(leaves.root, kind, &part, only(cpu), seq);
@@ -574,10 +599,7 @@ impl Tlb {
                         return;
                     }
                     // Most CPUs hold all of it under the same tag: one duty for all of them.
-                    match groups.iter_mut().find(|(tag, passing, _)| (*tag, *passing) == kind) {
-                        Some((_, _, cpus)) => *cpus |= only(cpu),
-                        None => groups.push((kind.0, kind.1, only(cpu))),
-                    }
+                    group(groups, kind, only(cpu));
                 });
             }
         }
@@ -586,6 +608,15 @@ impl Tlb {
             kept = kept.and(duties.add(&duty, epochs));
         }
         kept
+    }
+}
+
+/// Adds CPUs to those with the same tag.
+#[inline]
+fn group(groups: &mut Vec<(Tag, bool, CpuSet)>, (tag, passing): (Tag, bool), more: CpuSet) {
+    match groups.iter_mut().find(|(t, p, _)| (*t, *p) == (tag, passing)) {
+        Some((_, _, cpus)) => *cpus |= more,
+        None => groups.push((tag, passing, more)),
     }
 }
 

@@ -48,7 +48,7 @@ fn invlpg_in_large_steps_removes_one_small_page_in_each_step() {
     invlpg(&mut tlb, (3 << 21) + 7 * PAGE_SIZE, 2, Level::Pd);
     assert_eq!(left_of(&tlb), 511);
     let hit = Gva((4 << 21) + 7 * PAGE_SIZE);
-    assert_eq!(tlb.at(hit, hit), []);
+    assert_eq!(tlb.at((hit, hit), |_| true), []);
 }
 
 #[test]
@@ -113,7 +113,10 @@ fn what_is_linked_into_a_table_that_cpus_may_still_walk_to_is_cached_at_the_old_
     let own = leaves(Level::Pt, elsewhere + PAGE_SIZE, 512, 1);
     tlb.linked(parent, 3 << 21, &path, &[own]).unwrap();
     let old = Gva((1 << 30) + (3 << 21) + PAGE_SIZE);
-    assert_eq!(tlb.at(old, old).iter().map(|duty| duty.frames).collect::<Vec<_>>(), [own.frames]);
+    assert_eq!(
+        tlb.at((old, old), |_| true).iter().map(|duty| duty.frames).collect::<Vec<_>>(),
+        [own.frames]
+    );
     tlb.flush(0, &Flush::NonGlobal, 9).unwrap();
     assert_eq!(tlb.of_table(Gfn(2)), [], "the path is gone");
     assert_eq!(left_of(&tlb), 1, "what it was global for is not");

@@ -405,7 +405,7 @@ impl World {
     pub(super) fn found(&self) -> [BTreeSet<Stale>; 2] {
         let frames = FrameRange::new(Gfn(0), 1 << 30).unwrap();
         let last = BASE.wrapping_add(Level::Pd.span() - 1);
-        [self.tlb.of_frames(frames), self.tlb.at(BASE, last)]
+        [self.tlb.of_frames(frames), self.tlb.at((BASE, last), |_| true)]
             .map(|duties| duties.iter().flat_map(|duty| self.apart(duty)).collect())
     }
 
