@@ -335,14 +335,26 @@ impl Duties {
         if chains == self.heads[0].len() {
             return;
         }
-        self.heads = [vec![NONE; chains], vec![NONE; chains]];
-        for id in self.all() {
-            let slot = usize::try_from(id).ok().and_then(|n| self.slots.get_mut(n));
-            let Some(slot) = slot.filter(|slot| slot.duty.is_some()) else { continue };
-            slot.links = [LOOSE; 2];
-            let spots = slot.spots;
-            self.hang(id, By::Frame, spots[0]);
-            self.hang(id, By::Address, spots[1]);
+        for by in [By::Frame, By::Address] {
+            let old = std::mem::replace(&mut self.heads[by as usize], vec![NONE; chains]);
+            for head in old {
+                // The newest comes first, as before.
+                let mut ids = std::mem::take(&mut self.found);
+                ids.clear();
+                let mut next = head;
+                while let Some(slot) = usize::try_from(next).ok().and_then(|n| self.slots.get(n)) {
+                    ids.push(next);
+                    next = slot.links[by as usize].after;
+                }
+                for id in ids.iter().rev() {
+                    let slot = usize::try_from(*id).ok().and_then(|n| self.slots.get_mut(n));
+                    let Some(slot) = slot else { continue };
+                    slot.links[by as usize] = LOOSE;
+                    let spot = slot.spots[by as usize];
+                    self.hang(*id, by, spot);
+                }
+                self.found = ids;
+            }
         }
     }
 
