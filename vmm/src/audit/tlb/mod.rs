@@ -497,7 +497,8 @@ impl Tlb {
         let mut all = Vec::new();
         let touching = |duty: &Duty| duty.frames.intersection(frames).is_some() && wanted(duty);
         if !self.stale.is_empty() {
-            self.stale.duties(touching, &mut all);
+            let near = |_: &StalePath, run: &Run| run.frames.intersection(frames).is_some();
+            self.stale.duties(near, touching, &mut all);
         }
         self.duties.of_frames(frames, &self.epochs, &mut all, &touching);
         all
@@ -513,7 +514,12 @@ impl Tlb {
         let mut all = Vec::new();
         let touching = |duty: &Duty| duty.va <= last && duty.last() >= first && wanted(duty);
         if !self.stale.is_empty() {
-            self.stale.duties(touching, &mut all);
+            let near = |path: &StalePath, run: &Run| {
+                let start = path.va.0.wrapping_add(run.va.0);
+                let bytes = stale::run_end(run) - run.va.0;
+                start <= last.0 && start.wrapping_add(bytes - 1) >= first.0
+            };
+            self.stale.duties(near, touching, &mut all);
         }
         self.duties.at((first, last), &self.epochs, &mut all, &touching);
         all.iter_mut().for_each(|duty| *duty = duty.between(first, last));
