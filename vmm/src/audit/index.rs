@@ -220,6 +220,7 @@ impl Index {
 
     /// Whether it is quickly seen that nothing maps these frames, which lie in one pageblock that has
     /// left the direct map.
+    #[inline]
     pub(super) fn maps_nothing(&self, part: FrameRange) -> bool {
         let home = self.aliases.only_large_home(part);
         home.is_some_and(|(table, index)| {
@@ -281,6 +282,7 @@ impl Index {
     }
 
     /// The same; it is remembered as long as no table comes or goes anywhere.
+    #[inline]
     pub(super) fn find_again(&mut self, root: Gpa, va: Gva, level: Level) -> Option<Site> {
         if !is_canonical(va) {
             return None;

@@ -10,6 +10,7 @@ use lacuna_abi::event::Life;
 
 impl Audit {
     /// Takes one life-cycle record of a CPU.
+    #[inline]
     pub(super) fn life(&mut self, cpu: u8, life: Life, frames: FrameRange, seq: u64) {
         match life {
             Life::Pooled | Life::PooledZero | Life::Freed => {

@@ -1,5 +1,6 @@
 //! How the index follows the tables: entries are stored, tables linked and unlinked.
 
+use super::aliases::Aliases;
 use super::index::{Index, Mapping, Rights, Run, TableAt, Walked, is_table};
 use super::tables::{LeafTally, Place, TableId};
 use super::world::TableWords;
@@ -256,7 +257,7 @@ impl Index {
 
     /// The same for a run of leaves, `count` from entry `index` on, of which `entry` is the first.
     #[inline]
-    pub(super) fn count_run(
+    fn count_run(
         &mut self,
         id: TableId,
         (index, count): (u64, u64),
@@ -264,21 +265,38 @@ impl Index {
         add: bool,
         layout: &Layout,
     ) {
-        let level = id.level();
-        let frame = entry.frame(level);
-        let run = tally_of(layout, level, entry, count);
-        let in_zone = run.executable > 0 && touches(&layout.zone, frame, count, level);
-        let executable = if in_zone { run.executable } else { 0 };
-        let Some(tally) = self.tables.tally_mut(id) else { return };
-        if add {
-            tally.add(run);
-            self.aliases.add(id, index, frame, count);
-            self.zone_executable += executable;
-        } else {
-            tally.take(run);
-            self.aliases.remove(id, index, frame, count);
-            self.zone_executable -= executable;
+        let Self { tables, aliases, zone_executable, .. } = self;
+        if let Some(page) = tables.page_mut(id) {
+            let tally = page.tally_mut(id);
+            count_into(tally, aliases, zone_executable, (id, index, count), entry, add, layout);
         }
+    }
+}
+
+/// Counts a run of leaves, `count` from entry `index` of the table on, in or out.
+#[inline]
+pub(super) fn count_into(
+    tally: &mut LeafTally,
+    aliases: &mut Aliases,
+    zone_executable: &mut u64,
+    (id, index, count): (TableId, u64, u64),
+    entry: Entry,
+    add: bool,
+    layout: &Layout,
+) {
+    let level = id.level();
+    let frame = entry.frame(level);
+    let run = tally_of(layout, level, entry, count);
+    let in_zone = run.executable > 0 && touches(&layout.zone, frame, count, level);
+    let executable = if in_zone { run.executable } else { 0 };
+    if add {
+        tally.add(run);
+        aliases.add(id, index, frame, count);
+        *zone_executable += executable;
+    } else {
+        tally.take(run);
+        aliases.remove(id, index, frame, count);
+        *zone_executable -= executable;
     }
 }
 
@@ -305,6 +323,7 @@ impl LeafTally {
 }
 
 /// What `count` leaves from this one on map.
+#[inline]
 fn tally_of(layout: &Layout, level: Level, first: Entry, count: u64) -> LeafTally {
     let executable = if first.has(Entry::NO_EXECUTE) { 0 } else { count };
     let start = first.frame(level).gpa();
@@ -312,6 +331,16 @@ fn tally_of(layout: &Layout, level: Level, first: Entry, count: u64) -> LeafTall
     if layout.zone.contains(start) && start.0 + len <= layout.zone.end().0 {
         return LeafTally { leaves: count, of_pool: 0, of_guest: count, executable };
     }
+    tally_each(layout, level, (start, count), executable)
+}
+
+/// The same where not all of them map frames of the zone.
+fn tally_each(
+    layout: &Layout,
+    level: Level,
+    (start, count): (Gpa, u64),
+    executable: u64,
+) -> LeafTally {
     let mut tally = LeafTally { leaves: count, executable, ..LeafTally::default() };
     for index in 0..count {
         let from = start.0.saturating_add(index * level.span());

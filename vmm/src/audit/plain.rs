@@ -5,7 +5,7 @@
 use super::Audit;
 use super::finding::Rule;
 use super::index::{Index, Mapping, Run, Site, is_table};
-use super::links::{meaning, translates_on};
+use super::links::{count_into, meaning, translates_on};
 use super::mappings::judge_run;
 use super::revokes::Grants;
 use lacuna_abi::event::EntryWrite;
@@ -47,11 +47,14 @@ impl Index {
         let EntryWrite { level, new, .. } = *write;
         let (first, count) = (level.index(write.va), u64::from(write.count));
         let id = site.id;
-        let held = self.tables.page(id)?.entry(first);
+        let Self { tables, aliases, zone_executable, .. } = self;
+        let page = tables.page_mut(id)?;
+        let held = page.entry(first);
+        let run = (id, first, count);
         if held.is_present() {
-            self.count_run(id, (first, count), held, false, layout);
+            let tally = page.tally_mut(id);
+            count_into(tally, aliases, zone_executable, run, held, false, layout);
         }
-        let page = self.tables.page_mut(id)?;
         let kept = translates_on(held, new, level);
         let since = if kept { page.since(first) } else { since };
         for index in 0..count {
@@ -60,7 +63,8 @@ impl Index {
         if !new.is_present() {
             return None;
         }
-        self.count_run(id, (first, count), new, true, layout);
+        let tally = page.tally_mut(id);
+        count_into(tally, aliases, zone_executable, run, new, true, layout);
         let first = Mapping::at(&site.place, write.va, level, new, since);
         Some(Run { first, count })
     }

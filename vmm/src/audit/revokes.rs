@@ -69,7 +69,7 @@ impl Audit {
         }
         let last = write.va.wrapping_add(write.span() - 1);
         let pcid = self.tlb.pcid_on(owner, write.pcid);
-        let used = |duty: &Duty| duty.tag.is_used_under(pcid) && duty.cpus & only(owner) != 0;
+        let used = |duty: &Duty| duty.tag.is_used_under(pcid);
         let mut stale = self.tlb.at((write.va, last), used);
         if let Some(old) = leaf(write.old, write.level)
             && old.frame(write.level) != new.frame(write.level)
@@ -172,6 +172,7 @@ impl Audit {
     }
 
     /// Makes the leaves a duty of the CPUs that may cache them; of none where no rule asks.
+    #[inline]
     pub(super) fn oblige(&mut self, leaves: &Leaves, seq: u64) {
         let among = self.among(leaves.va);
         if among != 0 {
@@ -182,6 +183,7 @@ impl Audit {
 
     /// The CPUs whose copies of what is mapped at the address are followed: of a window only the
     /// owner's.
+    #[inline]
     fn among(&self, va: Gva) -> CpuSet {
         match self.config.layout.place_of(va) {
             Place::DirectMap => EVERY,
@@ -191,6 +193,7 @@ impl Audit {
     }
 
     /// The CPU in whose window the address lies.
+    #[inline]
     pub(super) fn window_of(&self, va: Gva) -> Option<u8> {
         match self.config.layout.place_of(va) {
             Place::Window(owner) => u8::try_from(owner).ok(),

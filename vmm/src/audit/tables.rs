@@ -16,9 +16,9 @@ use lacuna_abi::paging::{ENTRIES, Entry, Level};
 pub(super) struct TableId(u32);
 
 impl TableId {
+    #[inline]
     pub(super) fn level(self) -> Level {
-        let number = u8::try_from(self.0 % 4 + 1).unwrap_or(1);
-        Level::from_number(number).unwrap_or(Level::Pt)
+        [Level::Pt, Level::Pd, Level::Pdpt, Level::Pml4][self.role()]
     }
 
     const fn slot(self) -> usize {
@@ -117,6 +117,12 @@ impl Page {
             && self.roles.get(id.role()).is_some_and(|role| role.places.len() == 1)
     }
 
+    /// The tally of the page as this table.
+    #[inline]
+    pub(super) fn tally_mut(&mut self, id: TableId) -> &mut LeafTally {
+        &mut self.roles[id.role()].tally
+    }
+
     /// The entries `first..end`.
     pub(super) fn entries(&self, (first, end): (u64, u64)) -> &[u64] {
         let range = |end: u64| Some(usize::try_from(first).ok()?..usize::try_from(end).ok()?);
@@ -143,11 +149,13 @@ impl Page {
         let room = (Entry::ADDRESS - (entry.0 & Entry::ADDRESS)) >> level.span_shift();
         let end = end.min(first.saturating_add(room).saturating_add(1));
         let joined = alike(self.entries((first, end)), entry.0, level.span());
-        let since = self.since(first);
-        let together = |index: u64| self.since(first + index) == since;
-        match self.since {
+        match &self.since {
             Since::All(_) => joined,
-            Since::Each(_) => (1..joined).find(|at| !together(*at)).unwrap_or(joined),
+            Since::Each(each) => {
+                let range = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+                let since = each.get(range(first)..range(first + joined)).unwrap_or_default();
+                alike(since, self.since(first), 0)
+            }
         }
         .max(1)
     }
@@ -175,12 +183,15 @@ impl Page {
     }
 }
 
+/// Words that are compared without a way out in between.
+const CHUNK: usize = 32;
+
 /// How many words from the first on are `first`, and then `step` more each.
 fn alike(words: &[u64], first: u64, step: u64) -> u64 {
     let mut expected = first;
     let mut done = 0;
-    // Without a way out in between the processor compares several at once.
-    for chunk in words.chunks_exact(8) {
+    // So the processor compares several at once.
+    for chunk in words.chunks_exact(CHUNK) {
         let mut differ = 0;
         for (at, word) in (0_u64..).zip(chunk) {
             differ |= word ^ expected.wrapping_add(at * step);
@@ -188,8 +199,8 @@ fn alike(words: &[u64], first: u64, step: u64) -> u64 {
         if differ != 0 {
             break;
         }
-        expected = expected.wrapping_add(8 * step);
-        done += 8;
+        expected = expected.wrapping_add(CHUNK as u64 * step);
+        done += CHUNK;
     }
     let mut left = words.iter().skip(done);
     let mut count = u64::try_from(done).unwrap_or(0);

@@ -292,6 +292,7 @@ pub(super) fn stale_finding(rule: Rule, duty: &Duty, cpu: u8, seq: u64, detail: 
 }
 
 /// Whether the run lies in one table and everything that it maps can exist.
+#[inline]
 fn is_sound(write: &EntryWrite) -> bool {
     let exists = |entry: Entry| {
         leaf(entry, write.level).is_none()
@@ -308,6 +309,7 @@ pub(super) fn leaf(entry: Entry, level: Level) -> Option<Entry> {
 /// Whether a write takes away a translation, or a right, that may be cached (SDM volume 3,
 /// "Recommended Invalidation"): not present any more, another frame or size, fewer rights, another
 /// Global bit.
+#[inline]
 pub(super) fn revoked(old: Entry, new: Entry, level: Level) -> bool {
     let lost = |bit| old.has(bit) && !new.has(bit);
     let is_leaf = old.is_leaf(level);

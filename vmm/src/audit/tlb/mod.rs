@@ -211,6 +211,7 @@ impl Tlb {
     }
 
     /// The CPUs that may cache anything of the root's that no CR3 load spares.
+    #[inline]
     pub(in crate::audit) fn may_cache(&self, root: Gpa) -> CpuSet {
         self.those(|cpu| cpu.running && cpu.may_cache(root))
     }
@@ -506,6 +507,7 @@ impl Tlb {
 
     /// Those of the duties for any address in `first..=last` that are `wanted`, cut to these
     /// addresses where they are of small pages, with the CPUs that may still cache them.
+    #[inline]
     pub(in crate::audit) fn at(
         &self,
         (first, last): (Gva, Gva),
@@ -574,6 +576,7 @@ impl Tlb {
 
     /// Makes duties of leaf entries for every CPU `among` that may cache them, but for spaces that
     /// are `covered` otherwise.
+    #[inline]
     fn revoke_unless(
         &mut self,
         leaves: &Leaves,

@@ -94,6 +94,7 @@ impl Duties {
     }
 
     /// Adds a run of entries of one table that map consecutive frames.
+    #[inline]
     pub(super) fn add(&mut self, run: &Duty, epochs: &Epochs) -> Result<(), TooMany> {
         if run.level == Level::Pt {
             let last = Gfn(run.frames.end().0 - 1);
@@ -282,6 +283,7 @@ impl Duties {
     }
 
     /// Inserts a duty that lies in one part of memory and one of the address space.
+    #[inline]
     fn insert(&mut self, mut duty: Duty, epochs: &Epochs) -> Result<(), TooMany> {
         duty.cpus = epochs.left(&duty);
         if duty.cpus == 0 {
