@@ -80,9 +80,11 @@ impl Audit {
         let Some(frames) = named.filter(|_| self.tlb.is_running(cpu)) else { return };
         let act = match op.kind {
             OpKind::Seal => {
-                let parts = frames.by_block();
                 let closes = self.config.seal_closes;
-                let all = closes && parts.fold(true, |all, p| self.complete(p, seq, world) && all);
+                let mut all = closes;
+                for part in frames.by_block().filter(|_| closes) {
+                    all &= self.complete(part, seq, world);
+                }
                 if all || self.frames.all_complete(frames) {
                     HostAct::Sealed
                 } else {

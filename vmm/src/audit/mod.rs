@@ -12,7 +12,7 @@
 //! | `frames` | the host's state of every frame |
 //! | `history` | the last records, for stories |
 //! | `story` | how a finding came about, step by step |
-//! | `index`, `tables`, `links`, `aliases` | the host's copy of all tables: which entries map a frame |
+//! | `index`, `found`, `recent`, `tables`, `links`, `aliases` | the host's copy of all tables: which entries map a frame |
 //! | `tlb` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
 //! | `writes`, `plain`, `revokes`, `fills` | entry-write records; what tables hold when they are linked |
@@ -28,6 +28,7 @@ mod arrival;
 mod compare;
 mod fills;
 mod finding;
+mod found;
 mod frames;
 mod history;
 mod index;
@@ -37,6 +38,7 @@ mod mappings;
 mod plain;
 mod probe;
 mod quiesce;
+mod recent;
 mod revokes;
 mod story;
 mod tables;

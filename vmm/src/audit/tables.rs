@@ -294,10 +294,6 @@ impl Tables {
         self.page(id)?.roles.get(id.role())
     }
 
-    fn role_mut(&mut self, id: TableId) -> Option<&mut Role> {
-        self.page_mut(id)?.roles.get_mut(id.role())
-    }
-
     /// Where a table is linked.
     pub(super) fn places(&self, id: TableId) -> &[Place] {
         self.role(id).map_or(&[], |role| &role.places)
@@ -315,10 +311,6 @@ impl Tables {
 
     pub(super) fn tally(&self, id: TableId) -> LeafTally {
         self.role(id).map(|role| role.tally).unwrap_or_default()
-    }
-
-    pub(super) fn tally_mut(&mut self, id: TableId) -> Option<&mut LeafTally> {
-        self.role_mut(id).map(|role| &mut role.tally)
     }
 
     /// Adds a place; false if the table is linked there already.

@@ -4,6 +4,7 @@ use super::super::stale::MAX_PATHS;
 use super::super::store::MAX_DUTIES;
 use super::super::*;
 use lacuna_abi::addr::PAGE_SIZE;
+use lacuna_abi::event::Flush;
 
 const ROOT: Gpa = Gpa(0x1000);
 
