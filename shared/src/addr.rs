@@ -184,7 +184,8 @@ impl FrameRange {
     pub fn intersection(self, other: Self) -> Option<Self> {
         let start = self.start.0.max(other.start.0);
         let end = self.end().0.min(other.end().0);
-        end.checked_sub(start).and_then(|count| Self::new(Gfn(start), count))
+        // Both runs fit the address space, so what they share does.
+        (start < end).then(|| Self { start: Gfn(start), count: end - start })
     }
 
     /// The frames of the run, in order.

@@ -67,6 +67,7 @@ impl Aliases {
     }
 
     /// First frame of what the table maps if it is the direct map's.
+    #[inline]
     fn home_of(&self, table: TableId, frame: Gfn) -> Option<Gfn> {
         let offset = frame.0.checked_sub(self.zone.start().0)?;
         let (homes, order) = match table.level() {
@@ -109,6 +110,7 @@ impl Aliases {
         self.change(table, index, (frame, count), false);
     }
 
+    #[inline]
     fn change(&mut self, table: TableId, index: u64, (frame, count): (Gfn, u64), add: bool) {
         let level = table.level();
         let home = self.home_of(table, frame);
@@ -124,6 +126,11 @@ impl Aliases {
             adjust(links, table, 1, add);
             return;
         }
+        self.change_many(table, (frame, count), add);
+    }
+
+    fn change_many(&mut self, table: TableId, (frame, count): (Gfn, u64), add: bool) {
+        let level = table.level();
         if level > Level::Pd {
             for page in 0..count {
                 let part = (frame.0 >> WIDE_ORDER) + page;

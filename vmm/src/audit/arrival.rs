@@ -6,7 +6,7 @@ use super::frames::runs;
 use super::life::count_of;
 use super::mappings::{Sight, judge_alias};
 use super::story::Moment;
-use super::tlb::{cpu_list, members, only};
+use super::tlb::{Duty, cpu_list, members, only};
 use super::writes::stale_finding;
 use super::{Audit, Denial, Ledger, World};
 use lacuna_abi::addr::{FrameRange, Gfn};
@@ -44,7 +44,7 @@ impl Audit {
         // It is at the gate: whatever it announced, it has done.
         let kept = self.tlb.went_on(cpu, seq.saturating_add(1));
         self.note_dropped(kept);
-        let zone = self.config.layout.zone_frames();
+        let zone = self.frames.zone();
         if op.kind != OpKind::Release
             && let Some(named) = op.frames.intersection(zone)
         {
@@ -56,16 +56,18 @@ impl Audit {
         match op.kind {
             OpKind::Seal => {
                 self.frames.seal(op.frames, cpu);
-                self.snapshot(op.frames, cpu, seq);
+                self.snapshot(op.frames, op.frames.count(), cpu, seq);
                 Ok(())
             }
             OpKind::Open => {
-                self.snapshot(op.frames, cpu, seq);
-                self.open(cpu, op.frames, seq, world)
+                let secret = self.frames.secret_in(op.frames);
+                self.snapshot(op.frames, secret, cpu, seq);
+                self.open(cpu, (op.frames, secret), seq, world)
             }
             OpKind::Release => {
-                self.snapshot(op.frames, cpu, seq);
-                self.release(cpu, op.frames, seq, world)
+                let secret = self.frames.secret_in(op.frames);
+                self.snapshot(op.frames, secret, cpu, seq);
+                self.release(cpu, (op.frames, secret), seq, world)
             }
         }
     }
@@ -74,20 +76,26 @@ impl Audit {
     /// translations are gone: a seal that is now enforced discharges what was revoked before
     /// `seq`, a release ends secrecy.
     pub fn done(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) {
-        let named = op.frames.intersection(self.config.layout.zone_frames());
+        let named = op.frames.intersection(self.frames.zone());
         let Some(frames) = named.filter(|_| self.tlb.is_running(cpu)) else { return };
-        match op.kind {
-            OpKind::Seal if self.config.seal_closes => {
-                frames.by_block().for_each(|part| self.complete(part, seq, world));
-            }
-            OpKind::Seal | OpKind::Open => {}
-            OpKind::Release => self.frames.release(frames),
-        }
         let act = match op.kind {
-            OpKind::Seal if self.frames.all_complete(frames) => HostAct::Sealed,
-            OpKind::Seal => HostAct::HeldOpen,
+            OpKind::Seal => {
+                let closes = self.config.seal_closes;
+                let mut all = closes;
+                for part in frames.by_block().filter(|_| closes) {
+                    all &= self.complete(part, seq, world);
+                }
+                if all || self.frames.all_complete(frames) {
+                    HostAct::Sealed
+                } else {
+                    HostAct::HeldOpen
+                }
+            }
             OpKind::Open => HostAct::Opened,
-            OpKind::Release => HostAct::Released,
+            OpKind::Release => {
+                self.frames.release(frames);
+                HostAct::Released
+            }
         };
         self.history.push(&Record { seq, cpu, site: 0, event: Event::Host(act, frames) });
     }
@@ -95,11 +103,10 @@ impl Audit {
     /// `stale-direct-map`: judged before the state of the frames is looked at.
     fn judge_stale_direct_map(&mut self, named: FrameRange, seq: u64) {
         self.ledger.checked(Rule::StaleDirectMap, named.count());
-        for duty in self.tlb.of_frames(named) {
+        let layout = &self.config.layout;
+        let direct = |duty: &Duty| layout.place_of(duty.va) == Place::DirectMap;
+        for duty in self.tlb.some_of_frames(named, direct) {
             let Some(stale) = duty.frames.intersection(named) else { continue };
-            if self.config.layout.place_of(duty.va) != Place::DirectMap {
-                continue;
-            }
             let kind = if duty.is_global() { "global translation" } else { "translation" };
             let cure = if duty.is_global() {
                 "an INVLPG of the address or a PGE change"
@@ -120,11 +127,14 @@ impl Audit {
         }
     }
 
-    /// The alias rules for the frames named, through the index.
-    fn snapshot(&mut self, named: FrameRange, cpu: u8, seq: u64) {
-        let secret = self.frames.secret_in(named);
+    /// The alias rules for the frames named, `secret` of which are secret, through the index.
+    #[inline]
+    fn snapshot(&mut self, named: FrameRange, secret: u64, cpu: u8, seq: u64) {
         self.ledger.checked(Rule::DirectMapAlias, secret);
         self.ledger.checked(Rule::ForeignAlias, secret);
+        if self.index.maps_nothing_of(named) {
+            return;
+        }
         let layout = &self.config.layout;
         for mapping in self.index.of_frames(named) {
             let at = Sight { mapping: &mapping, cpu: Some(cpu), seq };
@@ -135,41 +145,47 @@ impl Audit {
     fn open(
         &mut self,
         cpu: u8,
-        named: FrameRange,
+        (named, secret): (FrameRange, u64),
         seq: u64,
         world: &impl World,
     ) -> Result<(), Status> {
         self.count_second_stage(named.count());
+        if secret < named.count() {
+            self.refuse_open(cpu, named, seq);
+            return Err(Status::NotSecret);
+        }
         let frames = &self.frames;
-        let refused = frames.secret_in(named) < named.count();
-        let ordinary = named.iter().filter(|frame| refused && !frames.is_secret(*frame));
-        for run in runs(ordinary) {
+        if !frames.has_room(named, cpu) {
+            return Err(Status::TooManyOpens);
+        }
+        if frames.some_due_for_first_open(named) {
+            let due = frames.due_for_first_open(named);
+            let what =
+                "handed out as zero and is not zero when first opened; it must be zeroed before";
+            judge_zero(&mut self.ledger, due, what, (Some(cpu), seq), world);
+        }
+        self.frames.open(named, cpu);
+        Ok(())
+    }
+
+    /// `second-stage-open`: what is opened is secret.
+    fn refuse_open(&mut self, cpu: u8, named: FrameRange, seq: u64) {
+        for run in runs(named.iter().filter(|frame| !self.frames.is_secret(*frame))) {
             let detail = format!("{} opened without being secret; seal first", count_of(run));
             let finding = Finding::new(Rule::SecondStageOpen, seq, detail);
             let frame = Some(run.start());
             self.ledger.violation(Finding { frame, cpu: Some(cpu), ..finding });
         }
-        if refused {
-            return Err(Status::NotSecret);
-        }
-        if !frames.has_room(named, cpu) {
-            return Err(Status::TooManyOpens);
-        }
-        let due = frames.due_for_first_open(named);
-        let what = "handed out as zero and is not zero when first opened; it must be zeroed before";
-        judge_zero(&mut self.ledger, due, what, (Some(cpu), seq), world);
-        self.frames.open(named, cpu);
-        Ok(())
     }
 
     fn release(
         &mut self,
         cpu: u8,
-        named: FrameRange,
+        (named, secret): (FrameRange, u64),
         seq: u64,
         world: &impl World,
     ) -> Result<(), Status> {
-        if self.frames.secret_in(named) < named.count() {
+        if secret < named.count() {
             return Err(Status::NotSecret);
         }
         if !self.frames.all_may_close(named) {
@@ -202,26 +218,35 @@ impl Audit {
         }
     }
 
-    /// Completes the seals of a part of a pageblock as far as the second stage enforces them. With
-    /// a granule of a block, others of the block that were held open may complete with them.
-    fn complete(&mut self, part: FrameRange, seq: u64, world: &impl World) {
-        let frames = &self.frames;
-        let enforced =
-            |frame: &Gfn| frames.may_close(*frame) && world.denial(*frame) == Denial::Denied;
-        let denied = |frame: Gfn| world.denial(frame) == Denial::Denied;
-        let mut complete = if frames.all_may_close(part) && part.iter().all(denied) {
-            vec![part]
-        } else {
-            runs(part.iter().filter(enforced)).collect()
+    /// Completes the seals of a part of a pageblock as far as the second stage enforces them: whether
+    /// all of them. With a granule of a block, others of the block that were held open may complete
+    /// with them.
+    fn complete(&mut self, part: FrameRange, seq: u64, world: &impl World) -> bool {
+        let enforced = |audit: &Self, frame: &Gfn| {
+            audit.frames.may_close(*frame) && world.denial(*frame) == Denial::Denied
         };
-        if !complete.is_empty() {
-            complete.extend(runs(frames.held_beside(part).filter(enforced)));
+        let all = self.frames.all_may_close(part) && world.denies_all(part);
+        if all {
+            self.complete_run(part, seq);
+        } else {
+            let some: Vec<_> = runs(part.iter().filter(|frame| enforced(self, frame))).collect();
+            if some.is_empty() {
+                return false;
+            }
+            some.into_iter().for_each(|run| self.complete_run(run, seq));
         }
-        for run in complete {
-            self.frames.complete(run);
-            let kept = self.tlb.discharge(run, seq);
-            self.note_dropped(kept);
+        if self.frames.some_held(part.start()) {
+            let beside = self.frames.held_beside(part).filter(|frame| enforced(self, frame));
+            let beside: Vec<_> = runs(beside).collect();
+            beside.into_iter().for_each(|run| self.complete_run(run, seq));
         }
+        all
+    }
+
+    fn complete_run(&mut self, run: FrameRange, seq: u64) {
+        self.frames.complete(run);
+        let kept = self.tlb.discharge(run, seq);
+        self.note_dropped(kept);
     }
 }
 

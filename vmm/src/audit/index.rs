@@ -5,158 +5,14 @@
 //! the entries that map a frame.
 
 use super::aliases::Aliases;
+pub(super) use super::found::{Mapping, Rights, Run, Site, TableAt, Walked};
+use super::recent::Recent;
 use super::tables::{Place, TableId, Tables};
-use super::tlb::Leaves;
 use lacuna_abi::addr::{BLOCK_FRAMES, FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::layout::Layout;
 use lacuna_abi::paging::{ENTRIES, Entry, Level, is_canonical};
-use lacuna_abi::walk::{Leaf, Tables as ReadTables, Visit, child_address, visit};
-
-/// Rights that the whole path to an entry grants (SDM volume 3, "Access Rights").
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Rights {
-    pub writable: bool,
-    pub user: bool,
-    pub executable: bool,
-}
-
-impl Rights {
-    pub(super) const ALL: Self = Self { writable: true, user: true, executable: true };
-
-    pub(super) const fn and(self, entry: Entry) -> Self {
-        Self {
-            writable: self.writable && entry.has(Entry::WRITABLE),
-            user: self.user && entry.has(Entry::USER),
-            executable: self.executable && !entry.has(Entry::NO_EXECUTE),
-        }
-    }
-}
-
-/// One leaf entry of a registered root.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Mapping {
-    pub root: Gpa,
-    pub va: Gva,
-    pub level: Level,
-    /// First frame.
-    pub frame: Gfn,
-    pub rights: Rights,
-    pub global: bool,
-    /// Number of the event that granted the translation; 0 if it is there from the start. Of a
-    /// translation that was granted before and lost nothing since, the number of the first grant.
-    pub since: u64,
-}
-
-impl Mapping {
-    fn of_leaf(root: Gpa, leaf: &Leaf) -> Self {
-        let Leaf { va, level, writable, user, executable, .. } = *leaf;
-        let rights = Rights { writable, user, executable };
-        Self { root, va, level, frame: leaf.frame(), rights, global: leaf.global(), since: 0 }
-    }
-
-    /// What a leaf entry of `level` maps at `va`, by a table that is linked at `place`.
-    pub(super) fn at(place: &Place, va: Gva, level: Level, entry: Entry, since: u64) -> Self {
-        Self {
-            root: place.root,
-            va,
-            level,
-            frame: entry.frame(level),
-            rights: place.rights.and(entry),
-            global: entry.has(Entry::GLOBAL),
-            since: place.since.max(since),
-        }
-    }
-
-    /// The frames that it maps.
-    pub(super) fn frames(&self) -> FrameRange {
-        FrameRange::new(self.frame, self.level.frames()).unwrap_or(FrameRange::single(self.frame))
-    }
-
-    /// The same for the obligation that it is if it is revoked.
-    pub(super) fn leaves(&self) -> Leaves {
-        let Self { root, va, level, global, since, .. } = *self;
-        Leaves { root, va, level, frames: self.frames(), global, since }
-    }
-
-    /// Whether both say the same of an address, whenever it was granted.
-    pub(super) fn says_as(&self, other: &Self) -> bool {
-        Self { since: 0, ..*self } == Self { since: 0, ..*other }
-    }
-}
-
-/// Leaf entries of one table that follow each other, map frames that follow each other, and grant
-/// the same.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Run {
-    pub first: Mapping,
-    pub count: u64,
-}
-
-impl Run {
-    /// All frames that it maps.
-    pub(super) fn frames(&self) -> FrameRange {
-        let all = FrameRange::new(self.first.frame, self.count * self.first.level.frames());
-        all.unwrap_or_else(|| self.first.frames())
-    }
-
-    /// Entry by entry.
-    pub(super) fn entries(&self) -> impl Iterator<Item = Mapping> + use<> {
-        let Self { first, count } = *self;
-        (0..count).map(move |index| Mapping {
-            va: first.va.wrapping_add(index * first.level.span()),
-            frame: first.frame.wrapping_add(index * first.level.frames()),
-            ..first
-        })
-    }
-}
-
-/// A table and one of the places where it is linked.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Site {
-    pub id: TableId,
-    pub place: Place,
-}
-
-/// A table where a root reaches it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct TableAt {
-    pub frame: Gfn,
-    pub root: Gpa,
-    /// First address that it spans there.
-    pub va: Gva,
-    pub level: Level,
-    /// No root reached it at any other place before.
-    pub fresh: bool,
-}
-
-/// What was found to be mapped and linked.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Walked {
-    /// Leaves, for each place in order of address.
-    pub leaves: Vec<Run>,
-    /// Tables.
-    pub tables: Vec<TableAt>,
-    /// Tables that cannot be read: root, the entry that points there, where, first address.
-    pub unreadable: Vec<(Gpa, Gpa, Gpa, Gva)>,
-    /// The walk met more tables than there can be and stopped.
-    pub endless: bool,
-}
-
-impl Walked {
-    /// Makes room for what another walk finds.
-    pub(super) fn clear(&mut self) {
-        self.leaves.clear();
-        self.tables.clear();
-        self.unreadable.clear();
-        self.endless = false;
-    }
-
-    /// Leaves, entry by entry.
-    pub(super) fn mappings(&self) -> impl Iterator<Item = Mapping> {
-        self.leaves.iter().flat_map(Run::entries)
-    }
-}
+use lacuna_abi::walk::{Tables as ReadTables, Visit, child_address, visit};
 
 /// Walks all that `root` reaches in memory, reading at most `budget` tables.
 pub(super) fn walk(tables: &impl ReadTables, root: Gpa, budget: usize) -> Walked {
@@ -185,6 +41,10 @@ pub(super) struct Index {
     pub(super) full: bool,
     /// Tables that the store under way has taken from their last place.
     pub(super) emptied: Vec<TableId>,
+    /// Entries that map frames of the zone and are not XD by themselves.
+    pub(super) zone_executable: u64,
+    zone: FrameRange,
+    recent: Recent,
 }
 
 impl Index {
@@ -192,7 +52,16 @@ impl Index {
         let tables = Tables::new(layout);
         // Roots share tables, but hardly all of a pool that is used up.
         let room = 8 * tables.budget();
-        Self { tables, aliases: Aliases::new(layout), room, full: false, emptied: Vec::new() }
+        Self {
+            tables,
+            aliases: Aliases::new(layout),
+            room,
+            full: false,
+            emptied: Vec::new(),
+            zone_executable: 0,
+            zone: layout.zone_frames(),
+            recent: Recent::default(),
+        }
     }
 
     /// Tables that one walk may read: no more can exist.
@@ -207,12 +76,23 @@ impl Index {
 
     /// Whether it is quickly seen that nothing maps these frames, which lie in one pageblock that has
     /// left the direct map.
+    #[inline]
     pub(super) fn maps_nothing(&self, part: FrameRange) -> bool {
         let home = self.aliases.only_large_home(part);
         home.is_some_and(|(table, index)| {
             let page = self.tables.page(table);
             page.is_some_and(|page| !page.entry(index).is_present())
         })
+    }
+
+    /// Whether it is quickly seen that nothing maps these frames.
+    #[inline]
+    pub(super) fn maps_nothing_of(&self, frames: FrameRange) -> bool {
+        let last = frames.end().0 - 1;
+        if frames.start().block_start() == Gfn(last).block_start() {
+            return self.maps_nothing(frames);
+        }
+        frames.by_block().all(|part| self.maps_nothing(part))
     }
 
     /// Mappings of any of these frames.
@@ -226,7 +106,11 @@ impl Index {
     }
 
     /// An executable mapping of any of these frames.
+    #[inline]
     pub(super) fn executable(&self, frames: FrameRange) -> Option<Mapping> {
+        if self.zone_executable == 0 && self.zone.contains_range(frames) {
+            return None;
+        }
         let some = |id: TableId| self.tables.tally(id).executable > 0;
         self.overlapping(frames, some).find(|mapping| mapping.rights.executable)
     }
@@ -251,6 +135,22 @@ impl Index {
         let places = self.tables.places(id);
         let place = *places.iter().find(|place| place.root == root && place.va == base)?;
         Some(Site { id, place })
+    }
+
+    /// The same; it is remembered as long as no table comes or goes anywhere.
+    #[inline]
+    pub(super) fn find_again(&mut self, root: Gpa, va: Gva, level: Level) -> Option<Site> {
+        if !is_canonical(va) {
+            return None;
+        }
+        let key = (root, base_of(va, level), level);
+        let changes = self.tables.changes();
+        if let Some(site) = self.recent.get(key, changes) {
+            return Some(site);
+        }
+        let site = self.find(root, va, level)?;
+        self.recent.put(key, site, changes);
+        Some(site)
     }
 
     /// The table with the place where it is linked there, if it is.
@@ -289,7 +189,7 @@ impl Index {
             while next < to.min(ENTRIES) {
                 let index = next;
                 let count = page.run(level, (index, to));
-                next += count.max(1);
+                next += if count > 0 { count } else { page.gap((index, to)).max(1) };
                 if count > 0 {
                     let va = child_address(place.va, level, index);
                     let first =
@@ -381,7 +281,7 @@ impl Index {
             {
                 self.walk_table(below, &place.below(entry, va, since), (from, to), walked);
             }
-            index += count.max(1);
+            index += if count > 0 { count } else { page.gap((index, end)).max(1) };
         }
     }
 

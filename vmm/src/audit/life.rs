@@ -10,6 +10,7 @@ use lacuna_abi::event::Life;
 
 impl Audit {
     /// Takes one life-cycle record of a CPU.
+    #[inline]
     pub(super) fn life(&mut self, cpu: u8, life: Life, frames: FrameRange, seq: u64) {
         match life {
             Life::Pooled | Life::PooledZero | Life::Freed => {
@@ -18,14 +19,14 @@ impl Audit {
             Life::TableAllocated | Life::TableFreed => self.judge_table(cpu, life, frames, seq),
             Life::HandedOut | Life::HandedOutZero | Life::Unpooled => {}
         }
-        if let Some(frames) = frames.intersection(self.config.layout.zone_frames()) {
+        if let Some(frames) = frames.intersection(self.frames.zone()) {
             self.frames.note_life(frames, life);
         }
     }
 
     /// `second-stage-open`: what is pooled or freed is secret and open nowhere.
     fn judge_pooled(&mut self, cpu: u8, life: Life, named: FrameRange, seq: u64) {
-        let zone = self.config.layout.zone_frames();
+        let zone = self.frames.zone();
         let inside = named.intersection(zone);
         self.count_second_stage(inside.map_or(0, FrameRange::count));
         let outside = if zone.contains(named.start()) { zone.end() } else { named.start() };

@@ -1,12 +1,13 @@
 //! How the index follows the tables: entries are stored, tables linked and unlinked.
 
+use super::aliases::Aliases;
 use super::index::{Index, Mapping, Rights, Run, TableAt, Walked, is_table};
 use super::tables::{LeafTally, Place, TableId};
 use super::world::TableWords;
-use lacuna_abi::addr::{Gfn, Gpa, Gva};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::gate::PAGE_WORDS;
-use lacuna_abi::layout::Layout;
+use lacuna_abi::layout::{Layout, Region};
 use lacuna_abi::paging::{ENTRIES, Entry, Level};
 use lacuna_abi::walk::child_address;
 
@@ -187,6 +188,9 @@ impl Index {
                 self.link(at, entry.frame(level), below, place, change);
             }
             index += count.max(1);
+            if let Some(page) = self.tables.page(id) {
+                index += page.gap((index, end));
+            }
         }
     }
 
@@ -241,24 +245,65 @@ impl Index {
         let mut next = first;
         while next < end {
             let Some(page) = self.tables.page(id) else { return };
-            let (start, count) = (next, page.run(level, (next, end)));
-            next += count.max(1);
+            let (index, count) = (next, page.run(level, (next, end)));
             if count == 0 {
+                next += page.gap((next, end)).max(1);
                 continue;
             }
-            let entry = page.entry(start);
-            let frame = entry.frame(level);
-            let run = tally_of(layout, level, entry, count);
-            let Some(tally) = self.tables.tally_mut(id) else { return };
-            if add {
-                tally.add(run);
-                self.aliases.add(id, start, frame, count);
-            } else {
-                tally.take(run);
-                self.aliases.remove(id, start, frame, count);
-            }
+            next += count;
+            self.count_run(id, (index, count), page.entry(index), add, layout);
         }
     }
+
+    /// The same for a run of leaves, `count` from entry `index` on, of which `entry` is the first.
+    #[inline]
+    fn count_run(
+        &mut self,
+        id: TableId,
+        (index, count): (u64, u64),
+        entry: Entry,
+        add: bool,
+        layout: &Layout,
+    ) {
+        let Self { tables, aliases, zone_executable, .. } = self;
+        if let Some(page) = tables.page_mut(id) {
+            let tally = page.tally_mut(id);
+            count_into(tally, aliases, zone_executable, (id, index, count), entry, add, layout);
+        }
+    }
+}
+
+/// Counts a run of leaves, `count` from entry `index` of the table on, in or out.
+#[inline]
+pub(super) fn count_into(
+    tally: &mut LeafTally,
+    aliases: &mut Aliases,
+    zone_executable: &mut u64,
+    (id, index, count): (TableId, u64, u64),
+    entry: Entry,
+    add: bool,
+    layout: &Layout,
+) {
+    let level = id.level();
+    let frame = entry.frame(level);
+    let run = tally_of(layout, level, entry, count);
+    let in_zone = run.executable > 0 && touches(&layout.zone, frame, count, level);
+    let executable = if in_zone { run.executable } else { 0 };
+    if add {
+        tally.add(run);
+        aliases.add(id, index, frame, count);
+        *zone_executable += executable;
+    } else {
+        tally.take(run);
+        aliases.remove(id, index, frame, count);
+        *zone_executable -= executable;
+    }
+}
+
+/// Whether the leaves, `count` from one that maps `first` on, map anything of the region.
+fn touches(region: &Region, first: Gfn, count: u64, level: Level) -> bool {
+    let mapped = FrameRange::new(first, count * level.frames());
+    mapped.zip(region.frames()).is_none_or(|(mapped, all)| mapped.intersection(all).is_some())
 }
 
 impl LeafTally {
@@ -278,6 +323,7 @@ impl LeafTally {
 }
 
 /// What `count` leaves from this one on map.
+#[inline]
 fn tally_of(layout: &Layout, level: Level, first: Entry, count: u64) -> LeafTally {
     let executable = if first.has(Entry::NO_EXECUTE) { 0 } else { count };
     let start = first.frame(level).gpa();
@@ -285,10 +331,20 @@ fn tally_of(layout: &Layout, level: Level, first: Entry, count: u64) -> LeafTall
     if layout.zone.contains(start) && start.0 + len <= layout.zone.end().0 {
         return LeafTally { leaves: count, of_pool: 0, of_guest: count, executable };
     }
+    tally_each(layout, level, (start, count), executable)
+}
+
+/// The same where not all of them map frames of the zone.
+fn tally_each(
+    layout: &Layout,
+    level: Level,
+    (start, count): (Gpa, u64),
+    executable: u64,
+) -> LeafTally {
     let mut tally = LeafTally { leaves: count, executable, ..LeafTally::default() };
     for index in 0..count {
         let from = start.0.saturating_add(index * level.span());
-        let touches = |region: &lacuna_abi::layout::Region| {
+        let touches = |region: &Region| {
             region.len > 0 && from < region.end().0 && from + level.span() > region.gpa.0
         };
         tally.of_pool += u64::from(touches(&layout.pool));
@@ -298,7 +354,7 @@ fn tally_of(layout: &Layout, level: Level, first: Entry, count: u64) -> LeafTall
 }
 
 /// Whether a translation that was there stays there: then it is as old as it was.
-fn translates_on(old: Entry, new: Entry, level: Level) -> bool {
+pub(super) fn translates_on(old: Entry, new: Entry, level: Level) -> bool {
     let same = |bit| old.has(bit) == new.has(bit);
     old.is_present()
         && new.is_present()

@@ -22,8 +22,14 @@ const OF_MAPPINGS: [Rule; 7] = [
 impl Audit {
     /// Judges all mappings that were found or written, and where their tables lie.
     pub(super) fn judge_walked(&mut self, walked: &Walked, cpu: Option<u8>, seq: u64) {
+        self.judge_leaves(&walked.leaves, cpu, seq);
+        self.judge_tables(walked, cpu, seq);
+    }
+
+    /// Judges leaves that were found or written.
+    pub(super) fn judge_leaves(&mut self, leaves: &[Run], cpu: Option<u8>, seq: u64) {
         let Self { ledger, frames, index, config, .. } = self;
-        for run in &walked.leaves {
+        for run in leaves {
             if judge_run(ledger, frames, index, &config.layout, run) {
                 continue;
             }
@@ -32,7 +38,6 @@ impl Audit {
                 judge_mapping(ledger, frames, index, &config.layout, &at);
             }
         }
-        self.judge_tables(walked, cpu, seq);
     }
 
     /// Judges where the tables lie that were found, and whether all were.
@@ -61,7 +66,8 @@ impl Audit {
 
 /// Judges a run of mappings at once, where all is well: true if it was. Otherwise nothing is counted,
 /// and each mapping is to be judged by itself.
-fn judge_run(
+#[inline]
+pub(super) fn judge_run(
     ledger: &mut Ledger,
     frames: &Frames,
     index: &Index,
@@ -71,16 +77,15 @@ fn judge_run(
     let Run { first, count } = *run;
     let mapped = run.frames();
     // What is no part of the zone has rules that depend on each frame; it is seldom mapped.
-    if !layout.zone_frames().contains_range(mapped) || first.rights.user || first.level > Level::Pd
-    {
+    if !frames.zone().contains_range(mapped) || first.rights.user || first.level > Level::Pd {
         return false;
     }
     let place = layout.place_of(first.va);
-    let secret = frames.secret_in(mapped);
-    if secret > 0 {
+    let secret = frames.some_secret(mapped);
+    if secret {
         let Place::Window(owner) = place else { return false };
-        let open = |owner| frames.all_open(mapped, owner);
-        if first.global || secret < mapped.count() || !u8::try_from(owner).is_ok_and(open) {
+        let theirs = |owner| frames.all_secret_and_open(mapped, owner);
+        if first.global || !u8::try_from(owner).is_ok_and(theirs) {
             return false;
         }
     }
@@ -90,7 +95,7 @@ fn judge_run(
         return false;
     }
     ledger.checked(alias_rule(place), count);
-    ledger.checked(Rule::GlobalWindow, if secret > 0 { count } else { 0 });
+    ledger.checked(Rule::GlobalWindow, if secret { count } else { 0 });
     ledger.checked(Rule::UserAccess, count);
     ledger.checked(Rule::WriteExecute, count);
     true

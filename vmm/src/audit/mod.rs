@@ -12,10 +12,10 @@
 //! | `frames` | the host's state of every frame |
 //! | `history` | the last records, for stories |
 //! | `story` | how a finding came about, step by step |
-//! | `index`, `tables`, `links`, `aliases` | the host's copy of all tables: which entries map a frame |
+//! | `index`, `found`, `recent`, `tables`, `links`, `aliases` | the host's copy of all tables: which entries map a frame |
 //! | `tlb` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
-//! | `writes`, `revokes`, `fills` | entry-write records; what tables hold when they are linked |
+//! | `writes`, `plain`, `revokes`, `fills` | entry-write records; what tables hold when they are linked |
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
 //! | `quiesce`, `compare` | the complete check; records against tables |
@@ -28,14 +28,17 @@ mod arrival;
 mod compare;
 mod fills;
 mod finding;
+mod found;
 mod frames;
 mod history;
 mod index;
 mod life;
 mod links;
 mod mappings;
+mod plain;
 mod probe;
 mod quiesce;
+mod recent;
 mod revokes;
 mod story;
 mod tables;
@@ -201,7 +204,7 @@ impl Audit {
     /// Takes one record; records come in the order of their numbers. Host records change nothing:
     /// what they say was told by [`Self::arrival`] and [`Self::done`].
     pub fn event(&mut self, record: &Record, world: &impl World) {
-        let Record { seq, cpu, event, .. } = *record;
+        let Record { seq, cpu, ref event, .. } = *record;
         if seq <= self.last_seq {
             let reason = format!("event {seq} came after event {}", self.last_seq);
             self.ledger.inconclusive(reason);
@@ -216,11 +219,11 @@ impl Audit {
         }
         let kept = self.tlb.went_on(cpu, seq);
         self.note_dropped(kept);
-        match event {
-            Event::EntryWrite(write) => self.entry_write(cpu, &write, seq, world),
-            Event::TableFill(fill) => self.table_fill(cpu, &fill, seq),
-            Event::Flush(flush) => {
-                let kept = self.tlb.flush(cpu, &flush, seq);
+        match *event {
+            Event::EntryWrite(ref write) => self.entry_write(cpu, write, seq, world),
+            Event::TableFill(ref fill) => self.table_fill(cpu, fill, seq),
+            Event::Flush(ref flush) => {
+                let kept = self.tlb.flush(cpu, flush, seq);
                 self.note_dropped(kept);
             }
             Event::Control { register, old, new } => {
@@ -285,15 +288,21 @@ impl Audit {
     }
 
     /// An obligation that is not kept can no longer be found broken: the run must not pass.
+    #[inline]
     fn note_dropped(&mut self, kept: Result<(), TooMany>) {
         if kept.is_err() {
-            for rule in [Rule::StaleDirectMap, Rule::StaleWindow, Rule::StaleTable] {
-                self.ledger.not_checked(rule, 1);
-            }
-            let reason =
-                "more revoked translations or address spaces are open than are kept".to_owned();
-            self.ledger.inconclusive(reason);
+            self.note_too_many();
         }
+    }
+
+    #[cold]
+    fn note_too_many(&mut self) {
+        for rule in [Rule::StaleDirectMap, Rule::StaleWindow, Rule::StaleTable] {
+            self.ledger.not_checked(rule, 1);
+        }
+        let reason =
+            "more revoked translations or address spaces are open than are kept".to_owned();
+        self.ledger.inconclusive(reason);
     }
 }
 

@@ -3,7 +3,7 @@
 use super::Audit;
 use super::finding::Rule;
 use super::index::{Run, Site, TableAt, is_table};
-use super::tlb::{CpuSet, EVERY, Leaves, only};
+use super::tlb::{CpuSet, Duty, EVERY, Leaves, only};
 use super::writes::{entries_of, leaf, path_to, revoked, stale_finding};
 use lacuna_abi::addr::{FrameRange, Gva};
 use lacuna_abi::event::{EntryWrite, mapped_frames};
@@ -20,12 +20,9 @@ impl Audit {
         lies: &[u64],
         seq: u64,
     ) {
-        let (first, _) = entries_of(write);
-        let held = |site, index| self.index.leaves_at(site, (first + index, first + index + 1));
-        let places = site.into_iter().flat_map(|site| lies.iter().map(move |lie| (site, *lie)));
-        let hidden = places.flat_map(|(site, lie)| held(site, lie));
-        let hidden: Vec<Leaves> = hidden.flat_map(|run| leaves_of(&run)).collect();
-        hidden.iter().for_each(|leaves| self.oblige(leaves, seq));
+        if !lies.is_empty() {
+            self.oblige_hidden(write, site, lies, seq);
+        }
         let grants = if lies.is_empty() { self.grants(write, site) } else { Grants::All(0) };
         self.judge_remap(write, (site, grants), seq);
         self.oblige_leaves(write, (site, grants), seq);
@@ -34,9 +31,20 @@ impl Audit {
         }
     }
 
+    /// What was there whatever the record claims.
+    fn oblige_hidden(&mut self, write: &EntryWrite, site: Option<Site>, lies: &[u64], seq: u64) {
+        let (first, _) = entries_of(write);
+        let held = |site, index| self.index.leaves_at(site, (first + index, first + index + 1));
+        let places = site.into_iter().flat_map(|site| lies.iter().map(move |lie| (site, *lie)));
+        let hidden = places.flat_map(|(site, lie)| held(site, lie));
+        let hidden: Vec<Leaves> = hidden.flat_map(|run| leaves_of(&run)).collect();
+        hidden.iter().for_each(|leaves| self.oblige(leaves, seq));
+    }
+
     /// When the entries of a run were granted that has been told the truth of.
     fn grants(&self, write: &EntryWrite, site: Option<Site>) -> Grants {
-        let Some(site) = site else { return Grants::All(0) };
+        // Of what is not present nothing is owed.
+        let Some(site) = site.filter(|_| write.old.is_present()) else { return Grants::All(0) };
         let mut leaves = self.index.leaves_at(site, entries_of(write));
         let since = leaves.next().map_or(0, |run| run.first.since);
         if leaves.all(|run| run.first.since == since) { Grants::All(since) } else { Grants::Each }
@@ -44,7 +52,13 @@ impl Audit {
 
     /// `stale-window`: a window address that gets a new translation has no old one left on the
     /// window's own CPU.
-    fn judge_remap(&mut self, write: &EntryWrite, granted: (Option<Site>, Grants), seq: u64) {
+    #[inline]
+    pub(super) fn judge_remap(
+        &mut self,
+        write: &EntryWrite,
+        granted: (Option<Site>, Grants),
+        seq: u64,
+    ) {
         let Some((owner, new)) = self.window_of(write.va).zip(leaf(write.new, write.level)) else {
             return;
         };
@@ -54,9 +68,9 @@ impl Audit {
             self.ledger.not_checked(Rule::StaleWindow, u64::from(write.count));
         }
         let last = write.va.wrapping_add(write.span() - 1);
-        let mut stale = self.tlb.at(write.va, last);
         let pcid = self.tlb.pcid_on(owner, write.pcid);
-        stale.retain(|duty| duty.tag.is_used_under(pcid));
+        let used = |duty: &Duty| duty.tag.is_used_under(pcid);
+        let mut stale = self.tlb.at((write.va, last), used);
         if let Some(old) = leaf(write.old, write.level)
             && old.frame(write.level) != new.frame(write.level)
         {
@@ -76,7 +90,13 @@ impl Audit {
     }
 
     /// Leaves that the record revokes.
-    fn oblige_leaves(&mut self, write: &EntryWrite, granted: (Option<Site>, Grants), seq: u64) {
+    #[inline]
+    pub(super) fn oblige_leaves(
+        &mut self,
+        write: &EntryWrite,
+        granted: (Option<Site>, Grants),
+        seq: u64,
+    ) {
         if let Some(old) = leaf(write.old, write.level)
             && revoked(write.old, write.new, write.level)
         {
@@ -152,6 +172,7 @@ impl Audit {
     }
 
     /// Makes the leaves a duty of the CPUs that may cache them; of none where no rule asks.
+    #[inline]
     pub(super) fn oblige(&mut self, leaves: &Leaves, seq: u64) {
         let among = self.among(leaves.va);
         if among != 0 {
@@ -162,6 +183,7 @@ impl Audit {
 
     /// The CPUs whose copies of what is mapped at the address are followed: of a window only the
     /// owner's.
+    #[inline]
     fn among(&self, va: Gva) -> CpuSet {
         match self.config.layout.place_of(va) {
             Place::DirectMap => EVERY,
@@ -171,6 +193,7 @@ impl Audit {
     }
 
     /// The CPU in whose window the address lies.
+    #[inline]
     pub(super) fn window_of(&self, va: Gva) -> Option<u8> {
         match self.config.layout.place_of(va) {
             Place::Window(owner) => u8::try_from(owner).ok(),
@@ -181,7 +204,7 @@ impl Audit {
 
 /// When the entries of a run were granted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Grants {
+pub(super) enum Grants {
     /// All by the event with this number.
     All(u64),
     /// Not all by the same.

@@ -16,9 +16,9 @@ use lacuna_abi::paging::{ENTRIES, Entry, Level};
 pub(super) struct TableId(u32);
 
 impl TableId {
+    #[inline]
     pub(super) fn level(self) -> Level {
-        let number = u8::try_from(self.0 % 4 + 1).unwrap_or(1);
-        Level::from_number(number).unwrap_or(Level::Pt)
+        [Level::Pt, Level::Pd, Level::Pdpt, Level::Pml4][self.role()]
     }
 
     const fn slot(self) -> usize {
@@ -70,11 +70,20 @@ struct Role {
     tally: LeafTally,
 }
 
+/// Numbers of the events that granted the entries of a page. Of one that is not present it says
+/// nothing.
+#[derive(Clone, Debug)]
+enum Since {
+    /// All by the same.
+    All(u64),
+    Each(Box<TableWords>),
+}
+
 /// A copy of a table page.
 #[derive(Clone, Debug)]
 pub(super) struct Page {
     words: TableWords,
-    since: TableWords,
+    since: Since,
     roles: [Role; 4],
     /// A bit for each role that has a place.
     used: u8,
@@ -82,7 +91,7 @@ pub(super) struct Page {
 
 impl Page {
     fn new(words: &TableWords) -> Self {
-        Self { words: *words, since: [0; PAGE_WORDS], roles: Default::default(), used: 0 }
+        Self { words: *words, since: Since::All(0), roles: Default::default(), used: 0 }
     }
 
     /// Entry `index`; one that maps nothing past the table's end.
@@ -91,10 +100,39 @@ impl Page {
         Entry(word.copied().unwrap_or(0))
     }
 
-    /// Number of the event that granted entry `index`.
+    /// Number of the event that granted entry `index`, which is present.
     pub(super) fn since(&self, index: u64) -> u64 {
-        let since = usize::try_from(index).ok().and_then(|index| self.since.get(index));
-        since.copied().unwrap_or(0)
+        match &self.since {
+            Since::All(since) => *since,
+            Since::Each(all) => {
+                let since = usize::try_from(index).ok().and_then(|index| all.get(index));
+                since.copied().unwrap_or(0)
+            }
+        }
+    }
+
+    /// Whether the page is a table of one level only, this one's, at one place.
+    pub(super) fn is_linked_once(&self, id: TableId) -> bool {
+        self.used == 1 << id.role()
+            && self.roles.get(id.role()).is_some_and(|role| role.places.len() == 1)
+    }
+
+    /// The tally of the page as this table.
+    #[inline]
+    pub(super) fn tally_mut(&mut self, id: TableId) -> &mut LeafTally {
+        &mut self.roles[id.role()].tally
+    }
+
+    /// The entries `first..end`.
+    pub(super) fn entries(&self, (first, end): (u64, u64)) -> &[u64] {
+        let range = |end: u64| Some(usize::try_from(first).ok()?..usize::try_from(end).ok()?);
+        range(end.min(ENTRIES)).and_then(|range| self.words.get(range)).unwrap_or_default()
+    }
+
+    /// How many entries from `first` on, before `end`, are not present.
+    pub(super) fn gap(&self, range: (u64, u64)) -> u64 {
+        let absent = |word: &&u64| !Entry(**word).is_present();
+        (0..).zip(self.entries(range).iter().take_while(absent)).last().map_or(0, |(at, _)| at + 1)
     }
 
     /// How many entries from `first` on, before `end`, are leaves that map frames that follow each
@@ -104,18 +142,22 @@ impl Page {
         if !entry.is_present() || !entry.is_leaf(level) {
             return 0;
         }
-        let range = |end: u64| Some(usize::try_from(first).ok()?..usize::try_from(end).ok()?);
-        let Some(range) = range(end.min(ENTRIES)) else { return 1 };
+        if end <= first + 1 {
+            return 1;
+        }
         // Past the last frame that can exist an address would run into the flags.
         let room = (Entry::ADDRESS - (entry.0 & Entry::ADDRESS)) >> level.span_shift();
-        let words = self.words.get(range.clone()).unwrap_or_default();
-        let sinces = self.since.get(range).unwrap_or_default();
-        let since = self.since(first);
-        let follows = |((distance, word), at): &((u64, &u64), &u64)| {
-            **word == entry.0.wrapping_add(distance << level.span_shift()) && **at == since
-        };
-        let joined = (0..=room).zip(words).zip(sinces).take_while(follows).count();
-        u64::try_from(joined).unwrap_or(1).max(1)
+        let end = end.min(first.saturating_add(room).saturating_add(1));
+        let joined = alike(self.entries((first, end)), entry.0, level.span());
+        match &self.since {
+            Since::All(_) => joined,
+            Since::Each(each) => {
+                let range = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+                let since = each.get(range(first)..range(first + joined)).unwrap_or_default();
+                alike(since, self.since(first), 0)
+            }
+        }
+        .max(1)
     }
 
     pub(super) const fn words(&self) -> &TableWords {
@@ -124,10 +166,49 @@ impl Page {
 
     pub(super) fn set(&mut self, index: u64, entry: Entry, since: u64) {
         let Ok(index) = usize::try_from(index) else { return };
-        if let Some((word, at)) = self.words.get_mut(index).zip(self.since.get_mut(index)) {
-            (*word, *at) = (entry.0, since);
+        let Some(word) = self.words.get_mut(index) else { return };
+        *word = entry.0;
+        if !entry.is_present() {
+            return;
+        }
+        match &mut self.since {
+            Since::All(all) if *all == since => {}
+            Since::All(all) => {
+                let mut each = Box::new([*all; PAGE_WORDS]);
+                each[index] = since;
+                self.since = Since::Each(each);
+            }
+            Since::Each(each) => each[index] = since,
         }
     }
+}
+
+/// Words that are compared without a way out in between.
+const CHUNK: usize = 32;
+
+/// How many words from the first on are `first`, and then `step` more each.
+fn alike(words: &[u64], first: u64, step: u64) -> u64 {
+    let mut expected = first;
+    let mut done = 0;
+    // So the processor compares several at once.
+    for chunk in words.chunks_exact(CHUNK) {
+        let mut differ = 0;
+        for (at, word) in (0_u64..).zip(chunk) {
+            differ |= word ^ expected.wrapping_add(at * step);
+        }
+        if differ != 0 {
+            break;
+        }
+        expected = expected.wrapping_add(CHUNK as u64 * step);
+        done += CHUNK;
+    }
+    let mut left = words.iter().skip(done);
+    let mut count = u64::try_from(done).unwrap_or(0);
+    while left.next().is_some_and(|word| *word == expected) {
+        expected = expected.wrapping_add(step);
+        count += 1;
+    }
+    count
 }
 
 /// Copies of all pages that some root reaches.
@@ -136,13 +217,15 @@ pub(super) struct Tables {
     pool: FrameRange,
     pages: Vec<Option<Box<Page>>>,
     places: usize,
+    /// How often a place came or went.
+    changes: u64,
 }
 
 impl Tables {
     pub(super) fn new(layout: &Layout) -> Self {
         let pool = layout.pool.frames().unwrap_or(FrameRange::single(Gfn(0)));
         let count = usize::try_from(pool.count()).unwrap_or(0);
-        Self { pool, pages: vec![None; count], places: 0 }
+        Self { pool, pages: vec![None; count], places: 0, changes: 0 }
     }
 
     pub(super) const fn budget(&self) -> usize {
@@ -156,6 +239,11 @@ impl Tables {
     /// Number of places at which tables are linked, all together.
     pub(super) const fn all_places(&self) -> usize {
         self.places
+    }
+
+    /// A number that changes with every place that comes or goes.
+    pub(super) const fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// The page at a frame as a table of `level`, whether it is one or not; `None` outside the pool.
@@ -206,10 +294,6 @@ impl Tables {
         self.page(id)?.roles.get(id.role())
     }
 
-    fn role_mut(&mut self, id: TableId) -> Option<&mut Role> {
-        self.page_mut(id)?.roles.get_mut(id.role())
-    }
-
     /// Where a table is linked.
     pub(super) fn places(&self, id: TableId) -> &[Place] {
         self.role(id).map_or(&[], |role| &role.places)
@@ -229,10 +313,6 @@ impl Tables {
         self.role(id).map(|role| role.tally).unwrap_or_default()
     }
 
-    pub(super) fn tally_mut(&mut self, id: TableId) -> Option<&mut LeafTally> {
-        self.role_mut(id).map(|role| &mut role.tally)
-    }
-
     /// Adds a place; false if the table is linked there already.
     pub(super) fn add_place(&mut self, id: TableId, place: Place) -> bool {
         let Some(page) = self.page_mut(id) else { return false };
@@ -246,6 +326,7 @@ impl Tables {
         }
         role.places.push(place);
         self.places += 1;
+        self.changes += 1;
         true
     }
 
@@ -259,6 +340,7 @@ impl Tables {
             page.used &= !(1 << id.role());
         }
         self.places -= 1;
+        self.changes += 1;
         Some(place)
     }
 

@@ -1,7 +1,7 @@
 //! What the audit asks of the machine, and what it is told about it at the start.
 
 use super::Profile;
-use lacuna_abi::addr::{Gfn, Gpa};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::gate::PAGE_WORDS;
 use lacuna_abi::layout::Layout;
@@ -68,6 +68,12 @@ pub trait World: Tables {
 
     /// What the second stage grants of the frame: its own state, not the audit's.
     fn denial(&self, frame: Gfn) -> Denial;
+
+    /// Whether no access to any of these frames gets through. A machine that can tell of many frames at
+    /// once should.
+    fn denies_all(&self, frames: FrameRange) -> bool {
+        frames.iter().all(|frame| self.denial(frame) == Denial::Denied)
+    }
 
     /// The CPU's registers; `None` if they cannot be read now.
     fn cpu_state(&self, cpu: u8) -> Option<CpuState>;

@@ -25,20 +25,14 @@ impl Audit {
             self.ledger.inconclusive(reason);
             return;
         }
-        if !self.is_registered(write.root) {
+        let Some((_, pcid)) = self.roots.iter().find(|(root, _)| *root == write.root).copied()
+        else {
             // A root that is still being built is walked when it is registered.
             self.ledger.not_checked(Rule::TraceHonesty, 1);
             return;
-        }
-        let pcid = self.roots.iter().find(|(root, _)| *root == write.root).map_or(0, |(_, p)| *p);
+        };
         if write.pcid != pcid {
-            let detail = format!(
-                "the record names PCID {}, but its root is registered with PCID {pcid}",
-                write.pcid
-            );
-            let finding = Finding::new(Rule::TraceHonesty, seq, detail);
-            let (va, root) = (Some(write.va), Some(write.root));
-            self.ledger.violation(Finding { va, cpu: Some(cpu), root, ..finding });
+            self.judge_pcid(cpu, write, pcid, seq);
         }
         let write = &EntryWrite { pcid, ..*write };
         if self.link_work >= MAX_LINK_WORK {
@@ -46,7 +40,34 @@ impl Audit {
             self.ledger.inconclusive(reason);
             return;
         }
-        let site = self.index.find(write.root, write.va, write.level);
+        // A remap carries the number that it took before its store.
+        let since = if write.grant == 0 { seq } else { write.grant.min(seq) };
+        let site = self.index.find_again(write.root, write.va, write.level);
+        let plain = |site| self.plain_write(cpu, write, (site, since), seq);
+        if !site.is_some_and(plain) {
+            self.any_write(cpu, write, (site, since), (seq, world));
+        }
+    }
+
+    /// `trace-honesty`: a record names the PCID that its root is registered with.
+    fn judge_pcid(&mut self, cpu: u8, write: &EntryWrite, pcid: u16, seq: u64) {
+        let detail = format!(
+            "the record names PCID {}, but its root is registered with PCID {pcid}",
+            write.pcid
+        );
+        let finding = Finding::new(Rule::TraceHonesty, seq, detail);
+        let (va, root) = (Some(write.va), Some(write.root));
+        self.ledger.violation(Finding { va, cpu: Some(cpu), root, ..finding });
+    }
+
+    /// Takes a write of any kind, of entries that grant since `since`.
+    fn any_write(
+        &mut self,
+        cpu: u8,
+        write: &EntryWrite,
+        (site, since): (Option<Site>, u64),
+        (seq, world): (u64, &impl World),
+    ) {
         let lies = self.judge_claim(cpu, write, site, seq);
         self.revoke(write, site, &lies, seq);
         // One store changes the entry wherever its table is linked.
@@ -57,8 +78,6 @@ impl Audit {
             let pcid = self.roots.iter().find(|(known, _)| *known == root).map_or(0, |(_, p)| *p);
             self.revoke(&EntryWrite { root, pcid, va, ..*write }, Some(site), &lies, seq);
         }
-        // A remap carries the number that it took before its store.
-        let since = if write.grant == 0 { seq } else { write.grant.min(seq) };
         let stale = self.stale_table_of(site);
         if let Some(table) = stale {
             self.note_written(table, write, since, seq);
@@ -190,8 +209,8 @@ impl Audit {
         let (first, _) = entries_of(write);
         let held = |index: u64| page.map_or(Entry::EMPTY, |page| page.entry(first + index));
         let is_lie = |index: &u64| {
-            let claimed = write.old.nth_of_run(write.level, *index);
-            meaning(held(*index), write.level) != meaning(claimed, write.level)
+            let (claimed, held) = (write.old.nth_of_run(write.level, *index), held(*index));
+            claimed != held && meaning(held, write.level) != meaning(claimed, write.level)
         };
         let lies: Vec<u64> = (0..u64::from(write.count)).filter(is_lie).collect();
         let Some(index) = lies.first() else { return lies };
@@ -273,6 +292,7 @@ pub(super) fn stale_finding(rule: Rule, duty: &Duty, cpu: u8, seq: u64, detail: 
 }
 
 /// Whether the run lies in one table and everything that it maps can exist.
+#[inline]
 fn is_sound(write: &EntryWrite) -> bool {
     let exists = |entry: Entry| {
         leaf(entry, write.level).is_none()
@@ -289,6 +309,7 @@ pub(super) fn leaf(entry: Entry, level: Level) -> Option<Entry> {
 /// Whether a write takes away a translation, or a right, that may be cached (SDM volume 3,
 /// "Recommended Invalidation"): not present any more, another frame or size, fewer rights, another
 /// Global bit.
+#[inline]
 pub(super) fn revoked(old: Entry, new: Entry, level: Level) -> bool {
     let lost = |bit| old.has(bit) && !new.has(bit);
     let is_leaf = old.is_leaf(level);

@@ -4,7 +4,7 @@ use crate::audit::{CpuState, Denial, TableWords, World};
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
 use crate::second_stage::SecondStage;
-use lacuna_abi::addr::{Gfn, Gpa};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::paging::Entry;
 use lacuna_abi::walk::Tables;
@@ -49,6 +49,10 @@ impl World for LiveWorld<'_> {
         } else {
             Denial::Open
         }
+    }
+
+    fn denies_all(&self, frames: FrameRange) -> bool {
+        self.stage.closes() && self.stage.denies_all(frames)
     }
 
     fn cpu_state(&self, cpu: u8) -> Option<CpuState> {

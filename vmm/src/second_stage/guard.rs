@@ -171,6 +171,10 @@ impl SecondStage for Guard {
         self.map.is_closed(frame)
     }
 
+    fn denies_all(&self, frames: FrameRange) -> bool {
+        self.map.all_closed(frames)
+    }
+
     fn holds_open(&self, frame: Gfn) -> bool {
         self.map.is_held(frame)
     }

@@ -210,6 +210,10 @@ impl<S: Slots> SecondStage for MemSlot<S> {
         self.map.is_closed(frame)
     }
 
+    fn denies_all(&self, frames: FrameRange) -> bool {
+        self.map.all_closed(frames)
+    }
+
     fn holds_open(&self, frame: Gfn) -> bool {
         self.map.is_held(frame)
     }

@@ -34,7 +34,22 @@ impl PageMap {
 
     /// Whether all these frames are closed.
     pub(super) fn all_closed(&self, frames: FrameRange) -> bool {
-        frames.iter().all(|frame| self.is_closed(frame))
+        if !self.zone.contains_range(frames) {
+            return false;
+        }
+        let mut next = frames.start().0 - self.zone.start().0;
+        let end = next + frames.count();
+        while next < end {
+            // As many frames as the word holds.
+            let count = (WORD - next % WORD).min(end - next);
+            let mask = (u64::MAX >> (WORD - count)) << (next % WORD);
+            let word = usize::try_from(next / WORD).ok().and_then(|i| self.words.get(i));
+            if word.is_none_or(|word| word & mask != mask) {
+                return false;
+            }
+            next += count;
+        }
+        true
     }
 
     fn bit(&self, index: u64) -> bool {

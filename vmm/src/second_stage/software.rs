@@ -102,7 +102,7 @@ impl SecondStage for Software {
     fn denies_all(&self, frames: FrameRange) -> bool {
         match &self.back {
             Back::Pages(map) => map.all_closed(frames),
-            Back::Blocks(stage) => frames.iter().all(|frame| stage.denies(frame)),
+            Back::Blocks(stage) => stage.denies_all(frames),
         }
     }
 

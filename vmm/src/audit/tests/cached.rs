@@ -404,6 +404,6 @@ fn a_table_that_was_linked_and_is_gone_again_has_left_its_leaves_behind() {
     // Both records are taken when memory has moved on.
     scene.record(0, Event::EntryWrite(linked));
     scene.record(0, Event::EntryWrite(unlinked));
-    let duties = scene.audit.tlb.at(va, va);
+    let duties = scene.audit.tlb.at((va, va), |_| true);
     assert_eq!(duties.iter().map(|duty| duty.frames.start()).collect::<Vec<_>>(), [frame]);
 }

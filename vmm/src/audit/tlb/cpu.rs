@@ -145,6 +145,12 @@ impl Cpu {
         }
     }
 
+    /// Whether it has announced an instruction that takes spaces away.
+    #[inline]
+    pub(super) fn has_announced(&self) -> bool {
+        self.changed.is_some()
+    }
+
     /// The CPU's next event has the number `seq`: what it announced before has been carried out.
     /// Whether it had announced anything.
     pub(super) fn went_on(&mut self, seq: u64) -> bool {

@@ -69,6 +69,7 @@ impl Epochs {
     }
 
     /// The CPU has an event with this number: what it announced before has been carried out.
+    #[inline]
     pub(super) fn went_on(&mut self, cpu: u8, seq: u64) {
         if let Some(epochs) = self.cpus.get_mut(usize::from(cpu)) {
             epochs.went_on = epochs.went_on.max(seq);

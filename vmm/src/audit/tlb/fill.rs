@@ -64,6 +64,15 @@ impl Healed {
     }
 }
 
+/// Whether something that was cached is gone.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Gone {
+    No,
+    /// What removes it has been announced: it is there at most until the CPU's next event.
+    WithTheNextEvent,
+    Certainly,
+}
+
 /// When one CPU can fill its caches from something.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Fill {
@@ -177,20 +186,27 @@ impl Fill {
         }));
     }
 
-    /// The parts of the run, tagged so, that the CPU may have cached. The common case is all or
-    /// nothing.
-    pub(super) fn held(&self, run: &Run, tag: Tag, each: &mut dyn FnMut(Run)) {
+    /// Whether the CPU may have cached all of anything.
+    #[inline]
+    pub(super) fn is_whole(&self) -> bool {
+        self.until.is_none() && self.healed.is_empty()
+    }
+
+    /// The parts of the run, tagged so, that the CPU may have cached, and whether they are certain to
+    /// be gone with its next event. The common case is all or nothing.
+    pub(super) fn held(&self, run: &Run, tag: Tag, each: &mut dyn FnMut(Run, bool)) {
         if self.until.is_some_and(|until| run.since >= until) {
             return;
         }
         if self.healed.is_empty() {
-            each(*run);
+            each(*run, false);
             return;
         }
         for entry in run.entries() {
-            if self.is_cut_off(entry.va, entry.level, entry.since, |flush, leaves| {
+            let gone = self.is_cut_off(entry.va, entry.level, entry.since, |flush, leaves| {
                 leaves && flush.reaches(tag)
-            }) {
+            });
+            if gone == Gone::Certainly {
                 continue;
             }
             let mut parts = vec![entry.frames];
@@ -201,16 +217,21 @@ impl Fill {
                     parts = parts.iter().flat_map(|frames| cut(*frames, *gone)).collect();
                 }
             }
-            parts.into_iter().for_each(|frames| each(entry.part(frames)));
+            let passing = gone == Gone::WithTheNextEvent;
+            parts.into_iter().for_each(|frames| each(entry.part(frames), passing));
         }
     }
 
-    /// Whether the CPU may have cached the path through the entry of this level for `va`, granted at
-    /// `since`, and still has it.
-    pub(super) fn holds_path(&self, va: Gva, level: Level, since: u64) -> bool {
-        let in_time = self.until.is_none_or(|until| since < until);
+    /// Whether the CPU no longer has the path through the entry of this level for `va`, granted at
+    /// `since`, if it ever had.
+    pub(super) fn path_gone(&self, va: Gva, level: Level, since: u64) -> Gone {
+        if self.until.is_some_and(|until| since >= until) {
+            return Gone::Certainly;
+        }
         // A flush that drops all paths is kept with the space.
-        in_time && !self.is_cut_off_path(va, level, since)
+        self.gone(|flush, _, paths, by| {
+            paths && (flush.hits(va, level) || (since >= by && hits_table(flush, va, level)))
+        })
     }
 
     /// Whether nothing could be filled any more at `seq`.
@@ -229,29 +250,33 @@ impl Fill {
         })
     }
 
-    fn is_cut_off_path(&self, va: Gva, level: Level, since: u64) -> bool {
-        self.healed.iter().any(|healed| match healed {
-            Healed::Pages { flush, paths: true, by, .. } => {
-                flush.hits(va, level) || (since >= *by && hits_table(flush, va, level))
-            }
-            _ => false,
-        })
-    }
-
     fn is_cut_off(
         &self,
         va: Gva,
         level: Level,
         since: u64,
         removes: impl Fn(&PageFlush, bool) -> bool,
-    ) -> bool {
-        self.healed.iter().any(|healed| match healed {
-            Healed::Pages { flush, leaves, paths, by } => {
-                (flush.hits(va, level) && removes(flush, *leaves))
-                    || (*paths && since >= *by && hits_table(flush, va, level))
-            }
-            Healed::Frames(..) => false,
+    ) -> Gone {
+        self.gone(|flush, leaves, paths, by| {
+            (flush.hits(va, level) && removes(flush, leaves))
+                || (paths && since >= by && hits_table(flush, va, level))
         })
+    }
+
+    /// Whether any flush of pages took something away, by what it says of each: the flush, whether
+    /// leaves and whether paths went, and since when that is certain.
+    fn gone(&self, takes: impl Fn(&PageFlush, bool, bool, u64) -> bool) -> Gone {
+        let each = self.healed.iter().map(|healed| match healed {
+            Healed::Pages { flush, leaves, paths, by } if takes(flush, *leaves, *paths, *by) => {
+                if *by == PENDING {
+                    Gone::WithTheNextEvent
+                } else {
+                    Gone::Certainly
+                }
+            }
+            _ => Gone::No,
+        });
+        each.max().unwrap_or(Gone::No)
     }
 }
 

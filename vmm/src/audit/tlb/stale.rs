@@ -3,14 +3,17 @@
 
 use super::duty::{Duty, PageFlush, Tag, cut};
 use super::epochs::Scope;
-use super::fill::{Fill, Healed, PENDING, Run};
+use super::fill::{Fill, Healed, Run};
 use super::set::{CpuSet, only};
 use super::store::{Numbers, TooMany};
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::paging::Level;
+use std::collections::HashMap;
 
-/// Most revoked paths that are kept, over all tables and CPUs.
-const MAX_PATHS: usize = 1 << 14;
+/// Most revoked paths that are kept, over all tables and CPUs. A question about all of memory looks
+/// at every entry of their tables through each of them: what a hostile guest can make of it is this
+/// times the entries of a table.
+pub(super) const MAX_PATHS: usize = 1 << 12;
 /// Most that are kept for one table: it is rarely linked at more than one place.
 const MAX_PER_TABLE: usize = 512;
 
@@ -48,9 +51,9 @@ impl StalePath {
     fn duties(&self, run: &Run, each: &mut dyn FnMut(Duty)) {
         let run = Run { va: self.va.wrapping_add(run.va.0), ..*run };
         let tag = self.tag(run.global);
-        self.fill.held(&run, tag, &mut |run: Run| {
+        self.fill.held(&run, tag, &mut |run: Run, passing| {
             let Run { va, level, frames, since, .. } = run;
-            let passing = self.passing && (tag != Tag::Global || self.globals_die);
+            let passing = passing || (self.passing && (tag != Tag::Global || self.globals_die));
             let (root, seq, cpus) = (self.root, self.seq.max(since), only(self.cpu));
             each(Duty { root, tag, level, va, frames, since, seq, cpus, passing });
         });
@@ -216,7 +219,9 @@ impl StaleTables {
                 && (all_paths || flush.hits(path.va, path.level))
         };
         self.drop_paths(goes, &|_, _| true, each);
-        let healed = Healed::Pages { flush: *flush, leaves: true, paths: false, by: PENDING };
+        // What the paths led to is stale already: that goes at once.
+        let by = flush.seq;
+        let healed = Healed::Pages { flush: *flush, leaves: true, paths: false, by };
         for path in self.of_cpu(cpu).filter(|path| path.fill.until.is_some()) {
             if flush.globals && flush.hits(path.va, path.level) {
                 path.fill.heal(healed);
@@ -237,16 +242,26 @@ impl StaleTables {
         self.drop_paths(|path| path.cpu == cpu, &|_, _| false, &mut |_| ());
     }
 
-    /// What CPUs may have cached through the paths, and may cache again.
-    pub(super) fn duties(&self, wanted: impl Fn(&Duty) -> bool, all: &mut Vec<Duty>) {
+    /// What CPUs may have cached through the paths, and may cache again, of runs that are `near` when
+    /// they are reached by a path: those of the duties that are `wanted`. Each run is looked at once
+    /// for each path to its table, and each duty is stored once whatever there is already.
+    pub(super) fn duties(
+        &self,
+        near: impl Fn(&StalePath, &Run) -> bool,
+        wanted: impl Fn(&Duty) -> bool,
+        all: &mut Vec<Duty>,
+    ) {
+        // Not by the quick hash: what is hashed here a guest can choose.
+        let mut known: HashMap<DutyKey, usize> = HashMap::new();
         for StaleTable { leaves, paths } in self.tables.values() {
             for path in paths {
-                for run in leaves {
+                for run in leaves.iter().filter(|run| near(path, run)) {
                     path.duties(run, &mut |duty| {
                         if !wanted(&duty) {
                             return;
                         }
-                        match all.iter_mut().find(|old| old.is_same(&duty)) {
+                        let at = *known.entry(key_of(&duty)).or_insert(all.len());
+                        match all.get_mut(at) {
                             Some(old) => old.cpus |= duty.cpus,
                             None => all.push(duty),
                         }
@@ -313,7 +328,15 @@ impl StaleTables {
     }
 }
 
-fn run_end(run: &Run) -> u64 {
+/// What makes two duties the same but for their numbers and CPUs ([`Duty::is_same`]).
+type DutyKey = (Gva, Gfn, u64, Tag, Level, Gpa, bool);
+
+fn key_of(duty: &Duty) -> DutyKey {
+    let Duty { root, tag, level, va, frames, passing, .. } = *duty;
+    (va, frames.start(), frames.count(), tag, level, root, passing)
+}
+
+pub(super) fn run_end(run: &Run) -> u64 {
     run.va.0 + run.frames.count().div_ceil(run.level.frames()) * run.level.span()
 }
 
@@ -346,11 +369,19 @@ fn learn(known: &mut Vec<Run>, leaves: &[Run]) {
         known.extend(leaves.iter().copied().flat_map(stored));
         return;
     }
+    // Mostly it holds what it held, in the same order: then the next one is what is looked for.
+    let mut next = 0;
     for run in leaves.iter().copied().flat_map(stored) {
-        let older = |old: &&mut Run| {
+        let same = |old: &Run| {
             (old.va, old.level, old.frames, old.global)
                 == (run.va, run.level, run.frames, run.global)
         };
+        if let Some(old) = known.get_mut(next).filter(|old| same(old)) {
+            old.since = old.since.min(run.since);
+            next += 1;
+            continue;
+        }
+        let older = |old: &&mut Run| same(old);
         if let Some(old) = known.iter_mut().find(older) {
             old.since = old.since.min(run.since);
         } else {

@@ -64,17 +64,25 @@ const LOOSE: Link = Link { before: NONE, after: NONE };
 struct Slot {
     /// `None` in a free slot.
     duty: Option<Duty>,
-    /// Neighbours at the same spot, in each index.
+    /// Where it is found, in each index.
+    spots: [Spot; 2],
+    /// Neighbours in the chain of the spot, in each index.
     links: [Link; 2],
 }
+
+/// Chains at the start, and most of them; there are about as many as duties.
+const CHAINS: usize = 64;
+const MAX_CHAINS: usize = 1 << 14;
 
 /// All duties.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Duties {
     slots: Vec<Slot>,
     free: Vec<u32>,
-    /// The first duty at each spot, in each index.
-    heads: [Numbers<Spot, u32>; 2],
+    /// The first duty of each chain, in each index. Spots that fall together share a chain.
+    heads: [Vec<u32>; 2],
+    /// Duties of pages above 2 MiB.
+    wide: usize,
     sweep_at: usize,
     /// Kept to be filled again.
     found: Vec<u32>,
@@ -86,8 +94,13 @@ impl Duties {
     }
 
     /// Adds a run of entries of one table that map consecutive frames.
+    #[inline]
     pub(super) fn add(&mut self, run: &Duty, epochs: &Epochs) -> Result<(), TooMany> {
         if run.level == Level::Pt {
+            let last = Gfn(run.frames.end().0 - 1);
+            if run.frames.start().block_start() == last.block_start() {
+                return self.insert(*run, epochs);
+            }
             return run
                 .frames
                 .by_block()
@@ -164,22 +177,30 @@ impl Duties {
         }
     }
 
-    /// Duties for any of these frames, with the CPUs that may still cache them.
-    pub(super) fn of_frames(&self, frames: FrameRange, epochs: &Epochs, all: &mut Vec<Duty>) {
-        let touching = |duty: &Duty| duty.frames.intersection(frames).is_some();
+    /// Those of the duties for any of these frames that are `wanted`, with the CPUs that may still
+    /// cache them.
+    pub(super) fn of_frames(
+        &self,
+        frames: FrameRange,
+        epochs: &Epochs,
+        all: &mut Vec<Duty>,
+        wanted: impl Fn(&Duty) -> bool,
+    ) {
         self.visit(By::Frame, frame_spots(frames), |_, duty| {
-            if touching(duty) {
-                all.extend(pending(duty, epochs));
-            }
+            all.extend(pending(duty, epochs).filter(&wanted));
         });
     }
 
-    /// Duties for any address in `first..=last`, with the CPUs that may still cache them.
-    pub(super) fn at(&self, (first, last): (Gva, Gva), epochs: &Epochs, all: &mut Vec<Duty>) {
+    /// Those of the duties for any address in `first..=last` that are `wanted`, likewise.
+    pub(super) fn at(
+        &self,
+        (first, last): (Gva, Gva),
+        epochs: &Epochs,
+        all: &mut Vec<Duty>,
+        wanted: impl Fn(&Duty) -> bool,
+    ) {
         self.visit(By::Address, va_spots(first, last), |_, duty| {
-            if duty.va <= last && duty.last() >= first {
-                all.extend(pending(duty, epochs));
-            }
+            all.extend(pending(duty, epochs).filter(&wanted));
         });
     }
 
@@ -215,9 +236,15 @@ impl Duties {
 
     /// Visits every duty that has one of the spots, and where these are more than there are duties
     /// perhaps others too.
+    #[inline]
     fn visit(&self, by: By, spots: [(u64, u64); 2], mut each: impl FnMut(u32, &Duty)) {
         let live = self.len();
         if live == 0 {
+            return;
+        }
+        let [(first, last), _] = spots;
+        if first == last && self.wide == 0 {
+            self.visit_spot(by, first << 1, &mut each);
             return;
         }
         let wanted = spots
@@ -230,27 +257,40 @@ impl Duties {
             return;
         }
         for (wide, (first, last)) in [false, true].into_iter().zip(spots) {
+            if wide && self.wide == 0 {
+                continue;
+            }
             for part in first..=last {
-                let mut next = self.head(by, part << 1 | u64::from(wide));
-                while let Some(slot) = usize::try_from(next).ok().and_then(|n| self.slots.get(n)) {
-                    slot.duty.iter().for_each(|duty| each(next, duty));
-                    next = slot.links[by as usize].after;
-                }
+                self.visit_spot(by, part << 1 | u64::from(wide), &mut each);
             }
         }
     }
 
+    #[inline]
+    fn visit_spot(&self, by: By, spot: Spot, each: &mut impl FnMut(u32, &Duty)) {
+        let mut next = self.head(by, spot);
+        while let Some(slot) = usize::try_from(next).ok().and_then(|n| self.slots.get(n)) {
+            if slot.spots[by as usize] == spot {
+                slot.duty.iter().for_each(|duty| each(next, duty));
+            }
+            next = slot.links[by as usize].after;
+        }
+    }
+
     fn head(&self, by: By, spot: Spot) -> u32 {
-        self.heads[by as usize].get(&spot).copied().unwrap_or(NONE)
+        let heads = &self.heads[by as usize];
+        heads.get(chain(spot, heads.len())).copied().unwrap_or(NONE)
     }
 
     /// Inserts a duty that lies in one part of memory and one of the address space.
+    #[inline]
     fn insert(&mut self, mut duty: Duty, epochs: &Epochs) -> Result<(), TooMany> {
         duty.cpus = epochs.left(&duty);
         if duty.cpus == 0 {
             return Ok(());
         }
-        let mut next = self.head(By::Address, va_spot(&duty));
+        let spots = [frame_spot(&duty), va_spot(&duty)];
+        let mut next = self.head(By::Address, spots[1]);
         while let Some(slot) = usize::try_from(next).ok().and_then(|n| self.slots.get_mut(n)) {
             let (id, after) = (next, slot.links[By::Address as usize].after);
             next = after;
@@ -271,7 +311,10 @@ impl Duties {
         if self.len() >= MAX_DUTIES {
             return Err(TooMany);
         }
-        let slot = Slot { duty: Some(duty), links: [LOOSE; 2] };
+        if self.len() >= self.heads[0].len().min(MAX_CHAINS) {
+            self.rehang();
+        }
+        let slot = Slot { duty: Some(duty), spots, links: [LOOSE; 2] };
         let id = match self.free.pop() {
             Some(id) => {
                 self.slots[usize::try_from(id).map_err(|_| TooMany)?] = slot;
@@ -282,13 +325,46 @@ impl Duties {
                 u32::try_from(self.slots.len() - 1).map_err(|_| TooMany)?
             }
         };
-        self.hang(id, By::Frame, frame_spot(&duty));
-        self.hang(id, By::Address, va_spot(&duty));
+        self.wide += usize::from(duty.level > Level::Pd);
+        self.hang(id, By::Frame, spots[0]);
+        self.hang(id, By::Address, spots[1]);
         Ok(())
     }
 
+    /// Makes twice as many chains.
+    fn rehang(&mut self) {
+        let chains = (2 * self.heads[0].len()).clamp(CHAINS, MAX_CHAINS);
+        if chains == self.heads[0].len() {
+            return;
+        }
+        for by in [By::Frame, By::Address] {
+            let old = std::mem::replace(&mut self.heads[by as usize], vec![NONE; chains]);
+            for head in old {
+                // The newest comes first, as before.
+                let mut ids = std::mem::take(&mut self.found);
+                ids.clear();
+                let mut next = head;
+                while let Some(slot) = usize::try_from(next).ok().and_then(|n| self.slots.get(n)) {
+                    ids.push(next);
+                    next = slot.links[by as usize].after;
+                }
+                for id in ids.iter().rev() {
+                    let slot = usize::try_from(*id).ok().and_then(|n| self.slots.get_mut(n));
+                    let Some(slot) = slot else { continue };
+                    slot.links[by as usize] = LOOSE;
+                    let spot = slot.spots[by as usize];
+                    self.hang(*id, by, spot);
+                }
+                self.found = ids;
+            }
+        }
+    }
+
     fn hang(&mut self, id: u32, by: By, spot: Spot) {
-        let after = self.heads[by as usize].insert(spot, id).unwrap_or(NONE);
+        let heads = &mut self.heads[by as usize];
+        let chain = chain(spot, heads.len());
+        let Some(head) = heads.get_mut(chain) else { return };
+        let after = std::mem::replace(head, id);
         if let Some(link) = self.link_mut(id, by) {
             link.after = after;
         }
@@ -302,9 +378,10 @@ impl Duties {
             return;
         };
         let Some(duty) = slot.duty.take() else { return };
-        let links = slot.links;
-        self.unhang(links[0], By::Frame, frame_spot(&duty));
-        self.unhang(links[1], By::Address, va_spot(&duty));
+        let Slot { links, spots, .. } = *slot;
+        self.wide -= usize::from(duty.level > Level::Pd);
+        self.unhang(links[0], By::Frame, spots[0]);
+        self.unhang(links[1], By::Address, spots[1]);
         self.free.push(id);
     }
 
@@ -314,10 +391,12 @@ impl Duties {
         }
         if let Some(link) = self.link_mut(before, by) {
             link.after = after;
-        } else if after == NONE {
-            self.heads[by as usize].remove(&spot);
         } else {
-            self.heads[by as usize].insert(spot, after);
+            let heads = &mut self.heads[by as usize];
+            let chain = chain(spot, heads.len());
+            if let Some(head) = heads.get_mut(chain) {
+                *head = after;
+            }
         }
     }
 
@@ -336,6 +415,12 @@ impl Duties {
         // With nothing to drop at the limit, another sweep for each new duty would be in vain.
         self.sweep_at = if full { usize::MAX } else { next };
     }
+}
+
+/// Which of the chains a spot falls into; their number is a power of two.
+fn chain(spot: Spot, chains: usize) -> usize {
+    let mixed = spot.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
+    usize::try_from(mixed).unwrap_or(0) & chains.saturating_sub(1)
 }
 
 fn pending(duty: &Duty, epochs: &Epochs) -> Option<Duty> {

@@ -113,7 +113,8 @@ fn encode(world: &World, order: &Order) -> Vec<u64> {
     }
     sorted(&mut words, tables);
     let mut duties = Vec::new();
-    tlb.duties.of_frames(FrameRange::new(Gfn(0), 1 << 30).unwrap(), &tlb.epochs, &mut duties);
+    let everywhere = FrameRange::new(Gfn(0), 1 << 30).unwrap();
+    tlb.duties.of_frames(everywhere, &tlb.epochs, &mut duties, |_| true);
     let duties = duties.iter().map(|duty| {
         let cpus = members(duty.cpus).fold(0, |set, cpu| set | 1 << place(&order.cpus, cpu.into()));
         let i = place(&order.pages, usize::try_from((duty.va.0 - 0x4020_0000) / 4096).unwrap());

@@ -1,8 +1,10 @@
 //! What the small worlds are too small for: runs, large steps, limits.
 
+use super::super::stale::MAX_PATHS;
 use super::super::store::MAX_DUTIES;
 use super::super::*;
 use lacuna_abi::addr::PAGE_SIZE;
+use lacuna_abi::event::Flush;
 
 const ROOT: Gpa = Gpa(0x1000);
 
@@ -48,7 +50,7 @@ fn invlpg_in_large_steps_removes_one_small_page_in_each_step() {
     invlpg(&mut tlb, (3 << 21) + 7 * PAGE_SIZE, 2, Level::Pd);
     assert_eq!(left_of(&tlb), 511);
     let hit = Gva((4 << 21) + 7 * PAGE_SIZE);
-    assert_eq!(tlb.at(hit, hit), []);
+    assert_eq!(tlb.at((hit, hit), |_| true), []);
 }
 
 #[test]
@@ -113,8 +115,71 @@ fn what_is_linked_into_a_table_that_cpus_may_still_walk_to_is_cached_at_the_old_
     let own = leaves(Level::Pt, elsewhere + PAGE_SIZE, 512, 1);
     tlb.linked(parent, 3 << 21, &path, &[own]).unwrap();
     let old = Gva((1 << 30) + (3 << 21) + PAGE_SIZE);
-    assert_eq!(tlb.at(old, old).iter().map(|duty| duty.frames).collect::<Vec<_>>(), [own.frames]);
+    assert_eq!(
+        tlb.at((old, old), |_| true).iter().map(|duty| duty.frames).collect::<Vec<_>>(),
+        [own.frames]
+    );
     tlb.flush(0, &Flush::NonGlobal, 9).unwrap();
     assert_eq!(tlb.of_table(Gfn(2)), [], "the path is gone");
     assert_eq!(left_of(&tlb), 1, "what it was global for is not");
+}
+
+/// A guest that unlinks tables of scattered pages, each at many places, and never flushes. Number of
+/// the unlinks that were followed.
+fn unlink_scattered(tlb: &mut Tlb) -> u64 {
+    let mut followed = 0;
+    for table in 0..64 {
+        let own: Vec<_> = (0..512)
+            .map(|page| (leaves(Level::Pt, page << 12, table << 12 | page << 1, 1), EVERY))
+            .collect();
+        for place in 0..200 {
+            let va = Gva((table * 200 + place) << 21);
+            let own: Vec<_> = own
+                .iter()
+                .map(|(leaves, cpus)| {
+                    (Leaves { va: va.wrapping_add(leaves.va.0), ..*leaves }, *cpus)
+                })
+                .collect();
+            let path =
+                Path { root: ROOT, va, level: Level::Pd, table: Gfn(9 << 20 | table), since: 0 };
+            if tlb.unlink(&path, &own, 5).is_err() {
+                return followed;
+            }
+            followed += 1;
+        }
+    }
+    followed
+}
+
+#[test]
+fn what_a_question_looks_at_is_bounded_whatever_a_guest_unlinks() {
+    let mut tlb = tlb(1);
+    let followed = unlink_scattered(&mut tlb);
+    assert_eq!(followed, u64::try_from(MAX_PATHS).unwrap(), "what is past the bound says so");
+    let looked_at = std::cell::Cell::new(0_u64);
+    let count = |_: &Duty| {
+        looked_at.set(looked_at.get() + 1);
+        true
+    };
+    let everything = FrameRange::new(Gfn(0), 1 << 40).unwrap();
+    let found = tlb.some_of_frames(everything, count);
+    assert_eq!(u64::try_from(found.len()).unwrap(), followed * 512);
+    assert!(looked_at.replace(0) <= 1 << 21);
+    // One page of one table: once for each place of the table.
+    let one = FrameRange::single(Gfn(3 << 12 | 7 << 1));
+    assert_eq!(tlb.some_of_frames(one, count).len(), 200);
+    assert_eq!(looked_at.replace(0), 200);
+    let va = Gva(5 << 21);
+    assert_eq!(tlb.at((va, va), count).len(), 1);
+    assert_eq!(looked_at.get(), 1);
+}
+
+#[test]
+fn the_same_duty_through_several_paths_is_found_once_with_all_its_cpus() {
+    let mut tlb = tlb(3);
+    let own = [(leaves(Level::Pt, 4 << 21, 512, 8), EVERY)];
+    let path = Path { root: ROOT, va: Gva(4 << 21), level: Level::Pd, table: Gfn(9), since: 0 };
+    tlb.unlink(&path, &own, 5).unwrap();
+    let found = tlb.of_frames(own[0].0.frames);
+    assert_eq!(found.iter().map(|duty| duty.cpus).collect::<Vec<_>>(), [0b111]);
 }

@@ -1,8 +1,10 @@
 //! A world of model and reference side by side: both are told the same and must say the same.
 
+use super::super::duty::PageFlush;
 use super::super::*;
 use super::reference::{Act, Caches, Kind, Memory, Pde, Pte, RefCpu, To, revokes_pde, revokes_pte};
 use lacuna_abi::addr::PAGE_SIZE;
+use lacuna_abi::event::{ControlRegister, Flush};
 use std::collections::BTreeSet;
 
 /// First address, and first frame of the large page.
@@ -419,7 +421,7 @@ impl World {
     pub(super) fn found(&self) -> [BTreeSet<Stale>; 2] {
         let frames = FrameRange::new(Gfn(0), 1 << 30).unwrap();
         let last = BASE.wrapping_add(Level::Pd.span() - 1);
-        [self.tlb.of_frames(frames), self.tlb.at(BASE, last)]
+        [self.tlb.of_frames(frames), self.tlb.at((BASE, last), |_| true)]
             .map(|duties| duties.iter().flat_map(|duty| self.apart(duty)).collect())
     }
 
