@@ -50,7 +50,7 @@ pub struct SimMachine {
     through_gate: bool,
     /// CPU 1 has turned its interrupts off for good (program `crash`).
     pub(super) stuck: AtomicBool,
-    space: AddressSpace,
+    pub(super) space: AddressSpace,
     faults: u64,
     stop: Arc<Stop>,
     over: AtomicBool,
@@ -146,7 +146,7 @@ impl SimMachine {
     /// meanwhile. `None` while the guest's code is unwound: what its destructors ask for then is
     /// not done.
     #[inline]
-    fn enter(&self) -> Option<(usize, &Cpu)> {
+    pub(super) fn enter(&self) -> Option<(usize, &Cpu)> {
         if std::thread::panicking() {
             return None;
         }
@@ -216,7 +216,7 @@ impl SimMachine {
         word.unwrap_or_else(|| panic!("no table entry can be at {at}"))
     }
 
-    fn record(&self, site: u32, event: Event) {
+    pub(super) fn record(&self, site: u32, event: Event) {
         ring::record(&self.ring(site), event);
     }
 

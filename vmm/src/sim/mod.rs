@@ -13,6 +13,7 @@
 //! | `ram` | guest memory by physical address |
 //! | `mmu` | translation, speculation |
 //! | `probe` | touches frames on purpose |
+//! | `attempts` | what the program `probe` needs: accesses that may fault, all invalidations |
 //! | `baton`, `schedule` | which CPUs run |
 //! | `cpu`, `machine`, `calls` | a CPU, the platform, what the guest tells the host |
 //! | `guest`, `touch`, `crash` | the guest image's main function, and its programs that misbehave |
@@ -22,6 +23,7 @@
 //! natively; [`crate::run::Running::wait`] gives it up.
 #![forbid(unsafe_code)]
 
+mod attempts;
 mod baton;
 mod calls;
 mod cpu;
