@@ -111,10 +111,7 @@ impl Record {
                     Seen::Reached(gpa) => (1, gpa.0),
                     Seen::NotOffered => (2, 0),
                 };
-                (
-                    head(KIND_OBSERVED, 0, flavour, self.cpu, case.number()),
-                    [0, va.0, reached, 0, 0],
-                )
+                (head(KIND_OBSERVED, 0, flavour, self.cpu, case.number()), [0, va.0, reached, 0, 0])
             }
             Event::Host(act, frames) => (
                 head(KIND_HOST, 0, act as u64, self.cpu, 0),

@@ -156,7 +156,11 @@ impl<P: Attempts> Probe<'_, P> {
                 continue;
             };
             for _ in 0..rounds {
-                if case.other() { self.other(case, change)? } else { self.own(case, change)? }
+                if case.other() {
+                    self.other(case, change)?
+                } else {
+                    self.own(case, change)?
+                }
                 done += 1;
                 if done % CHECKED_AFTER == 0 {
                     services.progress(done);

@@ -25,8 +25,10 @@ impl Teller<'_> {
         }
         let since = records.iter().map(|record| record.seq).min().unwrap_or(end);
         let flushed = |record: &&Record| {
-            let invalidates =
-                matches!(record.event, Event::Flush(_) | Event::Control { .. } | Event::RootLoad { .. });
+            let invalidates = matches!(
+                record.event,
+                Event::Flush(_) | Event::Control { .. } | Event::RootLoad { .. }
+            );
             record.seq > since && Some(record.cpu) == finding.cpu && invalidates
         };
         records.extend(before().filter(flushed));

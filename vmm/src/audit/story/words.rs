@@ -125,7 +125,9 @@ fn observed(observation: &Observation) -> String {
     let access = case.change().access().name();
     match seen {
         Seen::Fault => format!("tried a {access} of {va}: a page fault"),
-        Seen::Reached(gpa) => format!("tried a {access} of {va}: it reached the frame {}", gpa.frame()),
+        Seen::Reached(gpa) => {
+            format!("tried a {access} of {va}: it reached the frame {}", gpa.frame())
+        }
         Seen::NotOffered => format!("does not offer a {access} of this kind"),
     }
 }
