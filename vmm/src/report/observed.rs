@@ -172,3 +172,74 @@ fn unseen(out: &mut String, cases: &[Observed]) {
     }
     out.push('\n');
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Check;
+    use super::*;
+
+    fn case(
+        change: &str,
+        invalidation: &str,
+        [rounds, stale, allowed, wrong]: [u64; 4],
+    ) -> Observed {
+        Observed {
+            change: change.into(),
+            invalidation: invalidation.into(),
+            cpu: "own".into(),
+            offered: rounds > 0,
+            rounds,
+            stale,
+            may_be_stale: allowed,
+            contradictions: wrong,
+            ..Observed::default()
+        }
+    }
+
+    fn table(observed: Vec<Observed>) -> String {
+        Report { observed, ..Report::new() }.to_probe_text()
+    }
+
+    #[test]
+    fn each_kind_of_case_has_a_sign_of_its_own() {
+        let text = table(vec![
+            case("clear", "none", [20, 17, 20, 0]),
+            case("clear", "invlpg", [20, 0, 0, 0]),
+            case("clear", "cr3", [20, 0, 20, 0]),
+            case("clear", "invpcid2", [0; 4]),
+            case("clear", "pge", [20, 3, 0, 3]),
+        ]);
+        let rows: Vec<Vec<&str>> = text.lines().map(|l| l.split_whitespace().collect()).collect();
+        let head = vec!["change", "none", "invlpg", "cr3", "invpc2", "pge"];
+        let place = rows.iter().position(|row| *row == head).unwrap();
+        assert_eq!(rows[place + 1], ["clear", "17", ".", "0", "-", "!3"], "{text}");
+    }
+
+    #[test]
+    fn what_is_allowed_and_was_not_seen_is_listed_and_nothing_else() {
+        let seen = case("clear", "none", [20, 17, 20, 0]);
+        let text = table(vec![seen.clone(), case("remap", "cr3", [20, 0, 20, 0])]);
+        let list = text.split("Allowed and not seen, in 1 of 2 cases:").nth(1).unwrap();
+        assert!(
+            list.contains("remap") && list.contains("cr3") && !list.contains("clear"),
+            "{text}"
+        );
+        let text = table(vec![seen]);
+        assert!(text.contains("seen in all 1 cases"), "{text}");
+    }
+
+    #[test]
+    fn a_report_without_observations_has_no_table() {
+        let checks = vec![Check {
+            rule: "observed-access".into(),
+            checked: 0,
+            not_checked: 0,
+            violations: 0,
+        }];
+        let report = Report { checks, ..Report::new() };
+        assert!(!report.to_text().contains("Observed on"));
+        let observed = vec![case("clear", "none", [20, 17, 20, 0])];
+        let report = Report { observed, ..report };
+        assert!(report.to_text().contains("Observed on the CPU itself"));
+    }
+}
