@@ -1,7 +1,7 @@
 //! Stories of accesses that went where nothing led: what was last said of the address, and what the
 //! CPU invalidated since.
 
-use super::{Finding, Step, Teller, What, place_in_run, step, words};
+use super::{Finding, Step, Teller, What, ends, note, place_in_run, step, words};
 use lacuna_abi::event::{Event, Record};
 
 /// Most records of the entry that are told: the grant, the change, and one before.
@@ -33,10 +33,12 @@ impl Teller<'_> {
         };
         records.extend(before().filter(flushed));
         records.sort_by_key(|record| record.seq);
-        let told = records.into_iter().map(|record| match &record.event {
+        let tell = |record: &&Record| match &record.event {
             Event::EntryWrite(write) => step(record, What::Recorded, words::write(write, va)),
             _ => step(record, What::Flush, words::record(record)),
-        });
-        told.collect()
+        };
+        let (first, left, last) = ends(records);
+        let out = (left > 0).then(|| note(What::LeftOut, format!("{left} more records of these")));
+        first.iter().map(tell).chain(out).chain(last.iter().map(tell)).collect()
     }
 }

@@ -142,6 +142,26 @@ fn what_is_not_offered_is_counted_and_not_judged() {
     assert_eq!(it.scene.checked(Rule::ObservedAccess), 0);
 }
 
+#[test]
+fn whatever_a_guest_says_that_it_saw_the_judgement_and_its_story_are_bounded() {
+    let mut it = Observed::new();
+    let places = [Gva(0), Gva(u64::MAX), Gva(1 << 63), it.va, IMAGE, POOL, window(0), window(1)];
+    for round in 0..300_u64 {
+        it.change(Entry::DATA, Entry::EMPTY);
+        it.scene.flush(0, Flush::NonGlobal);
+        for (va, change) in places.into_iter().zip(Change::ALL.iter().cycle()) {
+            let case = Case::new(*change, Means::None, true, true);
+            for seen in [Seen::Fault, Seen::Reached(Gpa(u64::MAX)), Seen::Reached(Gpa(round << 12))]
+            {
+                it.scene.record(0, Event::Observed(Observation { case, va, seen }));
+            }
+        }
+    }
+    let findings = it.scene.audit.result().findings;
+    assert!(!findings.is_empty() && findings.len() <= 100);
+    assert!(findings.iter().all(|found| !found.story.is_empty() && found.story.len() <= 24));
+}
+
 /// Twin: a model that takes a translation for gone that may be cached is contradicted.
 #[test]
 fn twin_a_model_that_forgets_too_much_is_contradicted() {
