@@ -78,7 +78,13 @@ pub(super) fn render(report: &Report) -> String {
         ("own", "The CPU that changed the entry accesses it again"),
         ("other", "Another CPU accesses it again"),
     ] {
-        table(&mut out, title, report.observed.iter().filter(|case| case.cpu == cpu));
+        let cases = report.observed.iter().filter(|case| case.cpu == cpu);
+        if cases.clone().any(|case| case.offered) {
+            table(&mut out, title, cases);
+        } else {
+            paragraph(&mut out, 0, &format!("{title}: not offered on {} vCPU", report.guest.vcpus));
+            out.push('\n');
+        }
     }
     paragraph(
         &mut out,
@@ -224,6 +230,7 @@ mod tests {
             list.contains("remap") && list.contains("cr3") && !list.contains("clear"),
             "{text}"
         );
+        assert!(text.contains("Another CPU accesses it again: not offered"), "{text}");
         let text = table(vec![seen]);
         assert!(text.contains("seen in all 1 cases"), "{text}");
     }
