@@ -8,13 +8,14 @@ mod support;
 use libtest_mimic::Failed;
 use serde_json::Value;
 use std::process::Command;
-use support::{Check, LACUNA, Run, ensure, needing_kvm, repository, trial};
+use support::{Check, LACUNA, Run, ensure, lacuna, needing_kvm, repository, trial};
 
 fn main() {
     let mut trials = vec![
         trial("on_sim_what_the_manual_allows_is_seen_and_nothing_else", manual_on_sim),
         trial("on_one_simulated_cpu_another_is_not_offered", one_cpu),
         trial("the_table_is_printed_for_eyes", printed),
+        trial("a_guest_without_a_place_for_it_is_told_why", no_place),
     ];
     for seal in ["off", "guard", "memslot"] {
         for (fault, stale) in
@@ -126,6 +127,15 @@ fn printed() -> Check {
     let without = cells("no-execute global").ok_or("no row of code")?;
     ensure(without.iter().all(|cell| cell == "-"), &text)?;
     ensure(text.lines().all(|line| line.chars().count() <= 100), "a line is too long")
+}
+
+/// The zone ends with its last page directory.
+fn no_place() -> Check {
+    let config = "[guest]\nmemory_mib = 1024\n[workload]\nprogram = \"probe\"\n";
+    let run = lacuna(config, &["--machine", "sim"])?;
+    run.expect(4, "guest-error")?;
+    let message = run.report["guest_error"]["message"].as_str().unwrap_or_default();
+    ensure(message.contains("memory_mib may not be a multiple of 1024"), message)
 }
 
 fn manual_on_kvm() -> Check {
