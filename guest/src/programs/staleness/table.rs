@@ -22,6 +22,8 @@ const CHECKED_AFTER: u64 = 1000;
 struct Arena {
     /// An entry of a page table that is linked behind the last pageblock.
     small: Run,
+    /// The entry that leads to that table.
+    link: Run,
     /// The next entry of the page directory.
     large: Run,
     /// A table of 4 KiB entries for `second`, which no root reaches.
@@ -90,19 +92,14 @@ impl Arena {
         platform.fill_table(split, Level::Pt, Entry::new(second, Entry::DATA));
         write(platform, link, Entry::new(table.frame(), Entry::TABLE));
         let small = Run { at: table, level: Level::Pt, ..link };
-        Ok(Self { small, large, split, first, second, code: platform.code() })
+        Ok(Self { link, small, large, split, first, second, code: platform.code() })
     }
 
     /// Clears everything; no CPU may have any of it cached afterwards.
     fn dismantle<P: Attempts>(&self, platform: &P) {
         write(platform, self.small, Entry::EMPTY);
         write(platform, self.large, Entry::EMPTY);
-        let above = platform.space().root;
-        let read = |at| Some(platform.read_entry(at));
-        if let Ok(at) = lacuna_abi::walk::locate(&read, above, self.small.va, Level::Pd) {
-            let link = Run { at, level: Level::Pd, ..self.small };
-            write(platform, link, Entry::EMPTY);
-        }
+        write(platform, self.link, Entry::EMPTY);
         platform.shootdown(Flush::Everything, CpuSet::first(platform.cpus()));
     }
 
