@@ -90,8 +90,8 @@ pub(super) fn render(report: &Report) -> String {
         &mut out,
         0,
         "A number: the model of what is cached allows stale accesses here, and so many were seen. \
-         . none is allowed, and none was seen. ! seen though none is allowed. - not offered here, or \
-         there is no such case.",
+         . none is allowed, and none was seen. ! seen though none is allowed. - not offered here, no \
+         such case, or the run did not get there.",
     );
     out.push('\n');
     unseen(&mut out, &report.observed);
