@@ -8,7 +8,7 @@ use lacuna::image::{Image, ORDINARY, WITH_FAULTS};
 use lacuna_abi::fault::{Fault, Slip};
 
 /// Instructions beyond the feature sets below that KVM's emulator lacks.
-const FORBIDDEN: [Mnemonic; 13] = [
+const FORBIDDEN: [Mnemonic; 12] = [
     Mnemonic::Int,
     Mnemonic::Int1,
     Mnemonic::Int3,
@@ -18,7 +18,6 @@ const FORBIDDEN: [Mnemonic; 13] = [
     Mnemonic::Rdpid,
     Mnemonic::Cmpxchg16b,
     Mnemonic::Xgetbv,
-    Mnemonic::Invpcid,
     Mnemonic::Syscall,
     Mnemonic::Fxsave,
     Mnemonic::Fxrstor,
@@ -47,6 +46,12 @@ fn is_forbidden(instruction: &Instruction) -> bool {
         || instruction.cpuid_features().iter().any(simd)
 }
 
+/// Whether a function may hold the instruction: INVPCID, which KVM's emulator lacks too, stands in a
+/// function of its own, which is called where CPUID offers it.
+fn is_out_of_place(instruction: &Instruction, function: &str) -> bool {
+    instruction.mnemonic() == Mnemonic::Invpcid && function != "lacuna_guest_image::cpu::invpcid"
+}
+
 fn decode(code: &[u8], start: u64) -> Vec<Instruction> {
     Decoder::with_ip(64, code, start, DecoderOptions::NONE).into_iter().collect()
 }
@@ -59,7 +64,7 @@ fn check(file: &[u8]) {
         for instruction in decode(code, start) {
             instructions += 1;
             assert!(
-                !is_forbidden(&instruction),
+                !is_forbidden(&instruction) && !is_out_of_place(&instruction, name),
                 "{name} holds `{instruction}` at {:#x}",
                 instruction.ip()
             );
@@ -141,6 +146,13 @@ fn forbidden_instructions_are_recognised() {
         let decoded = decode(code, 0);
         assert!(decoded.iter().any(is_forbidden), "{name} passed as {decoded:?}");
     }
+}
+
+#[test]
+fn invpcid_is_recognised_outside_its_function() {
+    let invpcid = decode(&[0x66, 0x0f, 0x38, 0x82, 0x08], 0)[0];
+    assert!(is_out_of_place(&invpcid, "lacuna_guest_image::cpu::flush_everything"));
+    assert!(!is_out_of_place(&invpcid, "lacuna_guest_image::cpu::invpcid"));
 }
 
 #[test]

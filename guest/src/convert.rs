@@ -294,7 +294,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         self.run(direct_map(start.align_down(BLOCK_SIZE)), Level::Pd, 1)
     }
 
-    fn run(&self, va: Gva, level: Level, count: u32) -> Run {
+    pub(crate) fn run(&self, va: Gva, level: Level, count: u32) -> Run {
         let at = space::locate(self.platform, &self.layout.pool, va, level)
             .unwrap_or_else(|error| panic!("no entry of {level:?} for {va}: {error:?}"));
         Run { at, va, level, count }
@@ -306,7 +306,7 @@ impl<P: Platform> PageAllocator<'_, P> {
     }
 
     /// Takes a page of the table pool.
-    fn new_table(&self) -> Option<Gpa> {
+    pub(crate) fn new_table(&self) -> Option<Gpa> {
         let page = self.table_pages.take()?;
         let table = self.layout.pool.gpa.wrapping_add(u64::from(page) * PAGE_SIZE);
         self.platform.life(Life::TableAllocated, FrameRange::single(table.frame()));
@@ -314,7 +314,7 @@ impl<P: Platform> PageAllocator<'_, P> {
     }
 
     /// Gives a page of the table pool back. It is reported first: another CPU may take it at once.
-    fn free_table(&self, table: Gpa) {
+    pub(crate) fn free_table(&self, table: Gpa) {
         self.platform.life(Life::TableFreed, FrameRange::single(table.frame()));
         let page = (table.0 - self.layout.pool.gpa.0) / PAGE_SIZE;
         // The pool has at most 4096 pages.

@@ -10,6 +10,7 @@ use lacuna_abi::event::{
     EntryWrite, Event, INTENT_WORDS, Intent, RECORD_WORDS, RING_BUSY_WORD, RING_HEAD_WORD,
     RING_INTENT_WORD, RING_RECORDS, RING_TAIL_WORD, Record,
 };
+use lacuna_abi::observe::Observation;
 use lacuna_abi::paging::Entry;
 
 /// Word of the intent that holds its number.
@@ -74,6 +75,26 @@ pub fn write_entries(ring: &impl Ring, write: &EntryWrite, mut store: impl FnMut
     let event = Event::EntryWrite(write);
     push(ring, &Record { seq, cpu: ring.cpu(), site: ring.site(), event });
     ring.control(RING_INTENT_WORD).store(0, Release);
+    set_busy(ring, false);
+}
+
+/// Waits for the host until there is room for so many records, at most as many as the ring holds: until
+/// they are made none of them waits.
+pub fn make_room<R: Ring>(ring: &R, records: u64) {
+    let head = ring.control(RING_HEAD_WORD).load(Relaxed);
+    let limit = R::RECORDS.saturating_sub(records);
+    while head.wrapping_sub(ring.control(RING_TAIL_WORD).load(Acquire)) > limit {
+        ring.drain();
+    }
+}
+
+/// Records what `look` sees, with a number that is taken before it looks. Interrupts are off.
+pub fn observe(ring: &impl Ring, look: impl FnOnce() -> Observation) {
+    reserve(ring);
+    set_busy(ring, true);
+    let seq = next_number(ring);
+    let event = Event::Observed(look());
+    push(ring, &Record { seq, cpu: ring.cpu(), site: ring.site(), event });
     set_busy(ring, false);
 }
 

@@ -9,6 +9,7 @@ mod words;
 
 use crate::addr::{FrameRange, Gfn, Gpa, Gva, PAGE_SIZE};
 use crate::named_enum;
+use crate::observe::Observation;
 use crate::paging::{Entry, Level};
 use crate::walk::entry_address;
 
@@ -75,6 +76,9 @@ pub enum Event {
     Life(Life, FrameRange),
     /// A CPU acknowledged the shootdown with this number.
     ShootdownAck(u64),
+    /// An access of the program `probe`. Its number is taken before the access: what the CPU did
+    /// before has a smaller one.
+    Observed(Observation),
     /// Written by the host only: it carried out this operation.
     Host(HostAct, FrameRange),
 }

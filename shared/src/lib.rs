@@ -18,6 +18,7 @@ pub mod fault;
 pub mod gate;
 pub mod layout;
 pub mod named;
+pub mod observe;
 pub mod paging;
 pub mod walk;
 pub mod words;

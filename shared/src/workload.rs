@@ -29,6 +29,9 @@ named_enum! {
         /// Times invalidations, for `lacuna bench flush`: `arg0` INVLPGs or, for 0, a CR3 load, then
         /// `arg1` loads, `arg2` times; says the least ticks as its progress.
         Flush = "flush",
+        /// Looks for stale translations: `arg0` is the [`Scenario`], `arg1` the number of rounds of each
+        /// case.
+        Probe = "probe",
     }
 }
 
@@ -142,6 +145,29 @@ pub const BENCH_DRY_BLOCKS: u64 = 4;
 
 /// Words of scratch memory for one CPU of the program `bench`: a handle for each allocation.
 pub const BENCH_CPU_WORDS: u64 = BENCH_DRY_BLOCKS * BLOCK_FRAMES;
+
+named_enum! {
+    /// What the program `probe` does.
+    #[repr(u64)]
+    pub enum Scenario {
+        /// Every change of a table with every invalidation ([`crate::observe::Case`]).
+        Table = "table",
+        /// A CPU reads a pageblock through the direct map, caches that, and reads again when another
+        /// has flipped the block and written to it through its window.
+        Flip = "flip",
+    }
+}
+
+impl Scenario {
+    /// CPUs that it needs.
+    #[must_use]
+    pub const fn cpus(self) -> usize {
+        match self {
+            Self::Table => 1,
+            Self::Flip => 2,
+        }
+    }
+}
 
 named_enum! {
     /// Ways to touch a sealed frame.

@@ -11,6 +11,7 @@ fn main() -> ExitCode {
     match &cli.command {
         Command::Run(args) => cli::run(args),
         Command::Doctor(args) => cli::doctor(args),
+        Command::Probe(args) => cli::probe(args),
         Command::Bench(args) => cli::bench(args),
     }
     .into()

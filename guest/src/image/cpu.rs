@@ -2,11 +2,19 @@
 #![allow(unsafe_code)]
 
 use core::arch::asm;
+use core::arch::x86_64::{__cpuid, __cpuid_count};
 use lacuna_abi::addr::Gva;
 use lacuna_abi::gate::{Call, GATE_PORT};
 
 /// CR4.PGE: global pages.
 const CR4_PGE: u64 = 1 << 7;
+/// CR4.PCIDE: process-context identifiers.
+pub(crate) const CR4_PCIDE: u64 = 1 << 17;
+/// CPUID: PCID in ECX of leaf 1, INVPCID in EBX of leaf 7.
+const CPUID_1_ECX_PCID: u32 = 1 << 17;
+const CPUID_7_EBX_INVPCID: u32 = 1 << 10;
+/// Bit 63 of a MOV to CR3: nothing is invalidated.
+const CR3_NO_FLUSH: u64 = 1 << 63;
 /// RFLAGS.IF: interrupts on.
 const RFLAGS_IF: u64 = 1 << 9;
 /// IA32_APIC_BASE, and in it: enabled, x2APIC mode (SDM volume 3, "Extended XAPIC (x2APIC)").
@@ -132,6 +140,52 @@ pub(crate) fn invalidate_page(va: Gva) {
 pub(crate) fn flush_non_global() {
     // SAFETY: as `invalidate_page`; the root stays the same.
     unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack, preserves_flags)) };
+}
+
+/// Loads CR3 with its own value and bit 63, for which CR4.PCIDE must be set: no translation has to go.
+pub(crate) fn load_root_without_flush() {
+    let root = root() | CR3_NO_FLUSH;
+    // SAFETY: the root stays the same.
+    unsafe { asm!("mov cr3, {}", in(reg) root, options(nostack, preserves_flags)) };
+}
+
+/// CR4.
+pub(crate) fn cr4() -> u64 {
+    let cr4: u64;
+    // SAFETY: reading CR4 in ring 0 has no effect.
+    unsafe { asm!("mov {}, cr4", out(reg) cr4, options(nostack, preserves_flags, nomem)) };
+    cr4
+}
+
+/// Changes CR4, in nothing but PCIDE.
+pub(crate) fn set_cr4(cr4: u64) {
+    // SAFETY: the callers change what translations are tagged with; CR3 names PCID 0, as it must.
+    unsafe { asm!("mov cr4, {}", in(reg) cr4, options(nostack, preserves_flags)) };
+}
+
+/// Whether the processor offers PCIDs.
+pub(crate) fn has_pcid() -> bool {
+    __cpuid(1).ecx & CPUID_1_ECX_PCID != 0
+}
+
+/// Whether the processor offers INVPCID.
+pub(crate) fn has_invpcid() -> bool {
+    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).ebx & CPUID_7_EBX_INVPCID != 0
+}
+
+/// INVPCID of this type, with a descriptor of PCID and address. Only where it is offered: an
+/// interpreting KVM does not know it. A function of its own, so that a test sees that nothing else
+/// holds the instruction.
+#[inline(never)]
+pub(crate) fn invpcid(kind: u64, descriptor: [u64; 2]) {
+    // SAFETY: as `invalidate_page`; the descriptor is read.
+    unsafe {
+        asm!(
+            "invpcid {}, [{}]",
+            in(reg) kind, in(reg) &raw const descriptor,
+            options(nostack, preserves_flags),
+        );
+    }
 }
 
 /// The low half of an address in the function that this is called from.

@@ -2,12 +2,13 @@
 //! runs one program.
 //!
 //! Unsafe code is confined to `entry` (the first instructions and the stubs), `cpu` (privileged
-//! instructions), `descriptors` (GDT, IDT, TSS), `memory` (guest memory by address),
+//! instructions), `attempt` (accesses that may fault), `descriptors` (GDT, IDT, TSS), `memory` (guest memory by address),
 //! `shared` (references to the regions that the VMM laid out), and the two programs that misbehave
 //! on purpose, `crash` and `touch`.
 #![no_std]
 #![no_main]
 
+mod attempt;
 mod cpu;
 mod crash;
 mod descriptors;
@@ -24,10 +25,11 @@ mod touch;
 
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::gate::Call;
-use lacuna_abi::workload::Program;
+use lacuna_abi::workload::{Program, Scenario};
 use lacuna_guest::alloc::{AllocConfig, PageAllocator};
 use lacuna_guest::meta::MemMap;
 use lacuna_guest::platform::CpuSet;
+use lacuna_guest::programs::staleness::{self, Relay};
 use lacuna_guest::programs::{self, ProgramError, Services, Team};
 use spin::Once;
 
@@ -41,6 +43,8 @@ const FAILED: u64 = 1;
 
 /// The CPUs of the program.
 static TEAM: Team = Team::new();
+/// How two of them take turns in the program `probe`.
+static RELAY: Relay = Relay::new();
 
 /// The machine and the allocator that all CPUs share; CPU 0 makes them before it starts the others.
 static MACHINE: Once<Machine> = Once::new();
@@ -130,6 +134,13 @@ fn run(
         Some(Program::Crash) => crash::run(machine, info.arg0),
         Some(Program::Flush) if cpu::number() == 0 => flush::run(allocator, machine, args),
         Some(Program::Flush) => {}
+        Some(Program::Probe) => match Scenario::from_number(info.arg0) {
+            Some(scenario) => {
+                let job = (scenario, info.arg1);
+                return staleness::run(job, allocator, machine, machine, &TEAM, &RELAY);
+            }
+            None => panic!("there is no scenario with the number {}", info.arg0),
+        },
         None => panic!("no program has the number {}", info.program),
     }
     Ok(())

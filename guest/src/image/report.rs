@@ -1,11 +1,15 @@
 //! What ends a guest early: exceptions and panics, reported to the host.
 
+use crate::attempt;
 use crate::cpu;
 use crate::gate::PageText;
 use crate::shared::report_page;
 use core::fmt::{self, Write};
 use core::sync::atomic::Ordering::Relaxed;
 use lacuna_abi::gate::{ARGS_WORD, Call, ExceptionReport, LOG_BYTES};
+
+/// Vector of page faults.
+const PAGE_FAULT: u64 = 14;
 
 /// What the stubs in `entry` push, from the lowest address up.
 #[repr(C)]
@@ -35,9 +39,15 @@ pub(crate) struct Frame {
     ss: u64,
 }
 
-/// Every exception ends the guest: its handler tells the host all that it found. Nothing is
-/// allocated, and no lock is taken.
-pub(crate) extern "C" fn exception(frame: &Frame, cr2: u64) -> ! {
+/// Every exception ends the guest, but for page faults that the program `probe` counts on: its handler
+/// tells the host all that it found. Nothing is allocated, and no lock is taken.
+pub(crate) extern "C" fn exception(frame: &mut Frame, cr2: u64) {
+    if frame.vector == PAGE_FAULT
+        && let Some((rip, rsp)) = attempt::resume(frame.rip, frame.rsp, cr2)
+    {
+        (frame.rip, frame.rsp) = (rip, rsp);
+        return;
+    }
     let report = ExceptionReport {
         vector: frame.vector,
         error: frame.error,

@@ -6,6 +6,7 @@ use lacuna_abi::addr::Gpa;
 use lacuna_abi::event::{EntryWrite, Event, Flush, TableFill};
 use lacuna_abi::gate::Call;
 use lacuna_abi::layout::Region;
+use lacuna_abi::observe::Observation;
 use lacuna_abi::paging::Level;
 use lacuna_guest::ring::{self, Ring};
 
@@ -56,6 +57,16 @@ fn with_own(site: u32, body: impl FnOnce(&Own)) {
 /// Records an event that takes its number now.
 pub(crate) fn record(site: u32, event: Event) {
     with_own(site, |own| ring::record(own, event));
+}
+
+/// Waits until so many records can be made without the host.
+pub(crate) fn make_room(records: u64) {
+    with_own(0, |own| ring::make_room(own, records));
+}
+
+/// Records what `look` sees, with a number from before it looks.
+pub(crate) fn observe(site: u32, look: impl FnOnce() -> Observation) {
+    with_own(site, |own| ring::observe(own, look));
 }
 
 /// Writes a run of entries and records it.

@@ -3,6 +3,7 @@
 mod bench;
 mod replay;
 mod secrets;
+pub mod staleness;
 mod stress;
 mod tags;
 mod team;
@@ -19,6 +20,7 @@ use crate::secret::UseError;
 use crate::selftest;
 use core::fmt;
 use lacuna_abi::addr::Gfn;
+use lacuna_abi::observe::Case;
 use lacuna_abi::workload::{Bench, Program, Selftest};
 
 /// What a program needs besides the allocator.
@@ -111,7 +113,12 @@ pub enum ProgramError {
     Leaks(Leaks),
     /// Another CPU gave up, so that this one waited in vain; the other one knows why.
     Abandoned,
-    /// The program exists in the guest image only.
+    /// The program `probe` found no place: it needs room for two tables in the table pool, 4 MiB of
+    /// address space behind the zone in its last GiB, and for some of it a second CPU.
+    NoPlace,
+    /// The first access of a case of the program `probe` did not reach what was mapped just before.
+    Unreached(Case),
+    /// Who runs programs runs this one in another way.
     ImageOnly(Program),
 }
 
@@ -156,8 +163,19 @@ impl fmt::Display for ProgramError {
                 write!(f, "windows are still mapped, by CPU: {counts:?}")
             }
             Self::Abandoned => write!(f, "another CPU gave up"),
+            Self::NoPlace => write!(
+                f,
+                "the program probe finds no place: memory_mib may not be a multiple of 1024, or just \
+                 below one, and the scenario flip needs 2 vCPUs"
+            ),
+            Self::Unreached(case) => write!(
+                f,
+                "the first access of the case {} / {} faulted though its page was mapped",
+                case.change().name(),
+                case.means().name()
+            ),
             Self::ImageOnly(program) => {
-                write!(f, "the program {} exists in the guest image only", program.name())
+                write!(f, "the program {} is not run by this function", program.name())
             }
         }
     }
@@ -199,7 +217,9 @@ pub fn run<P: Platform>(
         },
         Program::Secrets if lead => secrets::run(allocator, platform, services, arg0),
         Program::Secrets | Program::Idle => Ok(()),
-        Program::Touch | Program::Crash | Program::Flush => Err(ProgramError::ImageOnly(program)),
+        Program::Touch | Program::Crash | Program::Flush | Program::Probe => {
+            Err(ProgramError::ImageOnly(program))
+        }
     };
     team.leave(platform, ended)
 }

@@ -43,11 +43,23 @@ impl Team {
         platform: &P,
         ready: impl Fn() -> bool,
     ) -> Result<(), ProgramError> {
+        self.wait_by(|| platform.relax(), ready)
+    }
+
+    /// The same, with turns of the caller's own.
+    ///
+    /// # Errors
+    /// [`ProgramError::Abandoned`] once some CPU has given up.
+    pub(crate) fn wait_by(
+        &self,
+        turn: impl Fn(),
+        ready: impl Fn() -> bool,
+    ) -> Result<(), ProgramError> {
         while !ready() {
             if self.given_up.load(Acquire) {
                 return Err(ProgramError::Abandoned);
             }
-            platform.relax();
+            turn();
         }
         Ok(())
     }

@@ -1,11 +1,12 @@
 //! The guest's side of a ring: room before a number, and while a number is held the ring says so.
 
-use crate::ring::{Ring, record, write_entries};
+use crate::ring::{Ring, make_room, observe, record, write_entries};
 use lacuna_abi::addr::{Gpa, Gva};
 use lacuna_abi::event::{
     EntryWrite, Event, Flush, INTENT_WORDS, Intent, RECORD_WORDS, RING_BUSY_WORD, RING_HEAD_WORD,
     RING_INTENT_WORD, RING_RECORDS, RING_TAIL_WORD, Record,
 };
+use lacuna_abi::observe::{Case, Change, Means, Observation, Seen};
 use lacuna_abi::paging::{Entry, Level};
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::AtomicU64;
@@ -135,4 +136,35 @@ fn a_full_ring_is_drained_before_a_number_is_taken() {
     assert_eq!(ring.drains.get(), 0);
     record(&ring, FLUSH);
     assert_eq!((ring.drains.get(), ring.published(0).seq), (1, RING_RECORDS + 1));
+}
+
+#[test]
+fn room_that_was_made_is_enough_and_none_is_made_in_vain() {
+    let ring = Watched::new();
+    make_room(&ring, 10);
+    assert_eq!(ring.drains.get(), 0);
+    for _ in 0..RING_RECORDS - 9 {
+        record(&ring, FLUSH);
+    }
+    make_room(&ring, 9);
+    assert_eq!(ring.drains.get(), 0, "there is just enough");
+    make_room(&ring, 10);
+    assert_eq!(ring.drains.get(), 1);
+    (0..10).for_each(|_| record(&ring, FLUSH));
+    assert_eq!(ring.drains.get(), 1, "none of the ten waits");
+}
+
+#[test]
+fn what_is_observed_has_a_number_from_before_the_look() {
+    let ring = Watched::new();
+    let case = Case::new(Change::Remap, Means::Cr3, true, false);
+    let seen = Observation { case, va: Gva(0x7000), seen: Seen::Reached(Gpa(0x1234)) };
+    observe(&ring, || {
+        assert!(ring.is_busy());
+        assert_eq!(ring.sequence.load(SeqCst), 1);
+        seen
+    });
+    assert!(!ring.is_busy());
+    let event = Event::Observed(seen);
+    assert_eq!(ring.published(0), Record { seq: 1, cpu: 3, site: 9, event });
 }

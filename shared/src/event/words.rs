@@ -5,6 +5,7 @@ use super::{
     RECORD_WORDS, Record, TableFill,
 };
 use crate::addr::{FrameRange, Gpa, Gva};
+use crate::observe::{Case, Observation, Seen};
 use crate::paging::{Entry, Level};
 
 const CHECK: u64 = 0x6c61_6375_6e61_2121;
@@ -16,6 +17,7 @@ const KIND_ACK: u64 = 5;
 const KIND_HOST: u64 = 6;
 const KIND_FILL: u64 = 7;
 const KIND_CONTROL: u64 = 8;
+const KIND_OBSERVED: u64 = 9;
 const PCID_MASK: u64 = 0xfff;
 
 const fn head(kind: u64, level: u8, flavour: u64, cpu: u8, count: u32) -> u64 {
@@ -103,6 +105,14 @@ impl Record {
             Event::ShootdownAck(number) => {
                 (head(KIND_ACK, 0, 0, self.cpu, 0), [0, 0, number, 0, 0])
             }
+            Event::Observed(Observation { case, va, seen }) => {
+                let (flavour, reached) = match seen {
+                    Seen::Fault => (0, 0),
+                    Seen::Reached(gpa) => (1, gpa.0),
+                    Seen::NotOffered => (2, 0),
+                };
+                (head(KIND_OBSERVED, 0, flavour, self.cpu, case.number()), [0, va.0, reached, 0, 0])
+            }
             Event::Host(act, frames) => (
                 head(KIND_HOST, 0, act as u64, self.cpu, 0),
                 [0, frames.start().gpa().0, frames.count(), 0, 0],
@@ -176,6 +186,15 @@ impl Record {
                 Event::Life(life, frames()?)
             }
             (KIND_ACK, 0) => Event::ShootdownAck(old),
+            (KIND_OBSERVED, 0..=2) => {
+                let case = Case::from_number(count).ok_or(BadRecord::Malformed)?;
+                let seen = match flavour {
+                    0 => Seen::Fault,
+                    1 => Seen::Reached(Gpa(old)),
+                    _ => Seen::NotOffered,
+                };
+                Event::Observed(Observation { case, va: Gva(va), seen })
+            }
             (KIND_HOST, _) => {
                 let act = HostAct::from_number(flavour.into()).ok_or(BadRecord::Unknown)?;
                 Event::Host(act, frames()?)

@@ -37,6 +37,9 @@ named_enum! {
         TraceHonesty = "trace-honesty",
         /// Bytes of a secret input are found in secret frames only.
         InputLeak = "input-leak",
+        /// What an access reached that the guest observed is what the tables say, or what the CPU may
+        /// still cache.
+        ObservedAccess = "observed-access",
     }
 }
 

@@ -20,6 +20,7 @@
 //! | `arrival` | gate operations |
 //! | `quiesce`, `compare` | the complete check; records against tables |
 //! | `probe` | frames that are touched on purpose |
+//! | `observed` | accesses that the guest observed, against what may be cached |
 #![forbid(unsafe_code)]
 #![warn(clippy::cast_possible_truncation)]
 
@@ -35,6 +36,7 @@ mod index;
 mod life;
 mod links;
 mod mappings;
+mod observed;
 mod plain;
 mod probe;
 mod quiesce;
@@ -50,6 +52,7 @@ mod writes;
 
 pub use finding::{AuditResult, Finding, Revoke, Rule, Step, Tally, What};
 pub use frames::Frames;
+pub use observed::CaseTally;
 pub use probe::{Probe, ProbeKind, ProbeTally, Touched};
 pub use tlb::Profile;
 pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, TableWords, World};
@@ -63,6 +66,7 @@ use lacuna_abi::event::{Event, Record};
 use lacuna_abi::gate::{CpuRegistration, Status};
 use lacuna_abi::walk::EVERYTHING;
 use links::Change;
+use observed::Observations;
 use story::Moment;
 use tlb::{Leaves, Start, Tlb, TooMany};
 
@@ -88,6 +92,7 @@ pub struct Audit {
     last_seq: u64,
     link_work: usize,
     probes: ProbeTally,
+    observations: Observations,
     /// What the last record mapped and linked; empty between two records, kept for its room.
     walked: Walked,
 }
@@ -107,6 +112,7 @@ impl Audit {
             last_seq: 0,
             link_work: 0,
             probes: ProbeTally::default(),
+            observations: Observations::default(),
             walked: Walked::default(),
             config,
         };
@@ -234,6 +240,7 @@ impl Audit {
                 self.root_load(cpu, (root, pcid), no_flush, seq);
             }
             Event::Life(life, frames) => self.life(cpu, life, frames, seq),
+            Event::Observed(observation) => self.observed(cpu, &observation, seq),
             Event::ShootdownAck(_) | Event::Host(..) => {}
         }
         self.tell(&Moment::Record(record), world);

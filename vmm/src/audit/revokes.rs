@@ -184,7 +184,7 @@ impl Audit {
     /// The CPUs whose copies of what is mapped at the address are followed: of a window only the
     /// owner's.
     #[inline]
-    fn among(&self, va: Gva) -> CpuSet {
+    pub(super) fn among(&self, va: Gva) -> CpuSet {
         match self.config.layout.place_of(va) {
             Place::DirectMap => EVERY,
             Place::Window(_) => self.window_of(va).map_or(0, only),

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod exit;
+mod probe;
 mod progress;
 mod run;
 #[cfg(test)]
@@ -9,6 +10,7 @@ mod tests;
 mod tools;
 
 pub use exit::ExitStatus;
+pub use probe::probe;
 pub use progress::Progress;
 pub use run::run;
 pub use tools::{bench, doctor};
@@ -33,6 +35,7 @@ Examples:
   lacuna run configs/quickstart.toml
   lacuna run configs/quickstart.toml --inject global-window --report json
   lacuna run configs/secrets.toml --input my-keys.txt --seal memslot --out results
+  lacuna probe --machine sim
   lacuna doctor";
 
 /// Runs small KVM guests whose secret pages are absent from the guest's own direct map and closed
@@ -59,6 +62,9 @@ pub enum Command {
     /// Says what this host can do, and what is missing for what.
     #[command(after_help = "Exit status: 0 if guests can run here, 3 if not.")]
     Doctor(DoctorArgs),
+    /// Shows which stale translations this machine uses, beside what the audit's model allows.
+    #[command(after_help = EXIT_STATUSES)]
+    Probe(ProbeArgs),
     /// Measures, as ratios within one run; without a name, lists what can be measured.
     #[command(after_help = format!("{}\n{EXIT_STATUSES}", Bench::list()))]
     Bench(BenchArgs),
@@ -108,6 +114,27 @@ pub struct RunArgs {
 #[derive(Clone, PartialEq, Eq, Debug, Args)]
 pub struct DoctorArgs {
     /// Prints JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `lacuna probe`.
+#[derive(Clone, PartialEq, Eq, Debug, Args)]
+pub struct ProbeArgs {
+    /// Rounds of each case.
+    #[arg(long, value_name = "NUMBER", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: u32,
+    /// What runs the guest: the host's KVM, or a simulated machine, whose CPUs cache lazily.
+    #[arg(long, value_parser = MachineKind::parser())]
+    pub machine: Option<MachineKind>,
+    /// Virtual CPUs; two show what one CPU keeps when another changes the tables. Two where the host
+    /// has as many processors.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub vcpus: Option<u8>,
+    /// Seed of whatever is left to chance.
+    #[arg(long, value_name = "NUMBER")]
+    pub seed: Option<u64>,
+    /// Prints the report as JSON; `observed` holds the table.
     #[arg(long)]
     pub json: bool,
 }

@@ -20,10 +20,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 /// A run that did not get as far as a report: what to say, and how to end.
-struct Failure(ExitStatus, String);
+pub(super) struct Failure(pub(super) ExitStatus, pub(super) String);
 
 impl Failure {
-    fn new(status: ExitStatus) -> impl Fn(&dyn Error) -> Self {
+    pub(super) fn new(status: ExitStatus) -> impl Fn(&dyn Error) -> Self {
         move |error| Self(status, error.to_string())
     }
 }
@@ -43,10 +43,21 @@ pub fn run(args: &RunArgs) -> ExitStatus {
 fn try_run(args: &RunArgs) -> Result<ExitStatus, Failure> {
     let started = Instant::now();
     let usage = Failure::new(ExitStatus::Usage);
-    let host = Failure::new(ExitStatus::Host);
     let config = Config::load(&args.config, &args.overrides()).map_err(|e| usage(&e))?;
     let (plan, warnings) = Plan::new(&config).map_err(|e| usage(&e))?;
-    let total = expected_work(&config, &plan);
+    let (outcome, report) = carry_out(&config, plan, warnings, started)?;
+    publish(&config, &outcome, report)
+}
+
+/// Runs a guest, shows how far it is, and keeps what the configuration says.
+pub(super) fn carry_out(
+    config: &Config,
+    plan: Plan,
+    warnings: Vec<String>,
+    started: Instant,
+) -> Result<(Outcome, Report), Failure> {
+    let host = Failure::new(ExitStatus::Host);
+    let total = expected_work(config, &plan);
     let machine = Host::of(config.machine).map_err(|error| {
         Failure(ExitStatus::Host, format!("{error}; --machine sim needs no KVM"))
     })?;
@@ -81,14 +92,21 @@ fn try_run(args: &RunArgs) -> Result<ExitStatus, Failure> {
     }
     kept.warnings.extend(log.warning());
     let surroundings = Surroundings {
-        machine: describe_machine(&config),
+        machine: describe_machine(config),
         warnings: warnings.into_iter().chain(kept.warnings).collect(),
         inconclusive: kept.failures,
         last_line: log.last_line(),
         total: started.elapsed(),
     };
-    let report = report(&config, &outcome, surroundings);
-    publish(&config, &outcome, report)
+    let report = report(config, &outcome, surroundings);
+    Ok((outcome, report))
+}
+
+/// Why the text must not be shown: it holds bytes of the secret input.
+pub(super) fn withheld(outcome: &Outcome, text: &str) -> Option<Failure> {
+    let leaks = outcome.with_gate(|gate| gate.leaks_into("the report", text.as_bytes()));
+    let message = "the report is withheld: it holds bytes of the secret input (input-leak)";
+    leaks.then(|| Failure(ExitStatus::Violation, message.into()))
 }
 
 /// What became of the files of `--out`.
@@ -132,12 +150,10 @@ fn expected_work(config: &Config, plan: &Plan) -> Option<u64> {
 /// written is printed all the same.
 fn publish(config: &Config, outcome: &Outcome, mut report: Report) -> Result<ExitStatus, Failure> {
     let broken = |error: &dyn Error| Failure(ExitStatus::Inconclusive, error.to_string());
-    let leaks =
-        |text: &str| outcome.with_gate(|gate| gate.leaks_into("the report", text.as_bytes()));
     let mut json = report.to_json().map_err(|e| broken(&e))?;
-    if leaks(&json) || leaks(&report.to_text()) {
-        let message = "the report is withheld: it holds bytes of the secret input (input-leak)";
-        return Err(Failure(ExitStatus::Violation, message.into()));
+    if let Some(failure) = withheld(outcome, &json).or_else(|| withheld(outcome, &report.to_text()))
+    {
+        return Err(failure);
     }
     if let Some(out) = &config.output.out {
         let path = out.join("report.json");

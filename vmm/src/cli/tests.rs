@@ -73,6 +73,16 @@ fn doctor_and_bench_take_their_flags() {
 }
 
 #[test]
+fn probe_takes_its_flags() {
+    let line = "lacuna probe --rounds 7 --machine sim --vcpus 2 --seed 3 --json";
+    let machine = Some(MachineKind::Sim);
+    let args = ProbeArgs { rounds: 7, machine, vcpus: Some(2), seed: Some(3), json: true };
+    assert_eq!(parsed(line).unwrap().command, Command::Probe(args));
+    let plain = ProbeArgs { rounds: 20, machine: None, vcpus: None, seed: None, json: false };
+    assert_eq!(parsed("lacuna probe").unwrap().command, Command::Probe(plain));
+}
+
+#[test]
 fn wrong_usage_ends_with_status_2_and_help_with_0() {
     for line in [
         "lacuna",
@@ -83,6 +93,9 @@ fn wrong_usage_ends_with_status_2_and_help_with_0() {
         "lacuna run c.toml --seed -1",
         "lacuna run c.toml --unknown",
         "lacuna bench speed",
+        "lacuna probe --rounds 0",
+        "lacuna probe --vcpus 9",
+        "lacuna probe CONFIG",
     ] {
         assert_eq!(parsed(line).unwrap_err().exit_code(), 2, "{line}");
     }

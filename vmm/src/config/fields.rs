@@ -56,7 +56,7 @@ pub const FIELDS: &[Field] = &[
     field(
         "workload",
         "program",
-        "\"replay\", \"secrets\", \"idle\", \"stress\", \"selftest\", \"bench\", \"touch\" or \"crash\"",
+        "\"replay\", \"secrets\", \"idle\", \"stress\", \"selftest\", \"bench\", \"touch\", \"crash\" or \"probe\"",
     ),
     of(
         &[Program::Replay, Program::Secrets],
@@ -93,7 +93,7 @@ pub const FIELDS: &[Field] = &[
          \"secret-dry\" or \"secret-dry-unused\"",
     ),
     of(&[Program::Bench], "order", "an order from 0 to 10"),
-    of(&[Program::Bench], "rounds", "a number of rounds, at least 1"),
+    of(&[Program::Bench, Program::Probe], "rounds", "a number of rounds, at least 1"),
     of(
         &[Program::Touch],
         "touch",
@@ -107,6 +107,7 @@ pub const FIELDS: &[Field] = &[
          \"stack-overflow\", \"triple-fault\", \"hang\", \"halt\", \"write-text\", \"bad-calls\", \
          or with 2 vCPUs \"stuck-cpu\" or \"panic-elsewhere\"",
     ),
+    of(&[Program::Probe], "scenario", "\"table\", or with 2 vCPUs \"flip\""),
     field("second_stage", "seal", "\"auto\", \"memslot\", \"guard\" or \"off\""),
     field("second_stage", "guard", "\"auto\", \"madvise\" or \"mprotect\""),
     field("second_stage", "vma_budget", "a number from 1 to 4294967295"),

@@ -25,7 +25,7 @@ pub use names::{
 use crate::audit::Rule;
 use crate::trace::Secret;
 use lacuna_abi::fault::Fault;
-use lacuna_abi::workload::{Bench, Crash, Program, Selftest, Touch};
+use lacuna_abi::workload::{Bench, Crash, Program, Scenario, Selftest, Touch};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -142,6 +142,14 @@ pub enum Workload {
         /// Number of rounds.
         rounds: u64,
     },
+    /// Looks for stale translations.
+    Probe {
+        /// Which.
+        #[serde(serialize_with = "names::scenario")]
+        scenario: Scenario,
+        /// Rounds of each case.
+        rounds: u64,
+    },
     /// Touches a sealed frame.
     Touch {
         /// How.
@@ -167,6 +175,7 @@ impl Workload {
             Self::Stress { .. } => Program::Stress,
             Self::Selftest { .. } => Program::Selftest,
             Self::Bench { .. } => Program::Bench,
+            Self::Probe { .. } => Program::Probe,
             Self::Touch { .. } => Program::Touch,
             Self::Crash { .. } => Program::Crash,
         }
@@ -181,6 +190,7 @@ impl Workload {
             | Self::Stress { .. }
             | Self::Selftest { .. }
             | Self::Bench { .. }
+            | Self::Probe { .. }
             | Self::Touch { .. }
             | Self::Crash { .. } => None,
         }

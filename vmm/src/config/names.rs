@@ -3,7 +3,7 @@
 use crate::audit::{Profile, Rule};
 use lacuna_abi::fault::Fault;
 use lacuna_abi::named_enum;
-use lacuna_abi::workload::{Bench, Crash, Selftest, Touch};
+use lacuna_abi::workload::{Bench, Crash, Scenario, Selftest, Touch};
 use serde::{Deserialize, Serialize, Serializer};
 
 named_enum! {
@@ -135,6 +135,13 @@ pub(super) fn touch<S: Serializer>(touch: &Touch, serializer: S) -> Result<S::Ok
 
 pub(super) fn crash<S: Serializer>(crash: &Crash, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(crash.name())
+}
+
+pub(super) fn scenario<S: Serializer>(
+    scenario: &Scenario,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(scenario.name())
 }
 
 pub(super) fn selftest<S: Serializer>(test: &Selftest, serializer: S) -> Result<S::Ok, S::Error> {

@@ -57,6 +57,7 @@ pub(super) struct Workload {
     pub rounds: Number,
     pub touch: Text,
     pub crash: Text,
+    pub scenario: Text,
 }
 
 #[derive(Debug, Deserialize)]

@@ -136,6 +136,9 @@ impl Resolver<'_> {
             Workload::Crash { crash } => {
                 (format!("crash = \"{}\"", crash.name()), crash.vcpus().into())
             }
+            Workload::Probe { scenario, .. } => {
+                (format!("scenario = \"{}\"", scenario.name()), scenario.cpus())
+            }
             Workload::Selftest { test, .. } => (format!("test = \"{}\"", test.name()), test.cpus()),
             _ => return Ok(()),
         };

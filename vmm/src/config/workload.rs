@@ -7,7 +7,7 @@ use super::resolve::Resolver;
 use super::{Workload, fields, input};
 use crate::leak::MAX_SECRET;
 use crate::trace::{Secret, is_gfp_name};
-use lacuna_abi::workload::{Bench, Crash, Program, Selftest, Touch};
+use lacuna_abi::workload::{Bench, Crash, Program, Scenario, Selftest, Touch};
 use std::path::{Path, PathBuf};
 use toml::Spanned;
 
@@ -78,6 +78,16 @@ impl Resolver<'_> {
                     rounds: rounds.unwrap_or(1),
                 }
             }
+            Program::Probe => {
+                let rounds = self.number(("workload", "rounds"), &raw.rounds, 1..=u64::MAX)?;
+                let scenario = match &raw.scenario {
+                    Some(scenario) => {
+                        self.named(("workload", "scenario"), scenario, Scenario::from_name)?
+                    }
+                    None => Scenario::Table,
+                };
+                Workload::Probe { scenario, rounds: rounds.unwrap_or(1) }
+            }
             Program::Touch => {
                 let touch = required("touch", &raw.touch)?;
                 Workload::Touch {
@@ -111,6 +121,7 @@ impl Resolver<'_> {
             ("rounds", raw.rounds.is_some()),
             ("touch", raw.touch.is_some()),
             ("crash", raw.crash.is_some()),
+            ("scenario", raw.scenario.is_some()),
         ];
         for (name, given) in given {
             let owners = fields::find("workload", name).map_or(&[][..], |field| field.programs);

@@ -1,10 +1,11 @@
 //! What can be read off a gate, while its machine runs and after.
 
 use super::{Gate, GateCounters};
-use crate::audit::AuditResult;
+use crate::audit::{AuditResult, CaseTally};
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
 use crate::second_stage::SecondStage;
+use lacuna_abi::observe::Case;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,11 @@ impl Gate {
     #[must_use]
     pub fn result(&self) -> AuditResult {
         self.audit.result()
+    }
+
+    /// What the guest observed of each case of the program `probe`.
+    pub fn observations(&self) -> impl Iterator<Item = (Case, CaseTally)> {
+        self.audit.observations()
     }
 
     /// Notes why the run cannot be called passed.

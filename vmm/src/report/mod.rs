@@ -4,6 +4,7 @@
 mod address;
 mod judge;
 pub(crate) mod layout;
+mod observed;
 mod story;
 #[cfg(test)]
 mod tests;
@@ -12,6 +13,8 @@ mod verdict;
 
 pub use address::Address;
 pub use layout::{grouped, milliseconds};
+pub use observed::Observed;
+use text::{findings, verdict_reasons};
 pub use verdict::Verdict;
 
 use serde::{Deserialize, Serialize};
@@ -43,6 +46,9 @@ pub struct Report {
     pub counters: BTreeMap<String, u64>,
     /// Every rule, and how often it was judged.
     pub checks: Vec<Check>,
+    /// What the program `probe` observed, case by case; empty for others.
+    #[serde(default)]
+    pub observed: Vec<Observed>,
     /// Accesses to sealed frames.
     pub sealed_accesses: Vec<SealedAccess>,
     /// Violations of rules. The list is bounded; the counts in `checks` are exact.
@@ -280,6 +286,7 @@ impl Report {
             guest: Guest::default(),
             counters: BTreeMap::new(),
             checks: Vec::new(),
+            observed: Vec::new(),
             sealed_accesses: Vec::new(),
             violations: Vec::new(),
             inconclusive: Vec::new(),
@@ -301,6 +308,12 @@ impl Report {
     #[must_use]
     pub fn to_text(&self) -> String {
         text::render(self)
+    }
+
+    /// What the program `probe` observed, as a table, with what there is to say about it.
+    #[must_use]
+    pub fn to_probe_text(&self) -> String {
+        observed::render(self)
     }
 }
 

@@ -104,6 +104,17 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
     let mut report = broken();
     report.sealed_accesses.push(access());
     report.inject.push("leave-direct-map-alias".into());
+    report.observed.push(Observed {
+        change: "remap".into(),
+        global: true,
+        cpu: "other".into(),
+        invalidation: "cr3".into(),
+        offered: true,
+        rounds: 20,
+        stale: 17,
+        may_be_stale: 20,
+        contradictions: 0,
+    });
     report.guest_error = Some(GuestError {
         kind: "panic".into(),
         message: "no".into(),
@@ -142,6 +153,10 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
             {"rule": "direct-map-alias", "checked": 12345, "not_checked": 0, "violations": 1},
             {"rule": "stale-table", "checked": 0, "not_checked": 0, "violations": 0},
         ],
+        "observed": [{
+            "change": "remap", "global": true, "cpu": "other", "invalidation": "cr3", "offered": true,
+            "rounds": 20, "stale": 17, "may_be_stale": 20, "contradictions": 0
+        }],
         "sealed_accesses": [{
             "gpa": "0x100400000", "kind": "read", "vcpu": 0, "rip": "0xffffffff80201234",
             "va": "0xffff888100400000", "symbol": "lacuna_guest::programs::touch+0x40",

@@ -1,6 +1,7 @@
 //! The text form of a report.
 
 use super::layout::{grouped, labelled, milliseconds, paragraph};
+use super::observed::tables;
 use super::story::story;
 use super::{Address, Probes, Report, Simulation, Verdict};
 use std::fmt::{Display, Write};
@@ -91,6 +92,7 @@ pub(super) fn render(report: &Report) -> String {
     verdict_reasons(&mut out, report);
     findings(&mut out, report);
     sealed_accesses(&mut out, report);
+    tables(&mut out, report);
     rules(&mut out, report);
     counters(&mut out, report);
     freetypes(&mut out, report);
@@ -213,7 +215,7 @@ fn probes(out: &mut String, probes: &Probes) {
     line(out, "probes", &text);
 }
 
-fn verdict_reasons(out: &mut String, report: &Report) {
+pub(super) fn verdict_reasons(out: &mut String, report: &Report) {
     if let Some(error) = &report.guest_error {
         let mut place = vec![error.kind.clone()];
         place.extend(error.vcpu.map(|vcpu| format!("vCPU {vcpu}")));
@@ -235,7 +237,7 @@ fn verdict_reasons(out: &mut String, report: &Report) {
     }
 }
 
-fn findings(out: &mut String, report: &Report) {
+pub(super) fn findings(out: &mut String, report: &Report) {
     for (index, violation) in report.violations.iter().take(SHOWN).enumerate() {
         let expected = if violation.expected { " (expected)" } else { "" };
         let head = format!("Violation {}{expected}: ", index + 1);

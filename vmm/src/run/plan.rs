@@ -192,6 +192,9 @@ fn work(config: &Config) -> Result<Work, PlanError> {
             scratch: u64::from(config.guest.vcpus) * BENCH_CPU_WORDS * 8,
             ..nothing
         },
+        Workload::Probe { scenario, rounds } => {
+            Work { args: [*scenario as u64, *rounds, 0], ..nothing }
+        }
         Workload::Touch { touch } => Work { args: [*touch as u64, 0, 0], ..nothing },
         Workload::Crash { crash } => Work { args: [*crash as u64, 0, 0], ..nothing },
         Workload::Replay { input, events, secret, in_place } => {

@@ -3,7 +3,7 @@
 use super::Outcome;
 use super::end::{End, Place};
 use super::violations::violations;
-use crate::audit::ProbeTally;
+use crate::audit::{CaseTally, ProbeTally};
 use crate::config::Config;
 use crate::gate::ProbeSummary;
 use crate::machine::decode::SealedAccess;
@@ -11,6 +11,7 @@ use crate::report::{self, Address, Check, Frame, GuestError, Report};
 use crate::sim::Statistics;
 use crate::stop::Stopped;
 use lacuna_abi::counter::Counters;
+use lacuna_abi::observe::Case;
 use std::time::Duration;
 
 /// What a report says of the host, and of the time around the run.
@@ -86,6 +87,7 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
                 violations: tally.violations,
             })
             .collect();
+        report.observed = gate.observations().map(observed).collect();
         report.violations = violations(result.findings, &outcome.names);
         report.inconclusive = result.inconclusive;
         report.inconclusive.extend(inconclusive);
@@ -167,6 +169,21 @@ fn sealed(access: &SealedAccess, place: &Place) -> report::SealedAccess {
         va: access.va.map(|va| Address(va.0)),
         symbol: place.symbol.clone(),
         expected: false,
+    }
+}
+
+fn observed((case, tally): (Case, CaseTally)) -> report::Observed {
+    let CaseTally { rounds, stale, allowed, contradictions, not_offered } = tally;
+    report::Observed {
+        change: case.change().name().to_owned(),
+        global: case.global(),
+        cpu: if case.other() { "other" } else { "own" }.to_owned(),
+        invalidation: case.means().name().to_owned(),
+        offered: not_offered == 0,
+        rounds,
+        stale,
+        may_be_stale: allowed,
+        contradictions,
     }
 }
 

@@ -7,10 +7,11 @@ use crate::machine::memory::{Memory, MemoryError};
 use crate::machine::sys;
 use lacuna_abi::boot::BootInfo;
 use lacuna_abi::layout::BOOT_INFO_OFFSET;
-use lacuna_abi::workload::{Crash, Program, Touch};
+use lacuna_abi::workload::{Crash, Program, Scenario, Touch};
 use lacuna_guest::alloc::{AllocConfig, PageAllocator};
 use lacuna_guest::meta::{BlockMeta, MemMap, PageMeta};
 use lacuna_guest::platform::Platform;
+use lacuna_guest::programs::staleness::{self, Relay};
 use lacuna_guest::programs::{self, ProgramError, Services, Team};
 
 /// The program ended as it should.
@@ -40,6 +41,7 @@ pub(super) struct Guest<'a> {
     workload: Option<&'a dyn Workload>,
     allocator: PageAllocator<'a, SimMachine>,
     team: Team,
+    relay: Relay,
 }
 
 /// Metadata of a zone, in this process and not in guest memory: the guest's code refers to it.
@@ -82,7 +84,7 @@ impl<'a> Guest<'a> {
         let layout = info.layout();
         let map = MemMap::new(&metadata.pages, &metadata.blocks, &layout);
         let allocator = PageAllocator::new(machine, &layout, map, AllocConfig::from_boot(&info));
-        Ok(Self { info, workload, allocator, team: Team::new() })
+        Ok(Self { info, workload, allocator, team: Team::new(), relay: Relay::new() })
     }
 
     /// What every CPU runs; the run ends here at last.
@@ -148,6 +150,14 @@ impl<'a> Guest<'a> {
             Some(Program::Crash) => match Crash::from_number(arg0) {
                 Some(kind) => crash::run(machine, kind),
                 None => panic!("there is no way to fail with the number {arg0}"),
+            },
+            Some(Program::Probe) => match Scenario::from_number(arg0) {
+                Some(scenario) => {
+                    let (allocator, team, relay) = (&self.allocator, &self.team, &self.relay);
+                    let job = (scenario, arg1);
+                    return staleness::run(job, allocator, machine, machine, team, relay);
+                }
+                None => panic!("there is no scenario with the number {arg0}"),
             },
             Some(program) => {
                 let (allocator, team) = (&self.allocator, &self.team);

@@ -13,6 +13,7 @@
 //! | `ram` | guest memory by physical address |
 //! | `mmu` | translation, speculation |
 //! | `probe` | touches frames on purpose |
+//! | `attempts` | what the program `probe` needs: accesses that may fault, all invalidations |
 //! | `baton`, `schedule` | which CPUs run |
 //! | `cpu`, `machine` | a CPU, and all of them as one machine |
 //! | `platform`, `calls` | what the guest asks of a CPU, and what it tells the host |
@@ -23,6 +24,7 @@
 //! natively; [`crate::run::Running::wait`] gives it up.
 #![forbid(unsafe_code)]
 
+mod attempts;
 mod baton;
 mod calls;
 mod cpu;

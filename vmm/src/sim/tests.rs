@@ -1,14 +1,18 @@
 //! Whole machines, with workloads of their own on the allocator's interface.
 
 use super::*;
+use crate::audit::Rule;
 use crate::config::{Config, MachineKind, Overrides, Seal};
 use crate::run::{End, Host, Machine, Outcome, Plan};
 use lacuna_abi::addr::PAGE_SIZE;
 use lacuna_abi::layout::direct_map;
+use lacuna_abi::observe::{Case, Change, Means};
+use lacuna_abi::workload::Scenario;
 use lacuna_guest::alloc::{PageAllocator, Request};
 use lacuna_guest::freetype::Migratetype;
 use lacuna_guest::mapped::MappedPages;
 use lacuna_guest::platform::Platform;
+use lacuna_guest::programs::staleness::{self, Relay};
 use lacuna_guest::programs::{ProgramError, Team};
 use lacuna_guest::secret::{Access, SecretPages};
 use std::ops::ControlFlow;
@@ -248,4 +252,70 @@ fn a_secret_cannot_be_read_through_the_direct_map() {
         assert_eq!(end.kind, "exception");
         assert!(end.message.contains("#PF"), "{}", end.message);
     }
+}
+
+/// The program `probe` on CPUs that do not carry out some invalidations.
+struct Forgetful {
+    keeps: Option<fn(&Invalidation) -> bool>,
+    relay: Relay,
+}
+
+impl Workload for Forgetful {
+    fn run<'a>(
+        &self,
+        machine: &'a SimMachine,
+        allocator: &PageAllocator<'a, SimMachine>,
+        team: &Team,
+    ) -> Result<(), ProgramError> {
+        machine.cpus[machine.cpu()].mmu().keeps = self.keeps;
+        team.barrier(machine)?;
+        staleness::run((Scenario::Table, 4), allocator, machine, machine, team, &self.relay)
+    }
+}
+
+/// The cases that contradict the model on such CPUs; what is found tells of nothing else.
+fn contradictions(keeps: Option<fn(&Invalidation) -> bool>) -> Vec<Case> {
+    let workload = Forgetful { keeps, relay: Relay::new() };
+    let outcome = run(workload, 2, 32, Seal::Off, (Schedule::Seeded, 5));
+    assert!(matches!(outcome.end, End::Exit(0, _)), "{:?}", outcome.end);
+    outcome.with_gate(|gate| {
+        let result = gate.result();
+        assert!(result.findings.iter().all(|found| found.rule == Rule::ObservedAccess));
+        assert_eq!(result.inconclusive, Vec::<String>::new());
+        let wrong: Vec<Case> = gate
+            .observations()
+            .filter(|(_, tally)| tally.contradictions > 0)
+            .map(|(case, _)| case)
+            .collect();
+        assert_eq!(wrong.len(), result.findings.len(), "one finding for each case");
+        wrong
+    })
+}
+
+/// What of this is offered on a simulated CPU.
+fn cases(wanted: impl Fn(&Case) -> bool) -> Vec<Case> {
+    let simulated = |case: &Case| !matches!(case.change(), Change::NoExecute | Change::Flip);
+    Case::all().filter(simulated).filter(wanted).collect()
+}
+
+#[test]
+fn cpus_that_invalidate_as_they_must_never_contradict_the_model() {
+    assert_eq!(contradictions(None), []);
+}
+
+#[test]
+fn twin_cpus_that_ignore_invlpg_contradict_the_model_wherever_it_is_used() {
+    let ignored = contradictions(Some(|what| matches!(what, Invalidation::Page { .. })));
+    let used = |case: &Case| match case.means() {
+        Means::Invlpg => !case.other(),
+        means => means == Means::Ipi,
+    };
+    assert_eq!(ignored, cases(used));
+}
+
+#[test]
+fn twin_cpus_that_ignore_cr3_loads_contradict_the_model_where_nothing_is_global() {
+    let ignored = contradictions(Some(|what| matches!(what, Invalidation::Pcid(_))));
+    let flushes = |case: &Case| matches!(case.means(), Means::Cr3 | Means::InvpcidContext);
+    assert_eq!(ignored, cases(|case| flushes(case) && !case.global() && !case.other()));
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::addr::Gfn;
+use crate::observe::Observation;
 use proptest::prelude::*;
 
 fn range() -> impl Strategy<Value = FrameRange> {
@@ -45,9 +46,19 @@ fn event() -> impl Strategy<Value = Event> {
         let (table, level) = (Gfn(frame).gpa(), Level::from_number(level).unwrap());
         Event::TableFill(TableFill { table, level, first: Entry(first) })
     });
+    let cases: std::vec::Vec<Case> = Case::all().collect();
+    let seen = prop_oneof![
+        Just(Seen::Fault),
+        any::<u64>().prop_map(|gpa| Seen::Reached(Gpa(gpa))),
+        Just(Seen::NotOffered)
+    ];
+    let observed = (proptest::sample::select(cases), any::<u64>(), seen);
     prop_oneof![
         write,
         fill,
+        observed.prop_map(|(case, va, seen)| {
+            Event::Observed(Observation { case, va: Gva(va), seen })
+        }),
         flush().prop_map(Event::Flush),
         (0..ControlRegister::ALL.len(), any::<[u64; 2]>()).prop_map(|(i, [old, new])| {
             Event::Control { register: ControlRegister::ALL[i], old, new }
@@ -75,7 +86,7 @@ proptest! {
 
     #[test]
     fn any_head_with_a_right_check_is_decoded_or_refused(
-        mut words: [u64; RECORD_WORDS], kind in 0u64..9, level in 0u64..6, flavour in 0u64..12,
+        mut words: [u64; RECORD_WORDS], kind in 0u64..10, level in 0u64..6, flavour in 0u64..12,
     ) {
         words[1] = words[1] & !0xff_ffff | kind | level << 8 | flavour << 16;
         words[7] = last_word(words[0], words[1], 0);

@@ -5,10 +5,12 @@
 //! | `stale` | of translations that may still be cached: made, revoked, the flushes that did not count |
 //! | `mapping` | of mappings that must not be: who made them, since when the frame is secret |
 //! | `state` | of frames, entries and registers: what was last said of them |
+//! | `observed` | of accesses that went where nothing led: the entry's last records, the CPU's flushes |
 //! | `outcome` | the moment at which it mattered, and what would have been right |
 //! | `words` | what one record says |
 
 mod mapping;
+mod observed;
 mod outcome;
 mod stale;
 mod state;
@@ -88,6 +90,7 @@ impl Teller<'_> {
             Rule::SecondStageOpen | Rule::Residue | Rule::InputLeak => self.life_of(finding),
             Rule::TraceHonesty => self.records_of_entry(finding),
             Rule::ControlState => self.records_of_registers(finding),
+            Rule::ObservedAccess => self.observed(finding),
         };
         steps.push(self.mattered(finding));
         steps.push(self.right(finding));

@@ -86,6 +86,7 @@ impl Teller<'_> {
             Rule::ControlState => "a register is not as agreed".to_owned(),
             Rule::TraceHonesty => "records and tables contradict each other".to_owned(),
             Rule::InputLeak => "there are bytes of the secret input".to_owned(),
+            Rule::ObservedAccess => "nothing that the CPU may cache leads there".to_owned(),
         }
     }
 
@@ -166,6 +167,11 @@ impl Teller<'_> {
             }
             Rule::InputLeak => {
                 "to keep the input in secret pages alone, and to scrub every copy".to_owned()
+            }
+            Rule::ObservedAccess => {
+                "to reach what the tables say, or what they said before and was not invalidated \
+                 on this CPU since"
+                    .to_owned()
             }
         }
     }

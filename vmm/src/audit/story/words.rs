@@ -2,6 +2,7 @@
 
 use lacuna_abi::addr::{FrameRange, Gva};
 use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record};
+use lacuna_abi::observe::{Observation, Seen};
 use lacuna_abi::paging::{Entry, Level};
 
 /// "the frame 0x1000", "512 frames from 0x200000".
@@ -119,6 +120,18 @@ pub(super) fn act(act: HostAct, named: FrameRange) -> String {
     }
 }
 
+fn observed(observation: &Observation) -> String {
+    let Observation { case, va, seen } = *observation;
+    let access = case.change().access().name();
+    match seen {
+        Seen::Fault => format!("tried a {access} of {va}: a page fault"),
+        Seen::Reached(gpa) => {
+            format!("tried a {access} of {va}: it reached the frame {}", gpa.frame())
+        }
+        Seen::NotOffered => format!("does not offer a {access} of this kind"),
+    }
+}
+
 /// What any record says; an entry write, of its first entry.
 pub(super) fn record(record: &Record) -> String {
     match &record.event {
@@ -135,6 +148,7 @@ pub(super) fn record(record: &Record) -> String {
         Event::RootLoad { root, pcid, no_flush } => root_load((root, *pcid), *no_flush),
         Event::Life(step, named) => life(*step, *named),
         Event::ShootdownAck(number) => format!("acknowledged shootdown {number}"),
+        Event::Observed(observation) => observed(observation),
         Event::Host(done, named) => act(*done, *named),
     }
 }

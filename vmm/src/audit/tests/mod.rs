@@ -4,6 +4,7 @@ mod alias;
 mod cached;
 mod hostile;
 mod index;
+mod observed;
 mod probe;
 mod properties;
 mod protocol;
@@ -328,7 +329,7 @@ fn a_whole_life_of_two_blocks_is_clean_and_exercises_every_rule() {
         scene.quiesce();
         let exercised = Rule::ALL.iter().copied().filter(|rule| {
             let off = seal == Denial::NotEnforced;
-            !(matches!(rule, Rule::StaleTable | Rule::InputLeak)
+            !(matches!(rule, Rule::StaleTable | Rule::InputLeak | Rule::ObservedAccess)
                 || (off && *rule == Rule::SecondStageOpen))
         });
         scene.assert_clean(&exercised.collect::<Vec<_>>());

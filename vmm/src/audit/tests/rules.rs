@@ -2,7 +2,9 @@
 //! frame is named, and where it cannot be told and is counted as not checked.
 
 use super::cached::merge;
+use super::observed::Observed;
 use super::*;
+use lacuna_abi::observe::{Case as Observable, Change, Means, Observation, Seen};
 
 /// What is known of a rule.
 struct Case {
@@ -34,10 +36,21 @@ fn case(rule: Rule) -> Case {
         Rule::ControlState => pge_cleared,
         Rule::TraceHonesty => written_unrecorded,
         Rule::InputLeak => leaked,
+        Rule::ObservedAccess => || {
+            let mut it = Observed::new();
+            let frame = it.frame(1);
+            it.see(0, Change::Clear, Seen::Reached(frame.gpa()));
+            (it.scene, Some(frame))
+        },
     };
     let holds: fn() -> Scene = match rule {
         Rule::StaleTable => || merge(|scene| scene.flush_all(Flush::Everything)).0,
         Rule::InputLeak => || searched(10, 0),
+        Rule::ObservedAccess => || {
+            let mut it = Observed::new();
+            it.see(0, Change::Clear, Seen::Fault);
+            it.scene
+        },
         _ => || whole_life(1, Denial::Denied),
     };
     let untold: fn() -> Scene = match rule {
@@ -58,6 +71,13 @@ fn case(rule: Rule) -> Case {
         Rule::Residue => hidden,
         Rule::ControlState => unreadable_registers,
         Rule::InputLeak => || searched(0, 2),
+        // What may be cached of the image is not followed.
+        Rule::ObservedAccess => || {
+            let mut scene = Scene::new(1);
+            let case = Observable::new(Change::Clear, Means::None, true, false);
+            scene.record(0, Event::Observed(Observation { case, va: IMAGE, seen: Seen::Fault }));
+            scene
+        },
     };
     Case { holds, broken, untold }
 }

@@ -199,6 +199,12 @@ impl Tlb {
         spaces.into_iter().any(|space| space.root == root && space.fill.until.is_none())
     }
 
+    /// Root and PCID that the CPU runs in, by its root loads; `None` if it does not run.
+    pub(in crate::audit) fn space_of(&self, cpu: u8) -> Option<(Gpa, u16)> {
+        let cpu = self.cpus.get(usize::from(cpu)).filter(|cpu| cpu.running)?;
+        Some((cpu.mode.root, cpu.mode.pcid))
+    }
+
     /// The PCID under which the CPU uses a root that is registered with this one.
     pub(in crate::audit) fn pcid_on(&self, cpu: u8, registered: u16) -> u16 {
         let cpu = self.cpus.get(usize::from(cpu));
