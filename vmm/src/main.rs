@@ -12,6 +12,7 @@ fn main() -> ExitCode {
         Command::Run(args) => cli::run(args),
         Command::Doctor(args) => cli::doctor(args),
         Command::Bench(args) => cli::bench(args),
+        Command::Lab(args) => cli::lab(args),
     }
     .into()
 }

@@ -156,7 +156,7 @@ fn publish(config: &Config, outcome: &Outcome, mut report: Report) -> Result<Exi
 }
 
 /// Set by the first Ctrl-C or SIGTERM; the second ends the process at once.
-fn interrupts() -> io::Result<Arc<AtomicBool>> {
+pub(super) fn interrupts() -> io::Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         let status = i32::from(ExitStatus::Inconclusive as u8);
