@@ -235,8 +235,9 @@ mod tests {
         let mut writer = Writer::new(Vec::new());
         writer.device(Path::new("/console"), (5, 1)).unwrap();
         let archive = writer.finish().unwrap();
-        let header = "070701000000000000218000000000000000000000000100000000000000000000000000\
-                      00000000000005000000010000000900000000console\0";
+        let fields = [0, 0o2_0600, 0, 0, 1, 0, 0, 0, 0, 5, 1, 8, 0];
+        let fields: String = fields.iter().map(|field| format!("{field:08X}")).collect();
+        let header = format!("070701{fields}console\0");
         assert_eq!(&String::from_utf8_lossy(&archive)[..header.len()], header);
     }
 

@@ -91,9 +91,10 @@ impl FromStr for Version {
     /// Of a package, such as `1:10.0.2+ds-2`: without the epoch.
     fn from_str(text: &str) -> Result<Self, ()> {
         let text = text.split_once(':').map_or(text, |(_, version)| version);
-        let mut numbers = text.split(|char: char| !char.is_ascii_digit());
-        let mut next = || numbers.next().and_then(|number| number.parse().ok());
-        Ok(Self(next().ok_or(())?, next().unwrap_or(0)))
+        // Without what the distribution adds.
+        let upstream = text.split(['+', '-', '~', ' ']).next().unwrap_or(text);
+        let mut numbers = upstream.split('.').map(|number| number.parse().ok());
+        Ok(Self(numbers.next().flatten().ok_or(())?, numbers.next().flatten().unwrap_or(0)))
     }
 }
 

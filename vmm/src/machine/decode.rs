@@ -104,6 +104,15 @@ impl<T: Tables> View<'_, T> {
                 let va = Gva(va.align_down(PAGE_SIZE).0 + gpa.0 % PAGE_SIZE);
                 return self.access(gpa, *operand, va, at, Some(&instruction));
             }
+            // With nested tables KVM is told the address of a table that a walk could not read, and
+            // may take it for the operand's.
+            let walked = self.operands(&instruction).find_map(|(va, _)| match self.way(va) {
+                Way::SealedTable(entry) if entry.frame() == gpa.frame() => Some((va, entry)),
+                _ => None,
+            });
+            if let Some((va, entry)) = walked {
+                return self.access(entry, AccessKind::PageWalk, va, at, Some(&instruction));
+            }
         }
         SealedAccess { gpa, kind, va: None, rip, instruction: None }
     }

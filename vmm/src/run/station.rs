@@ -11,15 +11,20 @@ use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use std::io;
 use std::time::Instant;
 
+/// CR0.PE: set from the start on, and clear after a reset.
+const CR0_PE: u64 = 1;
+
 /// A vCPU, and whether it came out of the guest to make a call that is not completed yet.
 pub(super) struct Station {
     vcpu: Vcpu,
     calling: bool,
+    shut_down: bool,
+    last: Report,
 }
 
 impl From<Vcpu> for Station {
     fn from(vcpu: Vcpu) -> Self {
-        Self { vcpu, calling: false }
+        Self { vcpu, calling: false, shut_down: false, last: None }
     }
 }
 
@@ -28,6 +33,7 @@ impl Station {
     pub(super) fn run(&mut self) -> Exit {
         let exit = self.vcpu.run();
         self.calling = matches!(exit, Exit::PortOut { .. });
+        self.shut_down = exit == Exit::Shutdown;
         exit
     }
 
@@ -43,15 +49,22 @@ impl Station {
         if self.calling {
             self.vcpu.complete();
         }
-        self.vcpu.registers().ok()
+        let registers = self.registers().ok();
+        if !self.shut_down {
+            self.last = registers;
+        }
+        registers
     }
 
-    /// The registers as they are.
+    /// The registers as they are. KVM on AMD resets a vCPU that has shut down before it says so: then
+    /// those that were last reported, if there are any.
     ///
     /// # Errors
     /// [`KvmError`].
     pub(super) fn registers(&self) -> Result<Registers, KvmError> {
-        self.vcpu.registers()
+        let now = self.vcpu.registers()?;
+        let was_reset = self.shut_down && now.cr0 & CR0_PE == 0;
+        Ok(self.last.filter(|_| was_reset).unwrap_or(now))
     }
 }
 
