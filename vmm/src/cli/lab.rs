@@ -149,7 +149,7 @@ fn run(kind: Kind, args: &LabRunArgs) -> Result<ExitStatus, LabError> {
     steps.steps.finish();
     let ending = supervised(&interrupted, |stop| lab.run(&order, stop, &mut pass_on))?;
     keep(&order, &ending)?;
-    Ok(status_of(ending.status))
+    Ok(ending.statuses.first().map_or(ExitStatus::Inconclusive, |status| status_of(*status)))
 }
 
 /// Runs something that is told to stop when Ctrl-C or SIGTERM comes.
@@ -188,7 +188,7 @@ fn order(args: &[OsString]) -> Result<Result<Order, ExitStatus>, LabError> {
     })?;
     let environment = std::env::var_os("RUST_LOG").map(|value| ("RUST_LOG", value));
     let mut order = Order {
-        arguments: args.to_vec(),
+        commands: vec![args.to_vec()],
         folder,
         environment: environment.into_iter().collect(),
         ..Order::default()
@@ -370,7 +370,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let order = Order { keep: Some(folder.path().join("a/b")), ..Order::default() };
         let files = vec![(PathBuf::from("c/report.json"), b"{}".to_vec())];
-        keep(&order, &Ending { status: 0, files }).unwrap();
+        keep(&order, &Ending { statuses: vec![0], files }).unwrap();
         assert_eq!(fs::read(folder.path().join("a/b/c/report.json")).unwrap(), b"{}");
     }
 

@@ -108,13 +108,17 @@ impl Kept {
 fn describe_machine(config: &Config) -> reports::Machine {
     let facts = HostFacts::read(&ThisHost);
     let unknown = || "unknown".to_owned();
-    let translation = match config.machine {
-        MachineKind::Kvm => Flavour::detect(&ThisHost).translation.name(),
-        MachineKind::Sim => "software",
+    let (translation, evidence) = match config.machine {
+        MachineKind::Kvm => {
+            let flavour = Flavour::detect(&ThisHost);
+            (flavour.translation.name(), flavour.evidence)
+        }
+        MachineKind::Sim => ("software", String::new()),
     };
     reports::Machine {
         kind: config.machine.name().to_owned(),
         translation: translation.to_owned(),
+        evidence,
         mediation: config.mediation.name().to_owned(),
         kernel: facts.kernel.unwrap_or_else(unknown),
         profile: profile(config).name().to_owned(),

@@ -133,7 +133,9 @@ impl Apt {
             let path = self.archive(&wrong.file);
             fs::remove_file(&path).map_err(LabError::file("remove", &path))?;
         }
-        online(self.getting(wanted).arg("-qq"), watcher, &mut |watcher| watcher.at(self.there(files)))?;
+        online(self.getting(wanted).arg("-qq"), watcher, &mut |watcher| {
+            watcher.at(self.there(files))
+        })?;
         let missing = files.iter().find(|file| !self.archive(&file.file).is_file());
         if let Some(file) = missing.or(self.unsound(files)?.first().copied()) {
             let what = format!("{} is not what the signed index of the archive says", file.file);
@@ -183,14 +185,18 @@ impl Apt {
         let policy = self.output(policy.args(["policy", CURRENT]))?;
         let version = packages::candidate(&policy)
             .ok_or_else(|| LabError::Packages(format!("there is no package {CURRENT}")))?;
-        let shown = self.output(self.apt("apt-cache").arg("show").arg(format!("{CURRENT}={version}")))?;
+        let shown =
+            self.output(self.apt("apt-cache").arg("show").arg(format!("{CURRENT}={version}")))?;
         let kernel = packages::kernel(&shown).map(str::to_owned);
         kernel.ok_or_else(|| LabError::Packages(format!("{CURRENT} {version} names no kernel")))
     }
 
     fn too_old(&self) -> LabError {
         LabError::host(
-            format!("{} has no QEMU from {QEMU} on, also not in its backports", self.release.codename),
+            format!(
+                "{} has no QEMU from {QEMU} on, also not in its backports",
+                self.release.codename
+            ),
             "use Debian 12 or later, or install such a QEMU",
         )
     }
@@ -238,7 +244,10 @@ pub fn release() -> Result<Release, LabError> {
     }
     let text = fs::read_to_string("/etc/os-release").unwrap_or_default();
     Release::parse(&text).map_err(|name| {
-        LabError::host(format!("the labs are made of Debian's packages, and this is {name}"), REMEDY)
+        LabError::host(
+            format!("the labs are made of Debian's packages, and this is {name}"),
+            REMEDY,
+        )
     })
 }
 
@@ -350,7 +359,10 @@ fn succeeded(program: &str, output: &Output) -> Result<(), LabError> {
     let lines: Vec<_> = said.lines().filter(of_interest).take(4).collect();
     let lines = if lines.is_empty() { said.trim().to_owned() } else { lines.join(" ") };
     if lines.contains("enough free space") || lines.contains("No space left") {
-        return Err(LabError::host(lines, "free some space, or name another folder with --cache DIR"));
+        return Err(LabError::host(
+            lines,
+            "free some space, or name another folder with --cache DIR",
+        ));
     }
     Err(LabError::Packages(format!("{program} says: {lines}")))
 }

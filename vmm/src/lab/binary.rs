@@ -86,11 +86,17 @@ impl Source {
             cargo.env_remove(inherited);
         }
         let output = cargo.stdin(Stdio::null()).output().map_err(|error| {
-            LabError::host(format!("cargo cannot be started to build a static lacuna: {error}"), remedy)
+            LabError::host(
+                format!("cargo cannot be started to build a static lacuna: {error}"),
+                remedy,
+            )
         })?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
-            return Err(LabError::host(format!("a static lacuna cannot be built:\n{said}"), remedy));
+            return Err(LabError::host(
+                format!("a static lacuna cannot be built:\n{said}"),
+                remedy,
+            ));
         }
         Ok(folder.join(TARGET).join(PROFILE).join("lacuna"))
     }

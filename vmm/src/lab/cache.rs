@@ -38,10 +38,15 @@ impl Cache {
                 std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute())
             };
             let folder = absolute("XDG_CACHE_HOME");
-            folder.or_else(|| Some(absolute("HOME")?.join(".cache"))).map(|path| path.join("lacuna"))
+            folder
+                .or_else(|| Some(absolute("HOME")?.join(".cache")))
+                .map(|path| path.join("lacuna"))
         };
         let folder = folder.map(Path::to_owned).or_else(of_user).ok_or_else(|| {
-            LabError::host("neither XDG_CACHE_HOME nor HOME is set", "name a folder with --cache DIR")
+            LabError::host(
+                "neither XDG_CACHE_HOME nor HOME is set",
+                "name a folder with --cache DIR",
+            )
         })?;
         fs::create_dir_all(&folder).map_err(LabError::file("make the folder", &folder))?;
         let absolute = fs::canonicalize(&folder).map_err(LabError::file("find", &folder))?;

@@ -31,8 +31,9 @@ shift
 emulator=$!
 {
     cat <&3
-    kill -KILL $emulator
+    # The emulator last: once it is gone, this is ended too.
     if [ -s "$process" ]; then kill -KILL "$(cat "$process")"; fi
+    kill -KILL $emulator
 } >/dev/null 2>&1 &
 watchdog=$!
 exec 3<&-
@@ -116,7 +117,8 @@ mod tests {
 
     fn start(folder: &Path, script: &str) -> Running {
         let command = ["sh", "-c", script].map(Into::into).to_vec();
-        Running::start(&Launch { command, environment: vec![("WORD", "abc".into())] }, folder).unwrap()
+        Running::start(&Launch { command, environment: vec![("WORD", "abc".into())] }, folder)
+            .unwrap()
     }
 
     /// Whether a process is there and has not ended.
@@ -159,7 +161,8 @@ mod tests {
     #[test]
     fn it_ends_when_it_is_dropped_even_if_it_does_not_want_to() {
         let folder = tempfile::tempdir().unwrap();
-        let running = start(folder.path(), "trap '' TERM INT HUP; echo $$ >own; while :; do sleep 1; done");
+        let running =
+            start(folder.path(), "trap '' TERM INT HUP; echo $$ >own; while :; do sleep 1; done");
         let own = id(&folder.path().join("own"));
         assert!(lives(&own));
         drop(running);

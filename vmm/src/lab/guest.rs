@@ -22,8 +22,8 @@ const TAKEN: [&str; 5] = ["/dev", "/proc", "/sys", "/init", LAB];
 /// What runs in an emulated machine.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Order {
-    /// Arguments of `lacuna`.
-    pub arguments: Vec<OsString>,
+    /// Arguments of `lacuna`, for each time that it runs: one after the other, whatever comes of them.
+    pub commands: Vec<Vec<OsString>>,
     /// The working directory; absolute.
     pub folder: PathBuf,
     /// Files that are taken along, absolute or relative to the working directory. They have the same
@@ -69,7 +69,7 @@ pub fn write_initramfs(
         let name = packages::module(&path.to_string_lossy()).unwrap_or_default().to_owned();
         archive.file(&lab.join(name + ".ko"), false, &decompressed(path)?).map_err(broken)?;
     }
-    archive.file(&lab.join("command"), false, &command(order)).map_err(broken)?;
+    archive.file(&lab.join("order"), false, &script(order)).map_err(broken)?;
     archive.folder(&inside(order, Path::new("."))?).map_err(broken)?;
     let mut written = Vec::new();
     for file in &order.files {
@@ -108,10 +108,8 @@ pub fn inside(order: &Order, path: &Path) -> Result<PathBuf, LabError> {
 }
 
 /// The script that says what to run.
-fn command(order: &Order) -> Vec<u8> {
-    let mut script = b"folder=".to_vec();
-    script.extend(quoted(order.folder.as_os_str()));
-    script.extend(b"\nkeep=");
+fn script(order: &Order) -> Vec<u8> {
+    let mut script = b"keep=".to_vec();
     script.extend(order.keep.as_ref().map(|keep| quoted(keep.as_os_str())).unwrap_or_default());
     script.push(b'\n');
     for (name, value) in &order.environment {
@@ -119,12 +117,17 @@ fn command(order: &Order) -> Vec<u8> {
         script.extend(quoted(value));
         script.push(b'\n');
     }
-    script.extend(b"set --");
-    for argument in &order.arguments {
-        script.push(b' ');
-        script.extend(quoted(argument));
+    script.extend(b"cd ");
+    script.extend(quoted(order.folder.as_os_str()));
+    script.extend(b" || fail there is no working directory\n");
+    for arguments in &order.commands {
+        script.extend(b"run");
+        for argument in arguments {
+            script.push(b' ');
+            script.extend(quoted(argument));
+        }
+        script.push(b'\n');
     }
-    script.push(b'\n');
     script
 }
 
@@ -161,7 +164,8 @@ fn decompressed(path: &Path) -> Result<Vec<u8>, LabError> {
     let mut command = Command::new(program);
     command.args(["--decompress", "--stdout", "--"]).arg(path);
     let output = command.stdin(Stdio::null()).output().map_err(|error| {
-        let what = format!("{program}, which the kernel's modules need, cannot be started: {error}");
+        let what =
+            format!("{program}, which the kernel's modules need, cannot be started: {error}");
         LabError::host(what, format!("install {program}"))
     })?;
     if output.status.success() {
@@ -178,7 +182,10 @@ mod tests {
 
     fn order() -> Order {
         Order {
-            arguments: ["run", "a.toml", "it's $HOME", ""].map(OsString::from).to_vec(),
+            commands: vec![
+                ["run", "a.toml", "it's $HOME", ""].map(OsString::from).to_vec(),
+                vec!["doctor".into()],
+            ],
             folder: "/home/me/my work".into(),
             files: vec!["a.toml".into(), "../b/./c".into(), "/home/me/my work/a.toml".into()],
             keep: Some("out put".into()),
@@ -188,11 +195,13 @@ mod tests {
 
     #[test]
     fn a_shell_gives_back_the_same_arguments() {
-        let mut script = command(&order());
-        script.extend(b"printf '%s|' \"$folder\" \"$keep\" \"$RUST_LOG\" \"$@\"\n");
+        let mut script = b"cd() { printf '%s:' \"$keep\" \"$RUST_LOG\" \"$@\"; }\n\
+                           run() { printf '%s|' \"$@\"; }\n"
+            .to_vec();
+        script.extend(super::script(&order()));
         let output = Command::new("sh").arg("-c").arg(OsStr::from_bytes(&script)).output().unwrap();
         let printed = String::from_utf8(output.stdout).unwrap();
-        assert_eq!(printed, "/home/me/my work|out put|info|run|a.toml|it's $HOME||");
+        assert_eq!(printed, "out put:info:/home/me/my work:run|a.toml|it's $HOME||doctor|");
     }
 
     #[test]
@@ -206,7 +215,9 @@ mod tests {
 
     #[test]
     fn what_a_lab_has_itself_is_not_taken_along() {
-        for path in ["/dev/fd/63", "/proc/self/fd/3", "/init", "/lacuna-lab/lacuna", "../../../sys/x"] {
+        for path in
+            ["/dev/fd/63", "/proc/self/fd/3", "/init", "/lacuna-lab/lacuna", "../../../sys/x"]
+        {
             let error = inside(&order(), Path::new(path)).unwrap_err().to_string();
             assert!(error.contains("copy it to another folder"), "{error}");
         }

@@ -1,6 +1,6 @@
 #!/lacuna-lab/busybox sh
-# The first process of a lab: loads KVM, runs one command, sends what came of it, ends.
-# ttyS0 is the kernel's console; ttyS1 and ttyS2 take what the command writes to standard output and
+# The first process of a lab: loads KVM, runs its commands, sends what came of them, ends.
+# ttyS0 is the kernel's console; ttyS1 and ttyS2 take what the commands write to standard output and
 # standard error; ttyS3 takes the result (vmm/src/lab/result.rs).
 lab=/lacuna-lab
 result=/dev/ttyS3
@@ -26,14 +26,18 @@ for module in irqbypass kvm @MODULE@; do
 done
 [ -c /dev/kvm ] || fail "there is no /dev/kvm"
 
-# Through pipes, so that the command sees no terminal.
+# Through pipes, so that the commands see no terminal.
 mkfifo $lab/out $lab/err
 cat $lab/out >/dev/ttyS1 &
 cat $lab/err >/dev/ttyS2 &
-. $lab/command
-cd "$folder" || fail "there is no folder $folder"
-$lab/lacuna "$@" </dev/null >$lab/out 2>$lab/err
-status=$?
+exec 3>$lab/out 4>$lab/err
+statuses=
+run() {
+    $lab/lacuna "$@" </dev/null >&3 2>&4 3>&- 4>&-
+    statuses="$statuses $?"
+}
+. $lab/order
+exec 3>&- 4>&-
 wait
 
 : >$lab/files
@@ -41,7 +45,7 @@ if [ -n "$keep" ] && [ -d "$keep" ]; then
     (cd "$keep" && find . -type f | cpio -o -H newc 2>/dev/null | gzip -c) >$lab/files
 fi
 {
-    printf 'lacuna-lab status %s files %s\n' $status $(wc -c <$lab/files)
+    printf 'lacuna-lab status%s files %s\n' "$statuses" $(wc -c <$lab/files)
     cat $lab/files
     printf '\nlacuna-lab end\n'
 } >$result

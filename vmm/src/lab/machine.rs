@@ -107,7 +107,9 @@ impl Emulator {
     /// [`LabError`] if one cannot be written.
     pub fn launch(&self, start: &Start<'_>) -> Result<Launch, LabError> {
         match self {
-            Self::InstalledQemu => Ok(qemu(Launch { command: vec![QEMU.into()], ..Launch::default() }, start)),
+            Self::InstalledQemu => {
+                Ok(qemu(Launch { command: vec![QEMU.into()], ..Launch::default() }, start))
+            }
             Self::Qemu(kept) => {
                 let root = kept.root();
                 let program = kept.file(|path| path == "usr/bin/qemu-system-x86_64")?;
@@ -155,7 +157,9 @@ fn bochs(kept: &Kept, start: &Start<'_>) -> Result<Launch, LabError> {
     make_disc(kept, start)?;
     let share = root.join("usr/share/bochs");
     let bios = kept.file(|path| path == "usr/share/bochs/BIOS-bochs-latest")?;
-    let vga = kept.file(|path| path == "usr/share/vgabios/vgabios.bin" || path.ends_with("/VGABIOS-lgpl-latest"))?;
+    let vga = kept.file(|path| {
+        path == "usr/share/vgabios/vgabios.bin" || path.ends_with("/VGABIOS-lgpl-latest")
+    })?;
     let mut text = format!(
         "megs: {memory}\n\
          cpu: model=corei7_haswell_4770, count=1, ips=100000000, reset_on_triple_fault=0\n\

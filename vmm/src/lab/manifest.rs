@@ -31,7 +31,8 @@ impl Manifest {
     /// # Errors
     /// [`LabError`] if a file cannot be read.
     pub fn of(folder: &Path, packages: BTreeMap<String, String>) -> Result<Self, LabError> {
-        let Below { files, links } = below(folder).map_err(LabError::file("look through", folder))?;
+        let Below { files, links } =
+            below(folder).map_err(LabError::file("look through", folder))?;
         Ok(Self { schema: SCHEMA, packages, files: hashes(folder, &files)?, links })
     }
 

@@ -1,8 +1,8 @@
 //! Labs: emulated machines with real NPT or EPT, for hosts that have neither, in which `lacuna` runs.
 //!
 //! A lab is made of Debian's packages, which are downloaded into a cache and unpacked there; nothing
-//! is installed. It starts a kernel with KVM, runs one command, and brings back what it wrote, the
-//! files that it kept, and its exit status.
+//! is installed. It starts a kernel with KVM, runs one command or several, and brings back what they
+//! wrote, the files that they kept, and their exit statuses.
 #![forbid(unsafe_code)]
 
 mod apt;
@@ -57,13 +57,13 @@ pub struct Settings {
     pub cpus: u8,
     /// Memory.
     pub memory_mib: u32,
-    /// How long a command may take, from the machine's start.
+    /// How long the commands may take, from the machine's start.
     pub timeout: Duration,
     /// The static `lacuna` that runs in it; one is found or built if `None`.
     pub lacuna: Option<PathBuf>,
 }
 
-/// Where a command's bytes go.
+/// Where bytes of a command went.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stream {
     /// Standard output.
@@ -161,7 +161,7 @@ impl Lab {
         log::debug!("starting {launch:?}");
         let running = Running::start(&launch, folder.path())?;
         let mut watch = Watch::new(folder.path(), self.settings.kind, running, output);
-        let ending = watch.result(self.settings.timeout, stop);
+        let ending = watch.result(order.commands.len(), self.settings.timeout, stop);
         watch.console();
         ending
     }
@@ -189,7 +189,12 @@ impl<'w> Watch<'w> {
         Self { folder, kind, running, results: Results::new(&result), streams, output }
     }
 
-    fn result(&mut self, timeout: Duration, stop: &Stop) -> Result<Ending, LabError> {
+    fn result(
+        &mut self,
+        commands: usize,
+        timeout: Duration,
+        stop: &Stop,
+    ) -> Result<Ending, LabError> {
         let started = Instant::now();
         loop {
             // Asked for first: what was written before is seen below.
@@ -201,6 +206,10 @@ impl<'w> Watch<'w> {
                 }
                 self.running.end();
                 self.pass_on()?;
+                if ending.statuses.len() != commands {
+                    let count = ending.statuses.len();
+                    return Err(self.no_result(format!("{count} of {commands} commands ended")));
+                }
                 return Ok(ending);
             }
             if let Some(status) = ended {

@@ -176,7 +176,8 @@ mod tests {
 
     #[test]
     fn a_candidate_is_found_and_none_is_none() {
-        let policy = "qemu-system-x86:\n  Installed: (none)\n  Candidate: 1:7.2+dfsg-7\n  Version table:\n";
+        let policy =
+            "qemu-system-x86:\n  Installed: (none)\n  Candidate: 1:7.2+dfsg-7\n  Version table:\n";
         assert_eq!(candidate(policy), Some("1:7.2+dfsg-7"));
         assert_eq!(candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
         assert_eq!(candidate(""), None);

@@ -1,4 +1,4 @@
-//! What a lab sends when its command has ended: a line, the files that are kept, and a last line.
+//! What a lab sends when its commands have ended: a line, the files that are kept, and a last line.
 
 use super::cpio;
 use std::fs::{self, File};
@@ -16,17 +16,17 @@ const MAX_FILES: u64 = 1 << 30;
 /// What the first line says.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Line {
-    /// The command ended with this status; so many bytes of files follow.
-    Status(u8, u64),
-    /// It could not be started.
+    /// The commands ended with these statuses; so many bytes of files follow.
+    Status(Vec<u8>, u64),
+    /// They could not be started.
     Failed(String),
 }
 
-/// What a command left.
+/// What the commands left.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Ending {
-    /// Its exit status.
-    pub status: u8,
+    /// Their exit statuses.
+    pub statuses: Vec<u8>,
     /// The files that are kept, relative to their folder.
     pub files: Vec<(PathBuf, Vec<u8>)>,
 }
@@ -43,8 +43,9 @@ pub fn line(text: &[u8]) -> Result<Option<(Line, usize)>, String> {
     let said = line.strip_prefix(MARKER).ok_or_else(|| line.clone())?;
     let parsed = match said.split_once(' ') {
         Some(("failed", why)) => Some(Line::Failed(why.to_owned())),
-        Some(("status", rest)) => rest.split_once(" files ").and_then(|(status, bytes)| {
-            Some(Line::Status(status.parse().ok()?, bytes.trim().parse().ok()?))
+        Some(("status", rest)) => rest.split_once(" files ").and_then(|(statuses, bytes)| {
+            let statuses = statuses.split(' ').map(|status| status.parse().ok());
+            Some(Line::Status(statuses.collect::<Option<_>>()?, bytes.trim().parse().ok()?))
         }),
         _ => None,
     };
@@ -65,7 +66,7 @@ impl Results {
         Self { path: path.to_owned(), first: None }
     }
 
-    /// Looks again: what the command left, if all of it is there.
+    /// Looks again: what the commands left, if all of it is there.
     ///
     /// # Errors
     /// What is wrong with it, in words.
@@ -85,17 +86,18 @@ impl Results {
                 let mut text = Vec::new();
                 let file = File::open(&self.path).map_err(unreadable)?;
                 file.take(MAX_LINE as u64).read_to_end(&mut text).map_err(unreadable)?;
-                let first = line(&text).map_err(|line| format!("it sent {line:?} as its result"))?;
+                let first =
+                    line(&text).map_err(|line| format!("it sent {line:?} as its result"))?;
                 let Some((line, start)) = first else { return Ok(None) };
                 self.first.insert((line, start as u64)).clone()
             }
         };
-        let (status, bytes) = match line {
+        let (statuses, bytes) = match line {
             Line::Failed(why) => return Err(why),
             Line::Status(_, bytes) if bytes > MAX_FILES => {
                 return Err(format!("{bytes} bytes of files are too many to be brought back"));
             }
-            Line::Status(status, bytes) => (status, bytes),
+            Line::Status(statuses, bytes) => (statuses, bytes),
         };
         if len < start + bytes + END.len() as u64 {
             return Ok(None);
@@ -114,7 +116,7 @@ impl Results {
             false => cpio::read(flate2::read::GzDecoder::new(&packed[..]), MAX_FILES)
                 .map_err(|error| format!("its files did not come whole: {error}"))?,
         };
-        Ok(Some(Ending { status, files }))
+        Ok(Some(Ending { statuses, files }))
     }
 }
 
@@ -126,8 +128,9 @@ mod tests {
     #[test]
     fn a_first_line_is_read_when_it_is_whole() {
         assert_eq!(line(b"lacuna-lab status 0 fi"), Ok(None));
-        let status = Line::Status(137, 12);
-        assert_eq!(line(b"lacuna-lab status 137 files 12\nxyz"), Ok(Some((status, 31))));
+        let status = Line::Status(vec![137, 0], 12);
+        let text = b"lacuna-lab status 137 0 files 12\nxyz";
+        assert_eq!(line(text), Ok(Some((status, text.len() - 3))));
         let failed = Line::Failed("module kvm does not load: x".into());
         let text = b"lacuna-lab failed module kvm does not load: x\n";
         assert_eq!(line(text), Ok(Some((failed, text.len()))));
@@ -139,6 +142,7 @@ mod tests {
             "lacuna-lab status 256 files 0\n",
             "lacuna-lab status 0\n",
             "lacuna-lab status x files 0\n",
+            "lacuna-lab status  files 0\n",
             "lacuna-lab end\n",
             "Kernel panic\n",
         ] {
@@ -180,8 +184,8 @@ mod tests {
     #[test]
     fn status_and_files_come_back_once_all_is_there() {
         let files = vec![(PathBuf::from("report.json"), b"{}".to_vec())];
-        assert_eq!(sent(&result(&packed())), Ok(Some(Ending { status: 1, files })));
-        assert_eq!(sent(&result(&[])), Ok(Some(Ending { status: 1, files: vec![] })));
+        assert_eq!(sent(&result(&packed())), Ok(Some(Ending { statuses: vec![1], files })));
+        assert_eq!(sent(&result(&[])), Ok(Some(Ending { statuses: vec![1], files: vec![] })));
     }
 
     #[test]
@@ -200,6 +204,9 @@ mod tests {
 
     #[test]
     fn a_lab_that_could_not_start_its_command_says_why() {
-        assert_eq!(sent(b"lacuna-lab failed there is no /dev/kvm\n"), Err("there is no /dev/kvm".into()));
+        assert_eq!(
+            sent(b"lacuna-lab failed there is no /dev/kvm\n"),
+            Err("there is no /dev/kvm".into())
+        );
     }
 }

@@ -80,12 +80,7 @@ pub fn kept(cache: &Cache, set: Set) -> Result<Kept, LabError> {
     kept.map_err(|why| LabError::host(format!("{}: {why}", set.what()), "run lacuna lab setup"))
 }
 
-fn have(
-    cache: &Cache,
-    set: Set,
-    apt: &Apt,
-    watcher: &mut dyn Watcher,
-) -> Result<(), LabError> {
+fn have(cache: &Cache, set: Set, apt: &Apt, watcher: &mut dyn Watcher) -> Result<(), LabError> {
     let wanted = apt.wanted(set)?;
     let files = apt.downloads(&wanted)?;
     if files.is_empty() {
@@ -117,7 +112,9 @@ fn unpack_again(cache: &Cache, set: Set) -> Result<bool, LabError> {
     let Some(manifest) = manifest else { return Ok(false) };
     let packages = folder.join("packages");
     let names: Vec<_> = manifest.packages.keys().map(Into::into).collect();
-    if names.is_empty() || manifest::hashes(&packages, &names).ok() != Some(manifest.packages.clone()) {
+    if names.is_empty()
+        || manifest::hashes(&packages, &names).ok() != Some(manifest.packages.clone())
+    {
         return Ok(false);
     }
     log::info!("unpacking {} again", set.what());
@@ -228,7 +225,8 @@ mod tests {
         fs::create_dir_all(tree.join("DEBIAN")).unwrap();
         fs::create_dir_all(tree.join("bin")).unwrap();
         fs::create_dir_all(tree.join("usr/share/doc/tool")).unwrap();
-        let control = "Package: tool\nVersion: 1\nArchitecture: amd64\nMaintainer: a\nDescription: b\n";
+        let control =
+            "Package: tool\nVersion: 1\nArchitecture: amd64\nMaintainer: a\nDescription: b\n";
         fs::write(tree.join("DEBIAN/control"), control).unwrap();
         fs::write(tree.join("bin/tool"), "a tool").unwrap();
         fs::write(tree.join("usr/share/doc/tool/copyright"), "all of it").unwrap();

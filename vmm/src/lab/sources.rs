@@ -19,7 +19,8 @@ impl Release {
     /// The name of what this is, if it is not Debian.
     pub fn parse(os_release: &str) -> Result<Self, String> {
         let value = |key: &str| {
-            let line = os_release.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+            let line =
+                os_release.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
             line.map(|value| value.trim().trim_matches(['"', '\'']).to_owned())
         };
         let name = || value("PRETTY_NAME").unwrap_or_else(|| "an unknown system".into());
@@ -164,7 +165,8 @@ fn stanzas(text: &str) -> Vec<Stanza> {
 fn deb822(stanza: &Stanza) -> Vec<Origin> {
     let value = |name: &str| stanza.iter().find(|(n, _)| n == name).map_or("", |(_, v)| v.as_str());
     let has = |name: &str, word: &str| value(name).split_whitespace().any(|w| w == word);
-    let off = ["no", "false", "0", "off"].iter().any(|no| value("enabled").eq_ignore_ascii_case(no));
+    let off =
+        ["no", "false", "0", "off"].iter().any(|no| value("enabled").eq_ignore_ascii_case(no));
     if off || !has("types", "deb") || !has("components", "main") {
         return Vec::new();
     }
@@ -211,10 +213,12 @@ mod tests {
         let bookworm = "PRETTY_NAME=\"Debian GNU/Linux 12 (bookworm)\"\nVERSION_ID=\"12\"\n\
                         VERSION_CODENAME=bookworm\nID=debian\n";
         assert_eq!(Release::parse(bookworm), Ok(stable("bookworm")));
-        let testing = "PRETTY_NAME=\"Debian GNU/Linux forky/sid\"\nVERSION_CODENAME=forky\nID=debian\n";
+        let testing =
+            "PRETTY_NAME=\"Debian GNU/Linux forky/sid\"\nVERSION_CODENAME=forky\nID=debian\n";
         let forky = Release { codename: "forky".into(), stable: false };
         assert_eq!(Release::parse(testing), Ok(forky));
-        let ubuntu = "PRETTY_NAME=\"Ubuntu 24.04\"\nID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n";
+        let ubuntu =
+            "PRETTY_NAME=\"Ubuntu 24.04\"\nID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n";
         assert_eq!(Release::parse(ubuntu), Err("Ubuntu 24.04".into()));
         assert!(Release::parse("").is_err());
         assert!(Release::parse("ID=debian\nVERSION_CODENAME=../etc\n").is_err());
@@ -260,7 +264,11 @@ Signed-By:
         assert_eq!(
             origins([("sources.list", ONE_LINE)]),
             [
-                origin("http://a.example/debian", &["bookworm"], Some("/usr/share/keyrings/mine.gpg")),
+                origin(
+                    "http://a.example/debian",
+                    &["bookworm"],
+                    Some("/usr/share/keyrings/mine.gpg")
+                ),
                 origin("http://b.example/debian-security", &["bookworm-security"], None),
             ]
         );

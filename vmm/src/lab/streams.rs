@@ -68,7 +68,9 @@ pub fn last_lines(path: &Path, count: usize) -> String {
     let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
     let lines: Vec<_> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     let last = &lines[lines.len().saturating_sub(count)..];
-    let plain = |line: &&str| -> String { line.chars().map(|char| if steers(char) { ' ' } else { char }).collect() };
+    let plain = |line: &&str| -> String {
+        line.chars().map(|char| if steers(char) { ' ' } else { char }).collect()
+    };
     last.iter().map(|line| plain(line) + "\n").collect()
 }
 

@@ -388,6 +388,19 @@ mod tests {
     }
 
     #[test]
+    fn a_walk_that_kvm_takes_for_an_operand_is_told_as_a_walk() {
+        // mov rcx, [rax]
+        let mut world = World::new(&[0x48, 0x8b, 0x08]);
+        world.registers.general[0] = 0x60_0000;
+        let explained = world.with(|view| view.explain(CLOSED, AccessKind::Read));
+        assert_eq!((explained.kind, explained.va), (AccessKind::PageWalk, Some(Gva(0x60_0000))));
+        // The same exit, where the operand does lie in the frame.
+        world.registers.general[0] = DATA;
+        let explained = world.with(|view| view.explain(CLOSED, AccessKind::Read));
+        assert_eq!((explained.kind, explained.va), (AccessKind::Read, Some(Gva(DATA))));
+    }
+
+    #[test]
     fn a_store_that_kvm_already_stepped_over_is_explained() {
         // mov [rax], rcx; nop
         let mut world = World::new(&[0x48, 0x89, 0x08, 0x90]);
