@@ -2,20 +2,14 @@
 //! installs or removes anything.
 
 use super::LabError;
+use super::online::{no_apt, online, succeeded};
 use super::packages::{self, Download, QEMU, Set, Version};
 use super::setup::Watcher;
 use super::sources::{self, KEYRINGS, Release};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::process::{Command, Stdio};
 
-/// How often something that needs the network is tried.
-const TRIES: u32 = 3;
-/// Pause between two looks at a running apt.
-const TICK: Duration = Duration::from_millis(100);
-/// Pause before it is tried again, longer each time.
-const PAUSE: Duration = Duration::from_secs(3);
 /// Folders in which the host's sources are named, and the file beside them.
 const SOURCES: &str = "/etc/apt/sources.list";
 const MORE_SOURCES: &str = "/etc/apt/sources.list.d";
@@ -316,101 +310,9 @@ fn configuration(folder: &Path) -> String {
     text
 }
 
-/// Runs a command that needs the network, a few times if it fails. `tick` is called while it runs.
-fn online(
-    command: &mut Command,
-    watcher: &mut dyn Watcher,
-    tick: &mut dyn FnMut(&mut dyn Watcher),
-) -> Result<(), LabError> {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut attempt = 1;
-    loop {
-        let mut child = command.spawn().map_err(no_apt)?;
-        while child.try_wait().map_err(no_apt)?.is_none() {
-            tick(watcher);
-            if let Err(cancelled) = watcher.go_on() {
-                // An error means that it has just ended.
-                let _ = child.kill();
-                child.wait().map_err(no_apt)?;
-                return Err(cancelled);
-            }
-            std::thread::sleep(TICK);
-        }
-        // Ctrl-C reaches both.
-        watcher.go_on()?;
-        let name = command.get_program().to_string_lossy().into_owned();
-        match succeeded(&name, &child.wait_with_output().map_err(no_apt)?) {
-            Err(LabError::Packages(why)) if attempt < TRIES => {
-                log::warn!("attempt {attempt} of {TRIES} to have packages failed: {why}");
-                std::thread::sleep(PAUSE * attempt);
-                attempt += 1;
-            }
-            result => return result,
-        }
-    }
-}
-
-fn succeeded(program: &str, output: &Output) -> Result<(), LabError> {
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let of_interest = |line: &&str| line.starts_with("E:") || line.starts_with("W:");
-    let lines: Vec<_> = said.lines().filter(of_interest).take(4).collect();
-    let lines = if lines.is_empty() { said.trim().to_owned() } else { lines.join(" ") };
-    if lines.contains("enough free space") || lines.contains("No space left") {
-        return Err(LabError::host(
-            lines,
-            "free some space, or name another folder with --cache DIR",
-        ));
-    }
-    Err(LabError::Packages(format!("{program} says: {lines}")))
-}
-
-fn no_apt(error: std::io::Error) -> LabError {
-    LabError::host(
-        format!("apt cannot be started: {error}"),
-        "use Debian 12 or later; the labs are made of its packages",
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    struct Patient(u32);
-
-    impl Watcher for Patient {
-        fn begin(&mut self, _: &str, _: Option<u64>) {}
-
-        fn at(&mut self, _: u64) {}
-
-        fn go_on(&mut self) -> Result<(), LabError> {
-            self.0 = self.0.checked_sub(1).ok_or(LabError::Cancelled)?;
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn a_download_that_is_cancelled_ends_at_once() {
-        let mut sleep = Command::new("sleep");
-        let ended = online(sleep.arg("1000"), &mut Patient(2), &mut |_| {});
-        assert!(matches!(ended, Err(LabError::Cancelled)), "{ended:?}");
-    }
-
-    #[test]
-    fn no_space_and_no_apt_are_told_apart_from_packages_that_cannot_be_had() {
-        let shell = |script: &str| Command::new("sh").args(["-c", script]).output().unwrap();
-        let full = "echo 'E: You do not have enough free space in x' >&2; exit 100";
-        assert!(matches!(succeeded("apt-get", &shell(full)), Err(LabError::Host { .. })));
-        let gone = "echo noise >&2; echo 'E: Failed to fetch x' >&2; exit 100";
-        let error = succeeded("apt-get", &shell(gone)).unwrap_err();
-        assert!(matches!(error, LabError::Packages(_)));
-        assert!(error.to_string().contains("apt-get says: E: Failed to fetch x; check"), "{error}");
-        let mut missing = Command::new("/nowhere/apt-get");
-        let error = online(&mut missing, &mut Patient(9), &mut |_| {}).unwrap_err();
-        assert!(matches!(error, LabError::Host { .. }));
-    }
 
     #[test]
     fn the_configuration_has_everything_below_its_folder_and_no_hooks() {

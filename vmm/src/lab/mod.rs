@@ -14,6 +14,7 @@ mod error;
 mod guest;
 mod machine;
 mod manifest;
+mod online;
 mod packages;
 mod result;
 mod setup;

@@ -58,7 +58,7 @@ pub fn origins<'f>(files: impl IntoIterator<Item = (&'f str, &'f str)>) -> Vec<O
     let mut origins = Vec::new();
     for (name, text) in files {
         if name.ends_with(".sources") {
-            origins.extend(stanzas(text).iter().flat_map(|stanza| deb822(stanza)));
+            origins.extend(stanzas(text).iter().flat_map(deb822));
         } else {
             origins.extend(text.lines().filter_map(one_line));
         }
