@@ -247,3 +247,54 @@ fn libraries(root: &Path) -> OsString {
     }
     path
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start(folder: &Path) -> Start<'_> {
+        Start {
+            folder,
+            kernel: "/k/vmlinuz".into(),
+            initramfs: folder.join("initramfs"),
+            cpus: 2,
+            memory_mib: 1024,
+        }
+    }
+
+    fn words(launch: &Launch) -> String {
+        let words: Vec<_> = launch.command.iter().map(|word| word.to_string_lossy()).collect();
+        words.join(" ")
+    }
+
+    #[test]
+    fn qemu_gets_one_file_for_each_port_in_their_order() {
+        let launch = Emulator::InstalledQemu.launch(&start(Path::new("/run"))).unwrap();
+        let words = words(&launch);
+        let ports = "-serial file:/run/console -serial file:/run/stdout -serial file:/run/stderr \
+                     -serial file:/run/result";
+        assert!(words.contains(ports), "{words}");
+        assert!(
+            words.contains("-smp 2 -m 1024M") && words.contains("-kernel /k/vmlinuz"),
+            "{words}"
+        );
+        assert!(words.contains("-nodefaults -no-user-config"), "{words}");
+        assert!(launch.environment.is_empty(), "an installed QEMU has its own libraries");
+    }
+
+    #[test]
+    fn every_lab_has_a_module_of_its_own() {
+        for kind in [Kind::Npt, Kind::Ept] {
+            assert!(packages::MODULES.contains(&kind.module()));
+        }
+        assert_ne!(Kind::Npt.module(), Kind::Ept.module());
+    }
+
+    #[test]
+    fn libraries_are_looked_for_below_the_root() {
+        let path = libraries(Path::new("/c/root"));
+        let path = path.to_string_lossy();
+        assert!(path.split(':').all(|folder| folder.starts_with("/c/root/")), "{path}");
+        assert_eq!(path.split(':').count(), 3);
+    }
+}
