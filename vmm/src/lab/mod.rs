@@ -110,7 +110,10 @@ impl Lab {
         let sets = sets(settings.kind, settings.backports);
         set_up(&cache, &sets, watcher)?;
         watcher.begin("building a static lacuna", None);
-        let lacuna = source.provide()?;
+        let lacuna = source.provide();
+        // Ctrl-C ends cargo too.
+        watcher.go_on()?;
+        let lacuna = lacuna?;
         watcher.begin("checking the packages", None);
         let lock = cache.lock(false, &mut || watcher.go_on())?;
         let kernel_set = if settings.backports { Set::KernelBackports } else { Set::Kernel };
