@@ -41,6 +41,18 @@ pub fn missing(cache: &Cache, sets: &[Set]) -> Vec<(Set, String)> {
 /// # Errors
 /// [`LabError`] if it cannot be done.
 pub fn set_up(cache: &Cache, sets: &[Set], watcher: &mut dyn Watcher) -> Result<(), LabError> {
+    set_up_with(cache, sets, watcher, dpkg)
+}
+
+/// Unpacks a package below a root.
+type Unpack = fn(&Path, &Path) -> Result<(), LabError>;
+
+fn set_up_with(
+    cache: &Cache,
+    sets: &[Set],
+    watcher: &mut dyn Watcher,
+    unpack: Unpack,
+) -> Result<(), LabError> {
     if missing(cache, sets).is_empty() {
         return Ok(());
     }
@@ -56,7 +68,7 @@ pub fn set_up(cache: &Cache, sets: &[Set], watcher: &mut dyn Watcher) -> Result<
     for (set, why) in missing(cache, sets) {
         watcher.go_on()?;
         log::info!("{}: {why}", set.what());
-        if unpack_again(cache, set)? {
+        if unpack_again(cache, set, unpack)? {
             continue;
         }
         let apt = match &mut apt {
@@ -66,7 +78,7 @@ pub fn set_up(cache: &Cache, sets: &[Set], watcher: &mut dyn Watcher) -> Result<
                 none.insert(Apt::open(&cache.apt(), watcher)?)
             }
         };
-        have(cache, set, apt, watcher)?;
+        have(cache, set, apt, watcher, unpack)?;
     }
     Ok(())
 }
@@ -80,7 +92,13 @@ pub fn kept(cache: &Cache, set: Set) -> Result<Kept, LabError> {
     kept.map_err(|why| LabError::host(format!("{}: {why}", set.what()), "run lacuna lab setup"))
 }
 
-fn have(cache: &Cache, set: Set, apt: &Apt, watcher: &mut dyn Watcher) -> Result<(), LabError> {
+fn have(
+    cache: &Cache,
+    set: Set,
+    apt: &Apt,
+    watcher: &mut dyn Watcher,
+    unpack: Unpack,
+) -> Result<(), LabError> {
     let wanted = apt.wanted(set)?;
     let files = apt.downloads(&wanted)?;
     if files.is_empty() {
@@ -101,11 +119,11 @@ fn have(cache: &Cache, set: Set, apt: &Apt, watcher: &mut dyn Watcher) -> Result
         fs::rename(&from, packages.join(file)).map_err(LabError::file("move", &from))?;
     }
     let hashes = files.into_iter().map(|file| (file.file, file.sha256)).collect();
-    finish(cache, set, &new, hashes)
+    finish(cache, set, &new, hashes, unpack)
 }
 
 /// Unpacks a set again whose packages are there and sound; whether they were.
-fn unpack_again(cache: &Cache, set: Set) -> Result<bool, LabError> {
+fn unpack_again(cache: &Cache, set: Set, unpack: Unpack) -> Result<bool, LabError> {
     let folder = cache.set(set);
     let manifest = fs::read_to_string(folder.join(manifest::NAME)).ok();
     let manifest = manifest.and_then(|text| serde_json::from_str::<Manifest>(&text).ok());
@@ -121,7 +139,7 @@ fn unpack_again(cache: &Cache, set: Set) -> Result<bool, LabError> {
     let new = fresh(cache, set)?;
     let moved = fs::rename(&packages, new.join("packages"));
     moved.map_err(LabError::file("move", &packages))?;
-    finish(cache, set, &new, manifest.packages)?;
+    finish(cache, set, &new, manifest.packages, unpack)?;
     Ok(true)
 }
 
@@ -139,6 +157,7 @@ fn finish(
     set: Set,
     new: &Path,
     packages: BTreeMap<String, String>,
+    unpack: Unpack,
 ) -> Result<(), LabError> {
     let root = new.join("root");
     for file in packages.keys() {
@@ -156,10 +175,10 @@ fn finish(
 }
 
 /// Unpacks a package; its scripts are not run.
-fn unpack(package: &Path, root: &Path) -> Result<(), LabError> {
-    let mut dpkg = Command::new("dpkg");
-    dpkg.arg("--extract").arg(package).arg(root);
-    let output = dpkg.stdin(Stdio::null()).output().map_err(|error| {
+fn dpkg(package: &Path, root: &Path) -> Result<(), LabError> {
+    let mut command = Command::new("dpkg");
+    command.arg("--extract").arg(package).arg(root);
+    let output = command.stdin(Stdio::null()).output().map_err(|error| {
         LabError::host(format!("dpkg cannot be started: {error}"), "use Debian 12 or later")
     })?;
     if output.status.success() {
@@ -219,27 +238,21 @@ mod tests {
         assert_eq!(available("df: no such file\n"), None);
     }
 
-    /// A package with one file, made here.
+    /// A package that is its only file.
     fn package(folder: &Path) -> BTreeMap<String, String> {
-        let tree = folder.join("tree");
-        fs::create_dir_all(tree.join("DEBIAN")).unwrap();
-        fs::create_dir_all(tree.join("bin")).unwrap();
-        fs::create_dir_all(tree.join("usr/share/doc/tool")).unwrap();
-        let control =
-            "Package: tool\nVersion: 1\nArchitecture: amd64\nMaintainer: a\nDescription: b\n";
-        fs::write(tree.join("DEBIAN/control"), control).unwrap();
-        fs::write(tree.join("bin/tool"), "a tool").unwrap();
-        fs::write(tree.join("usr/share/doc/tool/copyright"), "all of it").unwrap();
         let packages = folder.join("packages");
         fs::create_dir_all(&packages).unwrap();
-        let built = Command::new("dpkg-deb")
-            .args(["--root-owner-group", "--build"])
-            .args([&tree, &packages.join("tool.deb")])
-            .output()
-            .unwrap();
-        assert!(built.status.success(), "{built:?}");
-        fs::remove_dir_all(&tree).unwrap();
+        fs::write(packages.join("tool.deb"), "a tool").unwrap();
         manifest::hashes(&packages, &["tool.deb".into()]).unwrap()
+    }
+
+    fn unpack(package: &Path, root: &Path) -> Result<(), LabError> {
+        for folder in ["bin", "usr/share/doc/tool"] {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        fs::copy(package, root.join("bin/tool")).unwrap();
+        fs::write(root.join("usr/share/doc/tool/copyright"), "all of it").unwrap();
+        Ok(())
     }
 
     fn set_up_by_hand() -> (tempfile::TempDir, Cache) {
@@ -247,7 +260,7 @@ mod tests {
         let cache = Cache::open(Some(folder.path())).unwrap();
         let new = fresh(&cache, Set::Busybox).unwrap();
         let packages = package(&new);
-        finish(&cache, Set::Busybox, &new, packages).unwrap();
+        finish(&cache, Set::Busybox, &new, packages, unpack).unwrap();
         (folder, cache)
     }
 
@@ -271,7 +284,7 @@ mod tests {
         assert_eq!(fs::read(tool).unwrap(), b"a tool");
         assert!(kept.file(|path| path.ends_with("copyright")).is_err());
         assert_eq!(missing(&cache, &[Set::Busybox]), []);
-        set_up(&cache, &[Set::Busybox], &mut Nobody).unwrap();
+        set_up_with(&cache, &[Set::Busybox], &mut Nobody, unpack).unwrap();
     }
 
     #[test]
@@ -280,7 +293,7 @@ mod tests {
         let tool = cache.set(Set::Busybox).join("root/bin/tool");
         fs::write(&tool, "no tool").unwrap();
         assert!(kept(&cache, Set::Busybox).is_err());
-        set_up(&cache, &[Set::Busybox], &mut Nobody).unwrap();
+        set_up_with(&cache, &[Set::Busybox], &mut Nobody, unpack).unwrap();
         assert_eq!(fs::read(&tool).unwrap(), b"a tool");
         assert!(kept(&cache, Set::Busybox).is_ok());
     }
@@ -290,6 +303,6 @@ mod tests {
         let (_folder, cache) = set_up_by_hand();
         fs::write(cache.set(Set::Busybox).join("packages/tool.deb"), "no package").unwrap();
         assert!(kept(&cache, Set::Busybox).is_err());
-        assert!(!unpack_again(&cache, Set::Busybox).unwrap());
+        assert!(!unpack_again(&cache, Set::Busybox, unpack).unwrap());
     }
 }
