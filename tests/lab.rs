@@ -59,7 +59,7 @@ fn npt() -> Vec<Trial> {
         trial("npt::doctor_names_npt_with_its_evidence", || doctor("npt")),
         trial("npt::quickstart_passes_and_its_files_come_back", quickstart),
         trial("npt::a_violation_inside_is_one_outside", || violation("npt")),
-        trial("npt::a_panic_inside_is_a_guest_error_outside", guest_error),
+        trial("npt::a_triple_fault_inside_is_a_guest_error_outside", guest_error),
         trial("npt::every_touch_of_a_sealed_frame_is_caught", || touches(Kind::Npt)),
         trial("npt::a_lab_that_takes_too_long_is_ended", timeout),
         trial("npt::ctrl_c_ends_it_and_leaves_no_process", || ended_by("INT", Some(5))),
@@ -193,16 +193,16 @@ fn violation(kind: &str) -> Check {
     run.expect(1, "violation")
 }
 
+/// KVM on AMD resets a vCPU that has shut down; what it is then is no fault of the guest's registers.
 fn guest_error() -> Check {
     let folder = tempfile::tempdir()?;
     let config = folder.path().join("crash.toml");
-    fs::write(
-        &config,
-        "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"crash\"\ncrash = \"panic\"\n",
-    )?;
+    let crash = "[workload]\nprogram = \"crash\"\ncrash = \"triple-fault\"\n";
+    fs::write(&config, format!("[guest]\nmemory_mib = 16\n{crash}"))?;
     let config = config.display().to_string();
     let run = Run::of(&call(&["lab", "npt", "--", "run", &config, "--report", "json"])?)?;
-    run.expect(4, "guest-error")
+    run.expect(4, "guest-error")?;
+    ensure(run.report["guest_error"]["kind"] == "triple-fault", &format!("{:#}", run.report))
 }
 
 /// Every kind of touch, under the seals of a kernel without guards, in one lab. With nested tables a

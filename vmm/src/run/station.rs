@@ -2,7 +2,7 @@
 
 use super::crew::Turn;
 use super::threads::Threads;
-use super::vcpu::Report;
+use super::vcpu::{Report, Standing};
 use crate::gate::Vcpus;
 use crate::machine::exit::Exit;
 use crate::machine::kvm::{Interrupts, KvmError, Vcpu};
@@ -19,12 +19,11 @@ pub(super) struct Station {
     vcpu: Vcpu,
     calling: bool,
     shut_down: bool,
-    last: Report,
 }
 
 impl From<Vcpu> for Station {
     fn from(vcpu: Vcpu) -> Self {
-        Self { vcpu, calling: false, shut_down: false, last: None }
+        Self { vcpu, calling: false, shut_down: false }
     }
 }
 
@@ -49,22 +48,21 @@ impl Station {
         if self.calling {
             self.vcpu.complete();
         }
-        let registers = self.registers().ok();
-        if !self.shut_down {
-            self.last = registers;
-        }
-        registers
+        let registers = self.vcpu.registers().ok()?;
+        Some(Standing { registers, was_reset: self.was_reset(&registers) })
     }
 
-    /// The registers as they are. KVM on AMD resets a vCPU that has shut down before it says so: then
-    /// those that were last reported, if there are any.
+    /// The registers as they are.
     ///
     /// # Errors
     /// [`KvmError`].
     pub(super) fn registers(&self) -> Result<Registers, KvmError> {
-        let now = self.vcpu.registers()?;
-        let was_reset = self.shut_down && now.cr0 & CR0_PE == 0;
-        Ok(self.last.filter(|_| was_reset).unwrap_or(now))
+        self.vcpu.registers()
+    }
+
+    /// KVM on AMD resets a vCPU that has shut down before it says so.
+    const fn was_reset(&self, registers: &Registers) -> bool {
+        self.shut_down && registers.cr0 & CR0_PE == 0
     }
 }
 
@@ -99,9 +97,16 @@ impl Vcpus for Floor<'_> {
         if cpu == self.cpu {
             return self.station.registers();
         }
-        let reported = self.turn.report(cpu).flatten();
+        let reported = self.turn.report(cpu).flatten().map(|standing| standing.registers);
         let error = || io::Error::other("it did not say where it stands");
         reported.ok_or_else(|| KvmError { what: "read another vCPU's registers", error: error() })
+    }
+
+    fn was_reset(&self, cpu: u8) -> bool {
+        if cpu == self.cpu {
+            return self.station.registers().is_ok_and(|now| self.station.was_reset(&now));
+        }
+        self.turn.report(cpu).flatten().is_some_and(|standing| standing.was_reset)
     }
 
     fn start(&mut self) {
