@@ -28,6 +28,7 @@ pub mod doctor;
 pub mod events;
 pub mod gate;
 pub mod image;
+pub mod lab;
 pub mod leak;
 pub mod machine;
 pub mod names;

@@ -2,6 +2,7 @@
 
 use crate::config::ConfigError;
 use crate::doctor::HostError;
+use crate::lab::LabError;
 use crate::report::Verdict;
 use crate::trace::TraceError;
 use std::process::ExitCode;
@@ -22,6 +23,18 @@ pub enum ExitStatus {
     GuestError = 4,
     /// Something that had to be checked could not be.
     Inconclusive = 5,
+}
+
+impl ExitStatus {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Pass,
+        Self::Violation,
+        Self::Usage,
+        Self::Host,
+        Self::GuestError,
+        Self::Inconclusive,
+    ];
 }
 
 impl From<ExitStatus> for ExitCode {
@@ -56,5 +69,16 @@ impl From<&TraceError> for ExitStatus {
 impl From<&HostError> for ExitStatus {
     fn from(_: &HostError) -> Self {
         Self::Host
+    }
+}
+
+impl From<&LabError> for ExitStatus {
+    fn from(error: &LabError) -> Self {
+        match error {
+            LabError::Arguments(_) | LabError::Config(_) => Self::Usage,
+            LabError::Host { .. } | LabError::Packages(_) | LabError::File { .. } => Self::Host,
+            LabError::Timeout { .. } => Self::GuestError,
+            LabError::Cancelled | LabError::NoResult { .. } => Self::Inconclusive,
+        }
     }
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod exit;
+mod lab;
 mod probe;
 mod progress;
 mod run;
@@ -10,6 +11,7 @@ mod tests;
 mod tools;
 
 pub use exit::ExitStatus;
+pub use lab::{LabArgs, LabCommand, LabRunArgs, LabSetupArgs, lab};
 pub use probe::probe;
 pub use progress::Progress;
 pub use run::run;
@@ -36,7 +38,8 @@ Examples:
   lacuna run configs/quickstart.toml --inject global-window --report json
   lacuna run configs/secrets.toml --input my-keys.txt --seal memslot --out results
   lacuna probe --machine sim
-  lacuna doctor";
+  lacuna doctor
+  lacuna lab npt -- run configs/quickstart.toml";
 
 /// Runs small KVM guests whose secret pages are absent from the guest's own direct map and closed
 /// in the second stage, and checks from outside that they are.
@@ -68,6 +71,10 @@ pub enum Command {
     /// Measures, as ratios within one run; without a name, lists what can be measured.
     #[command(after_help = format!("{}\n{EXIT_STATUSES}", Bench::list()))]
     Bench(BenchArgs),
+    /// Runs lacuna inside an emulated machine with real NPT or EPT, for hosts that have neither.
+    #[command(after_help = EXIT_STATUSES)]
+    #[command(after_long_help = format!("{EXIT_STATUSES}\n\n{}", lab::EXAMPLES))]
+    Lab(LabArgs),
 }
 
 /// Arguments of `lacuna run`.
@@ -301,7 +308,7 @@ macro_rules! choices {
     )*};
 }
 
-choices!(MachineKind, Mediation, Seal, ReportFormat, Bench);
+choices!(MachineKind, Mediation, Seal, ReportFormat, Bench, lab::Kernel);
 
 fn inject_help() -> String {
     use std::fmt::Write;

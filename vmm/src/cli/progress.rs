@@ -14,6 +14,10 @@ const KNOWN: &str = "{bar:40} {pos}/{len} {elapsed}, {eta} left";
 /// The line of any other run.
 const UNKNOWN: &str = "{spinner} {pos} {elapsed}";
 
+/// The line of a step whose length is known, and of any other.
+const STEP: &str = "{msg} {bar:30} {bytes}/{total_bytes} {eta} left";
+const STEP_UNKNOWN: &str = "{spinner} {msg} {elapsed}";
+
 /// Progress of a run, shown on standard error if that is a terminal and the run is not over soon.
 #[derive(Debug)]
 pub struct Progress {
@@ -66,6 +70,63 @@ fn bar(total: Option<u64>, elapsed: Duration) -> ProgressBar {
     }
 }
 
+/// The steps of a set-up, on standard error: a bar or a spinner on a terminal, else a line each if
+/// `lines`.
+#[derive(Debug)]
+pub(super) struct Steps {
+    lines: bool,
+    terminal: bool,
+    bar: Option<ProgressBar>,
+}
+
+impl Steps {
+    pub(super) fn new(lines: bool) -> Self {
+        Self { lines, terminal: io::stderr().is_terminal(), bar: None }
+    }
+
+    /// The next step begins; it takes so many bytes, if that is known.
+    pub(super) fn begin(&mut self, what: &str, bytes: Option<u64>) {
+        self.finish();
+        // Whoever waits for a download wants to know, on a terminal or not.
+        if !self.terminal && (self.lines || bytes.is_some()) {
+            let size = bytes.map(|bytes| format!(" ({} MiB)", bytes.div_ceil(1 << 20)));
+            eprintln!("{what}{}", size.unwrap_or_default());
+        }
+        if self.terminal {
+            let bar = ProgressBar::with_draw_target(bytes, ProgressDrawTarget::stderr());
+            let template = if bytes.is_some() { STEP } else { STEP_UNKNOWN };
+            let bar = match ProgressStyle::with_template(template) {
+                Ok(style) => bar.with_style(style),
+                // The style is there for looks only.
+                Err(_) => bar,
+            };
+            bar.set_message(what.to_owned());
+            bar.enable_steady_tick(TICK);
+            self.bar = Some(bar);
+        }
+    }
+
+    /// So many bytes of the step are done.
+    pub(super) fn at(&self, bytes: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(bytes);
+        }
+    }
+
+    /// Takes the bar away.
+    pub(super) fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,7 +159,7 @@ mod tests {
 
     #[test]
     fn the_templates_are_right() {
-        for template in [KNOWN, UNKNOWN] {
+        for template in [KNOWN, UNKNOWN, STEP, STEP_UNKNOWN] {
             assert!(ProgressStyle::with_template(template).is_ok());
         }
     }

@@ -126,13 +126,17 @@ impl Kept {
 fn describe_machine(config: &Config) -> reports::Machine {
     let facts = HostFacts::read(&ThisHost);
     let unknown = || "unknown".to_owned();
-    let translation = match config.machine {
-        MachineKind::Kvm => Flavour::detect(&ThisHost).translation.name(),
-        MachineKind::Sim => "software",
+    let (translation, evidence) = match config.machine {
+        MachineKind::Kvm => {
+            let flavour = Flavour::detect(&ThisHost);
+            (flavour.translation.name(), flavour.evidence)
+        }
+        MachineKind::Sim => ("software", String::new()),
     };
     reports::Machine {
         kind: config.machine.name().to_owned(),
         translation: translation.to_owned(),
+        evidence,
         mediation: config.mediation.name().to_owned(),
         kernel: facts.kernel.unwrap_or_else(unknown),
         profile: profile(config).name().to_owned(),
@@ -172,7 +176,7 @@ fn publish(config: &Config, outcome: &Outcome, mut report: Report) -> Result<Exi
 }
 
 /// Set by the first Ctrl-C or SIGTERM; the second ends the process at once.
-fn interrupts() -> io::Result<Arc<AtomicBool>> {
+pub(super) fn interrupts() -> io::Result<Arc<AtomicBool>> {
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         let status = i32::from(ExitStatus::Inconclusive as u8);

@@ -83,6 +83,33 @@ fn probe_takes_its_flags() {
 }
 
 #[test]
+fn lab_takes_its_flags_and_leaves_what_follows_alone() {
+    let line = "lacuna lab npt --cpus 4 --memory 512 --timeout 9 --kernel backports --cache c \
+                --lacuna l -- run x.toml --out d --timeout";
+    let Command::Lab(LabArgs { command: LabCommand::Npt(args) }) = parsed(line).unwrap().command
+    else {
+        panic!("{line}");
+    };
+    let expected = LabRunArgs {
+        cpus: Some(4),
+        memory: Some(512),
+        timeout: Some(9),
+        kernel: lab::Kernel::Backports,
+        cache: Some("c".into()),
+        lacuna: Some("l".into()),
+        args: ["run", "x.toml", "--out", "d", "--timeout"].map(Into::into).to_vec(),
+    };
+    assert_eq!(args, expected);
+    let setup = LabSetupArgs { cache: None, kernel: lab::Kernel::Stable };
+    for (line, command) in [
+        ("lacuna lab setup", LabCommand::Setup(setup.clone())),
+        ("lacuna lab status", LabCommand::Status(setup.clone())),
+    ] {
+        assert_eq!(parsed(line).unwrap().command, Command::Lab(LabArgs { command }), "{line}");
+    }
+}
+
+#[test]
 fn wrong_usage_ends_with_status_2_and_help_with_0() {
     for line in [
         "lacuna",
@@ -96,6 +123,11 @@ fn wrong_usage_ends_with_status_2_and_help_with_0() {
         "lacuna probe --rounds 0",
         "lacuna probe --vcpus 9",
         "lacuna probe CONFIG",
+        "lacuna lab",
+        "lacuna lab npt",
+        "lacuna lab npt doctor",
+        "lacuna lab npt --cpus 9 -- doctor",
+        "lacuna lab sim -- doctor",
     ] {
         assert_eq!(parsed(line).unwrap_err().exit_code(), 2, "{line}");
     }

@@ -89,7 +89,11 @@ impl Gate {
         let last = self.memory.last_event_number()?;
         let judged = self.judge(last, &intents)?;
         for other in self.audit.running().collect::<Vec<_>>() {
-            self.cpus[usize::from(other)] = Some(vcpus.registers(other)?);
+            // Of one that was reset, those that it last had stay; where there are none, nothing can be
+            // said of its registers.
+            if !vcpus.was_reset(other) {
+                self.cpus[usize::from(other)] = Some(vcpus.registers(other)?);
+            }
         }
         let seq = self.host_record(cpu, HostAct::Quiesced, self.memory.layout().zone_frames())?;
         if judged && self.sequencer.missing(last) == 0 {

@@ -72,6 +72,12 @@ pub trait Vcpus {
     /// [`KvmError`].
     fn registers(&self, cpu: u8) -> Result<Registers, KvmError>;
 
+    /// Whether these registers are those of a reset that KVM made when the vCPU shut down, and not
+    /// what the guest had.
+    fn was_reset(&self, _cpu: u8) -> bool {
+        false
+    }
+
     /// Starts the others.
     fn start(&mut self);
 

@@ -104,6 +104,15 @@ impl<T: Tables> View<'_, T> {
                 let va = Gva(va.align_down(PAGE_SIZE).0 + gpa.0 % PAGE_SIZE);
                 return self.access(gpa, *operand, va, at, Some(&instruction));
             }
+            // With nested tables KVM is told the address of a table that a walk could not read, and
+            // may take it for the operand's.
+            let walked = self.operands(&instruction).find_map(|(va, _)| match self.way(va) {
+                Way::SealedTable(entry) if entry.frame() == gpa.frame() => Some((va, entry)),
+                _ => None,
+            });
+            if let Some((va, entry)) = walked {
+                return self.access(entry, AccessKind::PageWalk, va, at, Some(&instruction));
+            }
         }
         SealedAccess { gpa, kind, va: None, rip, instruction: None }
     }
@@ -376,6 +385,19 @@ mod tests {
         assert_eq!(world.with(|view| view.find()), None);
         world.registers.general[0] = 0xdead_0000_0000;
         assert_eq!(world.with(|view| view.find()), None);
+    }
+
+    #[test]
+    fn a_walk_that_kvm_takes_for_an_operand_is_told_as_a_walk() {
+        // mov rcx, [rax]
+        let mut world = World::new(&[0x48, 0x8b, 0x08]);
+        world.registers.general[0] = 0x60_0000;
+        let explained = world.with(|view| view.explain(CLOSED, AccessKind::Read));
+        assert_eq!((explained.kind, explained.va), (AccessKind::PageWalk, Some(Gva(0x60_0000))));
+        // The same exit, where the operand does lie in the frame.
+        world.registers.general[0] = DATA;
+        let explained = world.with(|view| view.explain(CLOSED, AccessKind::Read));
+        assert_eq!((explained.kind, explained.va), (AccessKind::Read, Some(Gva(DATA))));
     }
 
     #[test]

@@ -70,6 +70,9 @@ pub struct Machine {
     pub kind: String,
     /// `EPT`, `NPT`, `shadow` or `unknown`; `software` on a simulated machine.
     pub translation: String,
+    /// Where that is written; empty where nothing says so.
+    #[serde(default)]
+    pub evidence: String,
     /// How the host learnt of table writes.
     pub mediation: String,
     /// Release of the host's kernel.

@@ -56,6 +56,7 @@ fn clean() -> Report {
     report.machine = Machine {
         kind: "kvm".into(),
         translation: "NPT".into(),
+        evidence: "npt is Y".into(),
         mediation: "trace".into(),
         profile: "amd".into(),
         kernel: "6.18.0".into(),
@@ -131,7 +132,7 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
         "config": "configs/quickstart.toml",
         "inject": ["leave-direct-map-alias"],
         "machine": {
-            "kind": "kvm", "translation": "NPT", "mediation": "trace", "kernel": "6.18.0",
+            "kind": "kvm", "translation": "NPT", "evidence": "npt is Y", "mediation": "trace", "kernel": "6.18.0",
             "profile": "amd",
             "cpu": "AMD EPYC", "simulation": null,
         },
@@ -273,8 +274,8 @@ fn the_text_form_says_what_matters() {
     for part in [
         "PASS: every rule that was exercised holds\n",
         "config         configs/quickstart.toml\n",
-        "machine        kvm, NPT translation, Linux 6.18.0, AMD EPYC; invalidation profile amd; mediation:\n",
-        "               trace\n",
+        "machine        kvm, NPT translation (npt is Y), Linux 6.18.0, AMD EPYC; invalidation profile amd;\n",
+        "               mediation: trace\n",
         "second stage   guard, granule 4,096 bytes: madvise guards\n",
         "guest          program replay, 64 MiB, 1 vCPU; allocator ready after 12.3 ms\n",
         "work           2,500 trace events in 6,120.0 ms, 2448.00 us each\n",

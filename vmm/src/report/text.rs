@@ -127,11 +127,15 @@ fn setting(out: &mut String, report: &Report) {
         line(out, "planted faults", &report.inject.join(", "));
     }
     let cpu = &machine.cpu;
+    let evidence = match machine.evidence.as_str() {
+        "" => String::new(),
+        evidence => format!(" ({evidence})"),
+    };
     line(
         out,
         "machine",
         &format!(
-            "{}, {} translation, Linux {}, {cpu}; invalidation profile {}; mediation: {}",
+            "{}, {} translation{evidence}, Linux {}, {cpu}; invalidation profile {}; mediation: {}",
             machine.kind, machine.translation, machine.kernel, machine.profile, machine.mediation
         ),
     );

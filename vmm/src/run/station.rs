@@ -2,7 +2,7 @@
 
 use super::crew::Turn;
 use super::threads::Threads;
-use super::vcpu::Report;
+use super::vcpu::{Report, Standing};
 use crate::gate::Vcpus;
 use crate::machine::exit::Exit;
 use crate::machine::kvm::{Interrupts, KvmError, Vcpu};
@@ -11,15 +11,19 @@ use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use std::io;
 use std::time::Instant;
 
+/// CR0.PE: set from the start on, and clear after a reset.
+const CR0_PE: u64 = 1;
+
 /// A vCPU, and whether it came out of the guest to make a call that is not completed yet.
 pub(super) struct Station {
     vcpu: Vcpu,
     calling: bool,
+    shut_down: bool,
 }
 
 impl From<Vcpu> for Station {
     fn from(vcpu: Vcpu) -> Self {
-        Self { vcpu, calling: false }
+        Self { vcpu, calling: false, shut_down: false }
     }
 }
 
@@ -28,6 +32,7 @@ impl Station {
     pub(super) fn run(&mut self) -> Exit {
         let exit = self.vcpu.run();
         self.calling = matches!(exit, Exit::PortOut { .. });
+        self.shut_down = exit == Exit::Shutdown;
         exit
     }
 
@@ -43,7 +48,8 @@ impl Station {
         if self.calling {
             self.vcpu.complete();
         }
-        self.vcpu.registers().ok()
+        let registers = self.vcpu.registers().ok()?;
+        Some(Standing { registers, was_reset: self.was_reset(&registers) })
     }
 
     /// The registers as they are.
@@ -52,6 +58,11 @@ impl Station {
     /// [`KvmError`].
     pub(super) fn registers(&self) -> Result<Registers, KvmError> {
         self.vcpu.registers()
+    }
+
+    /// KVM on AMD resets a vCPU that has shut down before it says so.
+    const fn was_reset(&self, registers: &Registers) -> bool {
+        self.shut_down && registers.cr0 & CR0_PE == 0
     }
 }
 
@@ -86,9 +97,16 @@ impl Vcpus for Floor<'_> {
         if cpu == self.cpu {
             return self.station.registers();
         }
-        let reported = self.turn.report(cpu).flatten();
+        let reported = self.turn.report(cpu).flatten().map(|standing| standing.registers);
         let error = || io::Error::other("it did not say where it stands");
         reported.ok_or_else(|| KvmError { what: "read another vCPU's registers", error: error() })
+    }
+
+    fn was_reset(&self, cpu: u8) -> bool {
+        if cpu == self.cpu {
+            return self.station.registers().is_ok_and(|now| self.station.was_reset(&now));
+        }
+        self.turn.report(cpu).flatten().is_some_and(|standing| standing.was_reset)
     }
 
     fn start(&mut self) {

@@ -34,7 +34,15 @@ const REST: Duration = Duration::from_micros(50);
 const LONG_REST: Duration = Duration::from_micros(200);
 
 /// What a vCPU's thread reports when it stands still: its registers, if they can be read.
-pub(super) type Report = Option<Registers>;
+pub(super) type Report = Option<Standing>;
+
+/// Registers of a vCPU that stands still.
+#[derive(Clone, Copy)]
+pub(super) struct Standing {
+    pub(super) registers: Registers,
+    /// Whether they are those of a reset that KVM made, and not what the guest had.
+    pub(super) was_reset: bool,
+}
 
 /// What a vCPU's thread needs.
 pub(super) struct Runner {
@@ -183,8 +191,9 @@ impl Runner {
     }
 
     fn stopped(&mut self, stopped: Stopped) -> End {
-        let registers = self.station.report();
-        let place = registers.map(|r| self.place(self.cpu, &r)).unwrap_or_default();
+        let standing = self.station.report();
+        let place =
+            standing.map(|standing| self.place(self.cpu, &standing.registers)).unwrap_or_default();
         End::Stopped(stopped, Box::new(place))
     }
 

@@ -31,6 +31,8 @@ struct Still {
     /// vCPUs that would go on, and what happens when one is let on.
     runnable: u8,
     let_on: Option<Box<dyn FnMut()>>,
+    /// They shut down, and KVM reset them.
+    was_reset: bool,
 }
 
 impl Vcpus for Still {
@@ -57,6 +59,10 @@ impl Vcpus for Still {
 
     fn registers(&self, _: u8) -> Result<Registers, KvmError> {
         Ok(self.registers)
+    }
+
+    fn was_reset(&self, _: u8) -> bool {
+        self.was_reset
     }
 
     fn start(&mut self) {
@@ -155,7 +161,8 @@ impl Guest {
             (crate::machine::kvm::CR0, crate::machine::kvm::CR4, crate::machine::kvm::EFER);
         let registers = Registers { cr0, cr3: root.0, cr4, efer, ..Registers::default() };
         let asked = Vec::new();
-        let still = Still { registers, asked, interrupted: 0, runnable: 0, let_on: None };
+        let still =
+            Still { registers, asked, interrupted: 0, runnable: 0, let_on: None, was_reset: false };
         Self { gate, memory, root, still, lines, stop, ring_heads: [0; 2] }
     }
 

@@ -227,3 +227,15 @@ fn control_state_is_judged_for_every_cpu_that_runs() {
         assert_eq!(guest.violations(Rule::ControlState), bad);
     }
 }
+
+#[test]
+fn registers_of_a_reset_are_not_taken_for_the_guests() {
+    let mut guest = Guest::two();
+    guest.still.registers = Registers { cr0: 0x10, ..Registers::default() };
+    guest.still.was_reset = true;
+    guest.call(Call::Checkpoint);
+    assert_eq!(guest.violations(Rule::ControlState), 0, "nothing is known of them");
+    guest.still.was_reset = false;
+    guest.call(Call::Checkpoint);
+    assert!(guest.violations(Rule::ControlState) > 0, "a guest that did it itself is found");
+}
