@@ -63,7 +63,8 @@ fn loads(pairs: &[(usize, u16)]) -> Vec<Act> {
     pairs.iter().flat_map(|(r, p)| [load(*r, *p, false), load(*r, *p, true)]).collect()
 }
 
-/// The worlds. Together they have every operation beside every other that it can meet.
+/// The worlds. Together they have every kind of operation beside every other; a test counts that.
+/// CR4.PAE is not among them: long mode cannot be without it.
 fn worlds() -> Vec<Small> {
     let one = Size { pages: 1, ..SIZE };
     let kinds = [Pte::Empty, page(0, true, true), page(0, false, true), page(0, false, false)];
@@ -299,6 +300,8 @@ fn model_and_reference_agree_in_every_state_of_the_quick_worlds() {
     walk_all(|world| QUICK.contains(&world.name));
 }
 
+/// Takes minutes without optimisation: `.ci/run` has a step for it.
+#[cfg(not(debug_assertions))]
 #[test]
 fn model_and_reference_agree_in_every_state_of_every_world() {
     walk_all(|_| true);
@@ -381,17 +384,4 @@ fn every_kind_of_operation_meets_every_other_in_some_world() {
     let pairs = kinds.iter().flat_map(|a| kinds.iter().map(move |b| (*a, *b)));
     let apart: Vec<_> = pairs.filter(|pair| pair.0 < pair.1 && !met.contains(pair)).collect();
     assert!(apart.is_empty(), "{} pairs meet in no world: {apart:?}", apart.len());
-}
-
-#[test]
-fn temporary1() {
-    walk_all(|world| world.name == "all flushes, one CPU");
-}
-#[test]
-fn temporary2() {
-    walk_all(|world| world.name == "WP and NXE, one CPU");
-}
-#[test]
-fn temporary3() {
-    walk_all(|world| world.name == "all flushes under way, one CPU");
 }
