@@ -110,11 +110,15 @@ pub fn replay(events: u64, secret: &str) -> String {
     format!("program = \"replay\"\ninput = {input:?}\nevents = {events}\nsecret = {secret:?}\n")
 }
 
+/// Limits of a run that does not set its own: time enough for a host that is busy.
+pub const PATIENCE: &str = "[limits]\ntimeout_s = 600\n";
+
 /// Runs the configuration made of these sections with these arguments.
 pub fn lacuna(config: &str, args: &[&str]) -> Result<Run, Failed> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("test.toml");
-    std::fs::write(&file, config)?;
+    let limits = if config.contains("[limits]") { "" } else { PATIENCE };
+    std::fs::write(&file, format!("{config}{limits}"))?;
     let output = Command::new(LACUNA)
         .arg("run")
         .arg(&file)

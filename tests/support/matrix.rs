@@ -55,13 +55,13 @@ impl Twin {
         }
     }
 
-    /// The configuration, with dirty memory, and time enough for a host that is busy.
+    /// The configuration, with dirty memory.
     pub fn config(self, cpus: u8) -> String {
         let in_place = if self == Self::InPlace { "in_place = 100\n" } else { "" };
         let prezero = if self == Self::NoPrezero { "prezero = false\n" } else { "" };
         let events = if self == Self::Wrapping { EVENTS * u64::from(cpus) } else { EVENTS };
         let config = dirty(&(replay(events, "all") + in_place));
         let guest = format!("[guest]\nvcpus = {cpus}\n{prezero}");
-        config.replace("[guest]\n", &guest) + "[limits]\ntimeout_s = 600\n"
+        config.replace("[guest]\n", &guest)
     }
 }
