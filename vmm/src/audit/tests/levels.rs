@@ -47,11 +47,10 @@ fn what_a_store_revokes_at_the_other_level_is_owed_there() {
 }
 
 #[test]
-fn each_entry_of_a_run_is_owed_as_what_it_is_at_the_other_level() {
+fn an_entry_that_came_and_went_is_owed_as_what_it_was_at_the_other_level() {
     for flush in [page_flush(AS_TABLE, Level::Pt), Flush::Everything] {
         let (mut scene, page) = linked_twice();
-        // As a run of small pages the second entry is the first one's next frame; as one of large
-        // pages it is nothing of the kind.
+        // A small page of the table's, and all of block 2 in the directory.
         let (one, two) = (scene.block(1), scene.block(2));
         scene.write(
             0,
