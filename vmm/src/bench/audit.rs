@@ -292,6 +292,8 @@ impl AuditCost {
 
 #[cfg(test)]
 mod tests {
+    use super::events::streams;
+    use super::naive::Naive;
     use super::*;
 
     #[test]

@@ -112,7 +112,7 @@ pub(super) fn judge(effort: Effort) -> Result<(Vec<Events>, Vec<Opens>), BenchEr
 }
 
 /// Kinds of events, each as a list of steps, and what leads to the state in which they happen.
-fn streams(
+pub(super) fn streams(
     guest: &mut Guest,
     cpus: u8,
     rounds: u64,
