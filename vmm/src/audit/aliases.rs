@@ -160,19 +160,19 @@ impl Aliases {
         }
     }
 
-    /// The directory of the direct map and its entry for a pageblock of which nothing else can map
-    /// anything; `None` if something may.
-    pub(super) fn only_large_home(&self, part: FrameRange) -> Option<(TableId, u64)> {
+    /// The direct map's directory with its entry for a pageblock, and its page table if there is one,
+    /// where nothing else can map anything of the pageblock; `None` if something may.
+    pub(super) fn only_homes(&self, part: FrameRange) -> Option<((TableId, u64), Option<TableId>)> {
         let offset = part.start().0.checked_sub(self.zone.start().0)?;
         let slot = |order: u32| usize::try_from(offset >> order).ok();
         let listed = usize::try_from(part.start().0 >> BLOCK_ORDER).ok();
         let listed = listed.and_then(|block| self.near.get(block));
         let small = self.small_homes.get(slot(BLOCK_ORDER)?)?;
-        if small.is_some() || !self.wide.is_empty() || !listed?.is_empty() {
+        if !self.wide.is_empty() || !listed?.is_empty() {
             return None;
         }
         let large = self.large_homes.get(slot(WIDE_ORDER)?).copied().flatten()?;
-        Some((large, part.start().0 >> BLOCK_ORDER & (ENTRIES - 1)))
+        Some(((large, part.start().0 >> BLOCK_ORDER & (ENTRIES - 1)), *small))
     }
 
     /// Tables of level 1 and 2 that may map some of these frames, which lie in one pageblock.

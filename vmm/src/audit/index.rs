@@ -74,15 +74,22 @@ impl Index {
         self.full
     }
 
-    /// Whether it is quickly seen that nothing maps these frames, which lie in one pageblock that has
-    /// left the direct map.
+    /// Whether it is quickly seen that nothing maps these frames, which lie in one pageblock: that has
+    /// left the direct map, or they have.
     #[inline]
     pub(super) fn maps_nothing(&self, part: FrameRange) -> bool {
-        let home = self.aliases.only_large_home(part);
-        home.is_some_and(|(table, index)| {
-            let page = self.tables.page(table);
-            page.is_some_and(|page| !page.entry(index).is_present())
-        })
+        let Some(((large, index), small)) = self.aliases.only_homes(part) else { return false };
+        let Some(page) = self.tables.page(large) else { return false };
+        let entry = page.entry(index);
+        if entry.is_present() && entry.is_leaf(Level::Pd) {
+            return false;
+        }
+        let first = part.start().0 & (ENTRIES - 1);
+        let holds_none = |small| {
+            let page = self.tables.page(small);
+            page.is_some_and(|page| page.gap((first, first + part.count())) == part.count())
+        };
+        small.is_none_or(holds_none)
     }
 
     /// Whether it is quickly seen that nothing maps these frames.
@@ -173,6 +180,18 @@ impl Index {
         let other = |other: &&Place| (other.root, other.va) != (place.root, place.va);
         let others = places.iter().filter(other).map(|place| Site { id, place: *place });
         others.map(|site| (site, child_address(site.place.va, write.level, index))).collect()
+    }
+
+    /// Whether the table's page is a table of one level only, at one place.
+    pub(super) fn is_linked_once(&self, id: TableId) -> bool {
+        self.tables.page(id).is_some_and(|page| page.is_linked_once(id))
+    }
+
+    /// Every place at which the page of this table is linked as a table of another level.
+    pub(super) fn other_roles(&self, here: Site) -> Vec<Site> {
+        let roles = self.tables.roles(self.tables.frame(here.id)).filter(|id| *id != here.id);
+        let sites = |id| self.tables.places(id).iter().map(move |place| Site { id, place: *place });
+        roles.flat_map(sites).collect()
     }
 
     /// Leaves by entries `from..to` of a table, at one of its places.

@@ -15,7 +15,7 @@
 //! | `index`, `found`, `recent`, `tables`, `links`, `aliases` | the host's copy of all tables: which entries map a frame |
 //! | `tlb` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
-//! | `writes`, `plain`, `revokes`, `fills` | entry-write records; what tables hold when they are linked |
+//! | `writes`, `plain`, `revokes`, `elsewhere`, `remaps`, `fills` | entry-write records; what tables hold when they are linked |
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
 //! | `quiesce`, `compare` | the complete check; records against tables |
@@ -27,6 +27,7 @@
 mod aliases;
 mod arrival;
 mod compare;
+mod elsewhere;
 mod fills;
 mod finding;
 mod found;
@@ -41,6 +42,7 @@ mod plain;
 mod probe;
 mod quiesce;
 mod recent;
+mod remaps;
 mod revokes;
 mod story;
 mod tables;
@@ -151,7 +153,7 @@ impl Audit {
         self.index.add_root(root, &mut change);
         // Before the first root no CPU has walked anything.
         if !first {
-            self.judge_links(None, root, &walked, self.last_seq);
+            self.judge_links(None, &walked, self.last_seq);
             self.judge_table_page(root.frame(), self.last_seq);
         }
         self.judge_walked(&walked, None, self.last_seq);
@@ -288,6 +290,17 @@ impl Audit {
         }
         let kept = self.tlb.load(cpu, (root, pcid), no_flush, seq);
         self.note_dropped(kept);
+    }
+
+    /// Whether no more work for tables that are linked, or linked at many places, is done before the
+    /// next quiesce point. Then the run must not pass.
+    fn is_link_work_used_up(&mut self) -> bool {
+        let used_up = self.link_work >= MAX_LINK_WORK;
+        if used_up {
+            let reason = "too many tables are linked between two quiesce points".to_owned();
+            self.ledger.inconclusive(reason);
+        }
+        used_up
     }
 
     fn is_registered(&self, root: Gpa) -> bool {

@@ -21,7 +21,7 @@ impl Audit {
         self.judge_second_stage(seq, world);
         let known_zero = self.frames.known_zero();
         let what = "marked zero in the pool and is not zero; it was written to after zeroing";
-        judge_zero(&mut self.ledger, known_zero, what, (None, seq), world);
+        judge_zero(&mut self.ledger, runs(known_zero), what, (None, seq), world);
         for cpu in self.running() {
             self.judge_control(cpu, seq, world);
         }

@@ -1,10 +1,9 @@
 //! What an entry-write record revokes, at every place of the table, becomes an obligation.
 
 use super::Audit;
-use super::finding::Rule;
 use super::index::{Run, Site, TableAt, is_table};
-use super::tlb::{CpuSet, Duty, EVERY, Leaves, only};
-use super::writes::{entries_of, leaf, path_to, revoked, stale_finding};
+use super::tlb::{CpuSet, EVERY, Leaves, only};
+use super::writes::{entries_of, leaf, path_to, revoked};
 use lacuna_abi::addr::{FrameRange, Gva};
 use lacuna_abi::event::{EntryWrite, mapped_frames};
 use lacuna_abi::layout::Place;
@@ -50,45 +49,6 @@ impl Audit {
         if leaves.all(|run| run.first.since == since) { Grants::All(since) } else { Grants::Each }
     }
 
-    /// `stale-window`: a window address that gets a new translation has no old one left on the
-    /// window's own CPU.
-    #[inline]
-    pub(super) fn judge_remap(
-        &mut self,
-        write: &EntryWrite,
-        granted: (Option<Site>, Grants),
-        seq: u64,
-    ) {
-        let Some((owner, new)) = self.window_of(write.va).zip(leaf(write.new, write.level)) else {
-            return;
-        };
-        self.ledger.checked(Rule::StaleWindow, u64::from(write.count));
-        if self.tlb.may_cache(write.root) & !only(owner) != 0 {
-            // Copies that other CPUs may have made speculatively are not followed.
-            self.ledger.not_checked(Rule::StaleWindow, u64::from(write.count));
-        }
-        let last = write.va.wrapping_add(write.span() - 1);
-        let pcid = self.tlb.pcid_on(owner, write.pcid);
-        let used = |duty: &Duty| duty.tag.is_used_under(pcid);
-        let mut stale = self.tlb.at((write.va, last), used);
-        if let Some(old) = leaf(write.old, write.level)
-            && old.frame(write.level) != new.frame(write.level)
-        {
-            self.revoked_leaves(write, old, granted, |audit, leaves| {
-                stale.extend(audit.tlb.would_owe(leaves, only(owner), seq));
-            });
-        }
-        for duty in stale.iter().filter(|duty| duty.cpus & only(owner) != 0) {
-            let detail = format!(
-                "the address is remapped while CPU {owner} may cache the translation revoked by \
-                 event {}; an INVLPG or a root load by CPU {owner} in between, or a completed \
-                 seal of the frame, would have discharged it",
-                duty.seq
-            );
-            self.ledger.violation(stale_finding(Rule::StaleWindow, duty, owner, seq, detail));
-        }
-    }
-
     /// Leaves that the record revokes.
     #[inline]
     pub(super) fn oblige_leaves(
@@ -105,7 +65,7 @@ impl Audit {
     }
 
     /// The leaves of the run that starts with `old`, in parts that were granted together.
-    fn revoked_leaves(
+    pub(super) fn revoked_leaves(
         &mut self,
         write: &EntryWrite,
         old: Entry,

@@ -84,6 +84,9 @@ enum Since {
 pub(super) struct Page {
     words: TableWords,
     since: Since,
+    /// Entries that are known to be a run of small pages, granted together: the first, and the one
+    /// behind the last. A table that was filled is one run, and it is asked for often.
+    known: (u64, u64),
     roles: [Role; 4],
     /// A bit for each role that has a place.
     used: u8,
@@ -91,7 +94,10 @@ pub(super) struct Page {
 
 impl Page {
     fn new(words: &TableWords) -> Self {
-        Self { words: *words, since: Since::All(0), roles: Default::default(), used: 0 }
+        let (since, roles) = (Since::All(0), Default::default());
+        let mut page = Self { words: *words, since, known: (0, 0), roles, used: 0 };
+        page.known.1 = page.run(Level::Pt, (0, ENTRIES));
+        page
     }
 
     /// Entry `index`; one that maps nothing past the table's end.
@@ -131,6 +137,9 @@ impl Page {
 
     /// How many entries from `first` on, before `end`, are not present.
     pub(super) fn gap(&self, range: (u64, u64)) -> u64 {
+        if range.1 == range.0 + 1 {
+            return u64::from(!self.entry(range.0).is_present());
+        }
         let absent = |word: &&u64| !Entry(**word).is_present();
         (0..).zip(self.entries(range).iter().take_while(absent)).last().map_or(0, |(at, _)| at + 1)
     }
@@ -148,23 +157,40 @@ impl Page {
         // Past the last frame that can exist an address would run into the flags.
         let room = (Entry::ADDRESS - (entry.0 & Entry::ADDRESS)) >> level.span_shift();
         let end = end.min(first.saturating_add(room).saturating_add(1));
-        let joined = alike(self.entries((first, end)), entry.0, level.span());
-        match &self.since {
-            Since::All(_) => joined,
+        let (known_first, known_end) = self.known;
+        let inside = level == Level::Pt && known_first <= first && first < known_end;
+        let known = if inside { known_end.min(end) - first } else { 1 };
+        let from = first + known;
+        if from >= end {
+            return known;
+        }
+        let end = match &self.since {
+            Since::All(_) => end,
             Since::Each(each) => {
                 let range = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
-                let since = each.get(range(first)..range(first + joined)).unwrap_or_default();
-                alike(since, self.since(first), 0)
+                let since = each.get(range(from)..range(end)).unwrap_or_default();
+                from + alike(since, self.since(first), 0)
             }
-        }
-        .max(1)
+        };
+        let expected = entry.0.wrapping_add(known * level.span());
+        known + alike(self.entries((from, end)), expected, level.span())
     }
 
     pub(super) const fn words(&self) -> &TableWords {
         &self.words
     }
 
+    /// Entry `index` is written: what is known of a run is known of the longer side of it.
+    #[inline]
+    fn doubt(&mut self, index: u64) {
+        let (first, end) = &mut self.known;
+        if *first <= index && index < *end {
+            if index - *first > *end - index { *end = index } else { *first = index + 1 }
+        }
+    }
+
     pub(super) fn set(&mut self, index: u64, entry: Entry, since: u64) {
+        self.doubt(index);
         let Ok(index) = usize::try_from(index) else { return };
         let Some(word) = self.words.get_mut(index) else { return };
         *word = entry.0;

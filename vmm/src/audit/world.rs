@@ -66,6 +66,12 @@ pub trait World: Tables {
         None
     }
 
+    /// Whether all these frames are known to be zero. A machine that can tell of many frames at once
+    /// should.
+    fn contents_are_zero(&self, frames: FrameRange) -> bool {
+        frames.iter().all(|frame| self.content_is_zero(frame) == Some(true))
+    }
+
     /// What the second stage grants of the frame: its own state, not the audit's.
     fn denial(&self, frame: Gfn) -> Denial;
 

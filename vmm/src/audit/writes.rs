@@ -2,12 +2,12 @@
 //! obligations.
 
 use super::finding::{Finding, Revoke, Rule};
-use super::index::{Mapping, Rights, Run, Site, TableAt, Walked};
+use super::index::{Mapping, Rights, Run, Site, TableAt, Walked, is_table};
 use super::links::{Change, meaning};
-use super::tables::Place as TablePlace;
+use super::tables::{Place as TablePlace, TableId};
 use super::tlb::{Duty, Leaves, Path, TableDuty, Written, cpu_list, members};
-use super::{Audit, MAX_LINK_WORK, TableWords, World};
-use lacuna_abi::addr::{FrameRange, Gfn, Gpa};
+use super::{Audit, TableWords, World};
+use lacuna_abi::addr::{FrameRange, Gfn};
 use lacuna_abi::event::{EntryWrite, TableFill, mapped_frames};
 use lacuna_abi::paging::{Entry, Level};
 
@@ -35,9 +35,7 @@ impl Audit {
             self.judge_pcid(cpu, write, pcid, seq);
         }
         let write = &EntryWrite { pcid, ..*write };
-        if self.link_work >= MAX_LINK_WORK {
-            let reason = "too many tables are linked between two quiesce points".to_owned();
-            self.ledger.inconclusive(reason);
+        if self.is_link_work_used_up() {
             return;
         }
         // A remap carries the number that it took before its store.
@@ -70,17 +68,12 @@ impl Audit {
     ) {
         let lies = self.judge_claim(cpu, write, site, seq);
         self.revoke(write, site, &lies, seq);
-        // One store changes the entry wherever its table is linked.
-        let others = site.map(|site| self.index.other_places(write, site)).unwrap_or_default();
-        self.link_work += others.len();
-        for (site, va) in others {
-            let root = site.place.root;
-            let pcid = self.roots.iter().find(|(known, _)| *known == root).map_or(0, |(_, p)| *p);
-            self.revoke(&EntryWrite { root, pcid, va, ..*write }, Some(site), &lies, seq);
+        if let Some(site) = site {
+            self.revoke_elsewhere(write, site, &lies, seq);
         }
         let stale = self.stale_table_of(site);
         if let Some(table) = stale {
-            self.note_written(table, write, since, seq);
+            self.note_written(table, &Entries::of(write), since, seq);
         }
         let mut walked = std::mem::take(&mut self.walked);
         walked.clear();
@@ -98,7 +91,8 @@ impl Audit {
             if let Some(table) = stale {
                 self.note_linked(table, write, &walked);
             }
-            self.judge_links(Some(cpu), write.root, &walked, seq);
+            self.judge_links(Some(cpu), &walked, seq);
+            self.judge_linked_windows(&walked, since, seq);
         }
         self.judge_walked(&walked, Some(cpu), seq);
         self.walked = walked;
@@ -145,29 +139,18 @@ impl Audit {
         self.ledger.checked(Rule::StaleTable, 1);
         self.judge_table_page(table, seq);
         if self.tlb.is_stale_table(table) {
-            let (level, bytes) = (fill.level, fill.level.span() << 9);
-            let new = mapped_frames(fill.first, level, 512);
-            let new = new.map(|frames| (frames, fill.first.has(Entry::GLOBAL)));
-            let (offset, revoked, since) = (0, true, seq);
-            let kept = self.tlb.written(&Written {
-                table,
-                offset,
-                bytes,
-                revoked,
-                new,
-                level,
-                since,
-                seq,
-            });
-            self.note_dropped(kept);
+            // What it held before is not known any more: all of it counts as taken away.
+            let entries =
+                Entries { level: fill.level, first: 0, count: 512, old: None, new: fill.first };
+            self.note_written(table, &entries, seq, seq);
         }
         self.fills.add(fill);
     }
 
     /// `stale-table`: a table that was linked nowhere is not linked at another place than before
     /// while a CPU may still walk to it from the old one.
-    pub(super) fn judge_links(&mut self, cpu: Option<u8>, root: Gpa, walked: &Walked, seq: u64) {
-        for TableAt { frame: table, va, fresh, .. } in &walked.tables {
+    pub(super) fn judge_links(&mut self, cpu: Option<u8>, walked: &Walked, seq: u64) {
+        for TableAt { frame: table, root, va, fresh, .. } in &walked.tables {
             self.fills.remove(*table);
             if !fresh {
                 continue;
@@ -187,7 +170,7 @@ impl Audit {
                 );
                 let finding = Finding::new(Rule::StaleTable, seq, detail);
                 let (frame, va) = (Some(*table), Some(*va));
-                let (root, revoked) = (Some(root), revoke_of(duty));
+                let (root, revoked) = (Some(*root), revoke_of(duty));
                 self.ledger.violation(Finding { frame, va, cpu, root, revoked, ..finding });
             }
         }
@@ -205,12 +188,17 @@ impl Audit {
         seq: u64,
     ) -> Vec<u64> {
         self.ledger.checked(Rule::TraceHonesty, 1);
-        let page = site.and_then(|site| self.index.tables.page(site.id));
+        let tables = &self.index.tables;
+        let page = site.and_then(|site| tables.page(site.id));
         let (first, _) = entries_of(write);
         let held = |index: u64| page.map_or(Entry::EMPTY, |page| page.entry(first + index));
+        // What it says at every level that the page serves at, and at the record's in any case.
+        let roles = site.into_iter().flat_map(|site| tables.roles(tables.frame(site.id)));
+        let levels: Vec<Level> = roles.map(TableId::level).chain([write.level]).collect();
         let is_lie = |index: &u64| {
             let (claimed, held) = (write.old.nth_of_run(write.level, *index), held(*index));
-            claimed != held && meaning(held, write.level) != meaning(claimed, write.level)
+            let differs = |level: &Level| meaning(held, *level) != meaning(claimed, *level);
+            claimed != held && levels.iter().any(differs)
         };
         let lies: Vec<u64> = (0..u64::from(write.count)).filter(is_lie).collect();
         let Some(index) = lies.first() else { return lies };
@@ -234,15 +222,40 @@ impl Audit {
     }
 
     /// What is written into such a table may be cached where it is no longer mapped.
-    fn note_written(&mut self, table: Gfn, write: &EntryWrite, since: u64, seq: u64) {
-        let level = write.level;
-        let new = mapped_frames(write.new, level, write.count);
+    fn note_written(&mut self, table: Gfn, entries: &Entries, since: u64, seq: u64) {
+        for level in self.tlb.stale_levels(table) {
+            if level == entries.level {
+                self.note_written_as(table, (level, entries), since, seq);
+                continue;
+            }
+            // A run steps by the level of the record.
+            for index in 0..u64::from(entries.count) {
+                let entry = entries.nth(index);
+                self.note_written_as(table, (level, &entry), since, seq);
+                // What is reached from there through another table is not followed.
+                if is_table(entry.new, level) {
+                    self.note_too_many();
+                }
+            }
+        }
+    }
+
+    /// The same of entries of a table of this level.
+    fn note_written_as(
+        &mut self,
+        table: Gfn,
+        (level, entries): (Level, &Entries),
+        since: u64,
+        seq: u64,
+    ) {
+        let Entries { first, count, old, new, .. } = *entries;
+        let mapped = mapped_frames(new, level, count);
         let written = Written {
             table,
-            offset: write.va.0 & ((level.span() << 9) - 1),
-            bytes: write.span(),
-            revoked: revoked(write.old, write.new, level),
-            new: new.map(|frames| (frames, write.new.has(Entry::GLOBAL))),
+            offset: first * level.span(),
+            bytes: u64::from(count) * level.span(),
+            revoked: old.is_none_or(|old| revoked(old, new, level)),
+            new: mapped.map(|frames| (frames, new.has(Entry::GLOBAL))),
             level,
             since,
             seq,
@@ -261,6 +274,31 @@ impl Audit {
             let kept = self.tlb.linked(parent, offset, &path_to(table, 0), &leaves);
             self.note_dropped(kept);
         }
+    }
+}
+
+/// A run of entries that were written, of a table of this level: the first ones, before and after.
+#[derive(Clone, Copy, Debug)]
+struct Entries {
+    level: Level,
+    first: u64,
+    count: u32,
+    /// `None` if it is not known.
+    old: Option<Entry>,
+    new: Entry,
+}
+
+impl Entries {
+    fn of(write: &EntryWrite) -> Self {
+        let EntryWrite { level, count, old, new, .. } = *write;
+        Self { level, first: level.index(write.va), count, old: Some(old), new }
+    }
+
+    /// One of them.
+    fn nth(&self, index: u64) -> Self {
+        let nth = |entry: Entry| entry.nth_of_run(self.level, index);
+        let (old, new) = (self.old.map(nth), nth(self.new));
+        Self { first: self.first + index, count: 1, old, new, ..*self }
     }
 }
 

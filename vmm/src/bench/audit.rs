@@ -2,23 +2,20 @@
 //! event beside a naive automaton, the check at a gate open, a full comparison of a guest's tables,
 //! memory.
 
+mod events;
 mod guest;
 mod naive;
 
 use super::boot::own_resident_kib;
-use super::sample::{float, median, multiple};
+use super::sample::{float, median};
 use super::{BenchError, Goal, columns, times};
 use crate::audit::Audit;
 use crate::doctor::{Doctor, ThisHost};
 use guest::{Guest, Quiet, Step};
-use lacuna_abi::gate::OpKind;
-use naive::Naive;
 use serde::Serialize;
 use std::hint::black_box;
 use std::time::Instant;
 
-/// CPUs of the guests whose events are judged.
-const CPUS: [u8; 3] = [1, 2, 4];
 /// CPUs of the guests whose memory and tables are measured.
 const MANY: u8 = 4;
 /// Memory of the guests, in MiB, but for that with the largest tables.
@@ -29,13 +26,6 @@ const LARGE_MIB: u64 = 64 << 10;
 const SECRET_BLOCKS: u64 = 256;
 const EFFORT: Effort = Effort { rounds: 200, passes: 15, checks: 200 };
 const QUICK: Effort = Effort { rounds: 2, passes: 1, checks: 1 };
-
-/// Rounds of flushes before anything is timed: the audit keeps the last 65,536 records, and until it has
-/// that many each one also pays for memory that nothing has touched before.
-const SETTLING: u64 = 1 << 14;
-
-/// Events that are timed together.
-const CHUNK: usize = 500;
 
 /// How much is measured.
 #[derive(Clone, Copy)]
@@ -129,17 +119,14 @@ pub fn audit(quick: bool) -> Result<AuditCost, BenchError> {
 fn measure(effort: Effort) -> Result<AuditCost, BenchError> {
     // Memory first: what was freed before would hide what is taken.
     let memory = vec![footprint(false)?, footprint(true)?];
-    let (mut events, mut opens) = (Vec::new(), Vec::new());
-    for cpus in CPUS {
-        judge_events(cpus, effort, &mut events, &mut opens)?;
-    }
+    let (events, opens) = events::judge(effort)?;
     let checks = vec![
         check(LARGE_MIB, 0, effort)?,
         check(LARGE_MIB, 8 * SECRET_BLOCKS, effort)?,
         check(MEMORY_MIB, SECRET_BLOCKS, effort)?,
     ];
     let worst = |values: &mut dyn Iterator<Item = f64>| values.reduce(f64::max);
-    let all = &mut events.iter().filter(|e| e.work == "all").map(|e| e.event_ns);
+    let all = &mut events.iter().filter(|e| e.work == events::ALL).map(|e| e.event_ns);
     let kib = |state: &Footprint| Some(float(state.resident_kib) / 1024.0);
     let goals = vec![
         Goal::at_most("nanoseconds an event", 50.0, worst(all)),
@@ -163,12 +150,12 @@ fn measure(effort: Effort) -> Result<AuditCost, BenchError> {
 /// An audit that is told the steps must have nothing to say.
 fn tell(audit: &mut Audit, steps: &[Step], world: &Quiet<'_>) -> Result<(), BenchError> {
     for step in steps {
-        match *step {
-            Step::Record(record) => audit.event(&record, world),
+        match step {
+            Step::Record(record) => audit.event(record, world),
             Step::Operation(cpu, op, before, after) => {
-                let arrived = audit.arrival(cpu, op, before, world);
+                let arrived = audit.arrival(*cpu, *op, *before, world);
                 arrived.map_err(|status| refused(&format!("{op:?} was refused: {status:?}")))?;
-                audit.done(cpu, op, after, world);
+                audit.done(*cpu, *op, *after, world);
             }
         }
     }
@@ -194,115 +181,6 @@ fn started(guest: &Guest, world: &Quiet<'_>) -> Audit {
         audit.register_cpu(cpu, lacuna_abi::gate::CpuRegistration::default());
     }
     audit
-}
-
-/// Kinds of events, each as a list of steps, and what leads to the state in which they happen.
-fn streams(
-    guest: &mut Guest,
-    cpus: u8,
-    rounds: u64,
-) -> (Vec<Step>, Vec<(&'static str, Vec<Step>)>) {
-    let cpu_of = |round: u64| u8::try_from(round % u64::from(cpus)).unwrap_or(0);
-    for block in 0..SECRET_BLOCKS {
-        guest.flip(cpu_of(block), block);
-    }
-    for round in 0..SETTLING {
-        guest.flushes(cpu_of(round));
-    }
-    let setup = guest.take();
-    let mut kinds = Vec::new();
-    for round in 0..rounds {
-        let frames = guest.batch(round * 7 % SECRET_BLOCKS, round);
-        guest.pool_hits(cpu_of(round), frames);
-    }
-    kinds.push(("pool hits", guest.take()));
-    for round in 0..rounds {
-        let block = SECRET_BLOCKS + round % SECRET_BLOCKS;
-        guest.flip(cpu_of(round), block);
-        guest.flip_back(cpu_of(round), block);
-    }
-    kinds.push(("flips", guest.take()));
-    for round in 0..rounds {
-        let block = 2 * SECRET_BLOCKS + round % SECRET_BLOCKS;
-        let table = guest.convert(cpu_of(round), block, 4);
-        guest.convert_back(cpu_of(round), block, 4, table);
-    }
-    kinds.push(("conversions", guest.take()));
-    for round in 0..4 * rounds {
-        guest.flushes(cpu_of(round));
-    }
-    kinds.push(("flushes", guest.take()));
-    let all = kinds.iter().flat_map(|(_, steps)| steps.iter().copied()).collect();
-    kinds.push(("all", all));
-    (setup, kinds)
-}
-
-fn judge_events(
-    cpus: u8,
-    effort: Effort,
-    events: &mut Vec<Events>,
-    opens: &mut Vec<Opens>,
-) -> Result<(), BenchError> {
-    let mut guest = Guest::new(MEMORY_MIB, usize::from(cpus), 0)?;
-    let at_start = { started(&guest, &Quiet(&guest.memory, guest.root)) };
-    let (setup, kinds) = streams(&mut guest, cpus, effort.rounds);
-    let world = Quiet(&guest.memory, guest.root);
-    let mut audit = at_start;
-    tell(&mut audit, &setup, &world)?;
-    let mut naive = Naive::new(guest.layout());
-    setup.iter().for_each(|step| naive.write_only(step));
-    let (mut naive_total, mut naive_steps) = (0.0, 0.0);
-    for (work, steps) in &kinds {
-        let mut fastest = vec![f64::INFINITY; steps.len().div_ceil(CHUNK)];
-        for _ in 0..effort.passes {
-            let mut audit = audit.clone();
-            for (steps, fastest) in steps.chunks(CHUNK).zip(&mut fastest) {
-                let started = Instant::now();
-                tell(&mut audit, steps, &world)?;
-                *fastest = fastest.min(nanoseconds(started));
-            }
-            clean(black_box(&audit))?;
-        }
-        let event_ns = fastest.iter().sum::<f64>() / float(steps.len() as u64);
-        if *work == "all" {
-            opens.push(time_opens(audit.clone(), cpus, steps, &world)?);
-        }
-        // The last kind is all the others together.
-        let naive_ns = if *work == "all" { naive_total / naive_steps } else { naive.time(steps) };
-        naive_total += naive_ns * float(steps.len() as u64);
-        naive_steps += float(steps.len() as u64);
-        let ratio = multiple(naive_ns, event_ns);
-        events.push(Events { work, cpus, events: steps.len(), event_ns, naive_ns, ratio });
-    }
-    if naive.found > 0 {
-        return Err(refused("the naive automaton finds something"));
-    }
-    Ok(())
-}
-
-/// Times each open operation by itself.
-fn time_opens(
-    mut audit: Audit,
-    cpus: u8,
-    steps: &[Step],
-    world: &Quiet<'_>,
-) -> Result<Opens, BenchError> {
-    let mut micros = Vec::new();
-    for step in steps {
-        match *step {
-            Step::Operation(cpu, op, before, after) if op.kind == OpKind::Open => {
-                let started = Instant::now();
-                let arrived = black_box(audit.arrival(cpu, op, before, world));
-                micros.push(nanoseconds(started) / 1e3);
-                arrived.map_err(|status| refused(&format!("{op:?} was refused: {status:?}")))?;
-                audit.done(cpu, op, after, world);
-            }
-            _ => tell(&mut audit, std::slice::from_ref(step), world)?,
-        }
-    }
-    micros.sort_unstable_by(f64::total_cmp);
-    let at = |part: usize| micros.get(micros.len() * part / 100).copied().unwrap_or(0.0);
-    Ok(Opens { cpus, opens: micros.len(), median_us: at(50), p99_us: at(99) })
 }
 
 /// Complete checks of a guest with so many secret pageblocks.
@@ -414,6 +292,8 @@ impl AuditCost {
 
 #[cfg(test)]
 mod tests {
+    use super::events::streams;
+    use super::naive::Naive;
     use super::*;
 
     #[test]

@@ -176,6 +176,11 @@ impl Frames {
         self.with(frames, FIRST_OPEN)
     }
 
+    /// Whether they all are.
+    pub(super) fn all_due_for_first_open(&self, frames: FrameRange) -> bool {
+        self.all(frames, |flags| flags[FIRST_OPEN])
+    }
+
     /// Whether all these frames are secret and open on this CPU.
     pub(super) fn all_secret_and_open(&self, frames: FrameRange, cpu: u8) -> bool {
         let all = |at: usize| self.flags[at][SECRET] & self.opens.some(at, cpu);

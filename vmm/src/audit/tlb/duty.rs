@@ -58,6 +58,12 @@ impl Duty {
             == (other.va, other.frames, other.tag, other.level, other.root, other.passing)
     }
 
+    /// What duties are sorted by: all of it.
+    pub(super) fn order(&self) -> impl Ord + use<> {
+        let Self { root, tag, level, va, frames, since, seq, cpus, passing } = *self;
+        (seq, va, frames.start(), frames.count(), root, tag, level, since, cpus, passing)
+    }
+
     /// Last address that the duty spans.
     pub(super) fn last(&self) -> Gva {
         match self.level {

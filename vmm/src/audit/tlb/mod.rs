@@ -9,10 +9,10 @@
 //!
 //! - the *spaces* of each CPU: roots, with a tag, from which it fills or once filled its caches, so
 //!   that of an entry it is known who may have cached it (`cpu`, `fill`, `flush`);
-//! - the *duties* (`revoke`), found by frame and by address (`store`), discharged one by one or, by big flushes,
+//! - the *duties* (`revoke`), found by frame and by address (`store`, `spots`), discharged one by one or, by big flushes,
 //!   through epochs (`epochs`);
 //! - revoked *paths*: through an entry that led to a table, which paging-structure caches may still
-//!   hold, a CPU goes on to cache whatever the table holds (`stale`).
+//!   hold, a CPU goes on to cache whatever the table holds (`stale`, `runs`).
 //!
 //! **Numbers.** Calls come in the order of the events' numbers. A revoke has its number after its
 //! effect; a flush and a root load have it before. So a flush discharges what has a smaller number;
@@ -31,7 +31,9 @@ mod fill;
 mod flush;
 mod profile;
 mod revoke;
+mod runs;
 mod set;
+mod spots;
 mod stale;
 mod store;
 #[cfg(test)]
@@ -246,6 +248,11 @@ impl Tlb {
         self.stale.has(table)
     }
 
+    /// The levels of the tables that it is by those paths.
+    pub(in crate::audit) fn stale_levels(&self, table: Gfn) -> Vec<Level> {
+        self.stale.levels(table)
+    }
+
     /// Whether there is any such table.
     pub(in crate::audit) fn has_stale_tables(&self) -> bool {
         !self.stale.is_empty()
@@ -285,6 +292,7 @@ impl Tlb {
             self.stale.duties(near, touching, &mut all);
         }
         self.duties.of_frames(frames, &self.epochs, &mut all, touching);
+        in_order(&mut all);
         all
     }
 
@@ -301,13 +309,14 @@ impl Tlb {
         if !self.stale.is_empty() {
             let near = |path: &StalePath, run: &Run| {
                 let start = path.va.0.wrapping_add(run.va.0);
-                let bytes = stale::run_end(run) - run.va.0;
+                let bytes = runs::run_end(run) - run.va.0;
                 start <= last.0 && start.wrapping_add(bytes - 1) >= first.0
             };
             self.stale.duties(near, touching, &mut all);
         }
         self.duties.at((first, last), &self.epochs, &mut all, touching);
         all.iter_mut().for_each(|duty| *duty = duty.between(first, last));
+        in_order(&mut all);
         all
     }
 
@@ -323,6 +332,14 @@ impl Tlb {
     fn those(&self, wanted: impl Fn(&Cpu) -> bool) -> CpuSet {
         let wanted = (0..).zip(&self.cpus).filter(|(_, cpu)| wanted(cpu));
         wanted.fold(0, |set, (cpu, _)| set | only(cpu))
+    }
+}
+
+/// Puts duties in an order that does not depend on where they are stored: the oldest revoke first.
+#[inline]
+fn in_order(all: &mut [Duty]) {
+    if all.len() > 1 {
+        all.sort_unstable_by_key(Duty::order);
     }
 }
 

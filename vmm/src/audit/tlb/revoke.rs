@@ -118,7 +118,7 @@ impl Tlb {
         let new = new.map(|(frames, global)| Run { va: Gva(offset), level, frames, global, since });
         let Self { stale, duties, epochs, .. } = self;
         let mut kept = Ok(());
-        stale.written(table, (offset, bytes), new, (revoked, seq), &mut |duty| {
+        stale.written((table, level), (offset, bytes), new, (revoked, seq), &mut |duty| {
             kept = kept.and(duties.add(&duty, epochs));
         });
         kept

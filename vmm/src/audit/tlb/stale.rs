@@ -4,11 +4,12 @@
 use super::duty::{Duty, PageFlush, Tag, cut};
 use super::epochs::Scope;
 use super::fill::{Fill, Healed, Run};
+use super::runs::{between, learn, part, run_end, stored};
 use super::set::{CpuSet, only};
-use super::store::{Numbers, TooMany};
+use super::store::TooMany;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::paging::Level;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Most revoked paths that are kept, over all tables and CPUs. A question about all of memory looks
 /// at every entry of their tables through each of them: what a hostile guest can make of it is this
@@ -83,10 +84,13 @@ pub(in crate::audit) struct TableDuty {
     pub cpus: CpuSet,
 }
 
-/// All such tables.
+/// A page as a table of one level: what its entries say depends on that.
+pub(super) type TableKey = (Gfn, Level);
+
+/// All such tables, in an order that does not depend on how they came.
 #[derive(Clone, Debug, Default)]
 pub(super) struct StaleTables {
-    tables: Numbers<Gfn, StaleTable>,
+    tables: BTreeMap<TableKey, StaleTable>,
     paths: usize,
 }
 
@@ -96,7 +100,16 @@ impl StaleTables {
     }
 
     pub(super) fn has(&self, table: Gfn) -> bool {
-        !self.is_empty() && self.tables.contains_key(&table)
+        !self.is_empty() && self.of_page(table).next().is_some()
+    }
+
+    /// The levels at which it is one.
+    pub(super) fn levels(&self, table: Gfn) -> Vec<Level> {
+        self.of_page(table).map(|((_, level), _)| *level).collect()
+    }
+
+    fn of_page(&self, table: Gfn) -> impl Iterator<Item = (&TableKey, &StaleTable)> {
+        self.tables.range((table, Level::Pt)..=(table, Level::Pml4))
     }
 
     /// Adds a path to a table that holds `leaves`.
@@ -110,7 +123,9 @@ impl StaleTables {
             (old.cpu, old.root, old.pcid, old.va, old.level, old.takes_globals)
                 == (path.cpu, path.root, path.pcid, path.va, path.level, path.takes_globals)
         };
-        let known = self.tables.entry(table).or_default();
+        // An entry of level 1 leads to no table.
+        let Some(level) = path.level.below() else { return Ok(()) };
+        let known = self.tables.entry((table, level)).or_default();
         learn(&mut known.leaves, leaves);
         if let Some(old) = known.paths.iter_mut().find(same) {
             // The older path is still cached; the newer one may be too.
@@ -133,7 +148,7 @@ impl StaleTables {
     /// cached of the old ones is reported if they were revoked.
     pub(super) fn written(
         &mut self,
-        table: Gfn,
+        table: TableKey,
         (offset, bytes): (u64, u64),
         new: Option<Run>,
         (revoked, seq): (bool, u64),
@@ -163,7 +178,8 @@ impl StaleTables {
         }
     }
 
-    /// A table was linked into another one, which CPUs may still walk to: they may walk on to it.
+    /// A table was linked by an entry of `level` into another one, which CPUs may still walk to: they
+    /// may walk on to it.
     pub(super) fn extend(
         &mut self,
         parent: Gfn,
@@ -171,8 +187,8 @@ impl StaleTables {
         table: Gfn,
         leaves: &[Run],
     ) -> Result<(), TooMany> {
-        let paths: Vec<StalePath> =
-            self.tables.get(&parent).map(|known| known.paths.clone()).unwrap_or_default();
+        let known = self.tables.get(&(parent, level));
+        let paths: Vec<StalePath> = known.map(|known| known.paths.clone()).unwrap_or_default();
         paths.into_iter().try_for_each(|path| {
             let va = path.va.wrapping_add(offset);
             self.add(table, StalePath { va, level, ..path }, leaves)
@@ -274,7 +290,7 @@ impl StaleTables {
     /// Duties of a table.
     pub(super) fn of_table(&self, table: Gfn) -> Vec<TableDuty> {
         let mut all: Vec<TableDuty> = Vec::new();
-        let paths = self.tables.get(&table).into_iter().flat_map(|known| &known.paths);
+        let paths = self.of_page(table).flat_map(|(_, known)| &known.paths);
         for StalePath { cpu, root, pcid, va, seq, .. } in paths {
             let same = |old: &&mut TableDuty| (old.root, old.pcid, old.va) == (*root, *pcid, *va);
             match all.iter_mut().find(same) {
@@ -291,7 +307,7 @@ impl StaleTables {
     /// Every table, what it holds, and its paths.
     #[cfg(test)]
     pub(super) fn all(&self) -> impl Iterator<Item = (Gfn, &[Run], &[StalePath])> {
-        self.tables.iter().map(|(table, known)| (*table, &*known.leaves, &*known.paths))
+        self.tables.iter().map(|((table, _), known)| (*table, &*known.leaves, &*known.paths))
     }
 
     fn of_cpu(&mut self, cpu: u8) -> impl Iterator<Item = &mut StalePath> {
@@ -334,82 +350,4 @@ type DutyKey = (Gva, Gfn, u64, Tag, Level, Gpa, bool);
 fn key_of(duty: &Duty) -> DutyKey {
     let Duty { root, tag, level, va, frames, passing, .. } = *duty;
     (va, frames.start(), frames.count(), tag, level, root, passing)
-}
-
-pub(super) fn run_end(run: &Run) -> u64 {
-    run.va.0 + run.frames.count().div_ceil(run.level.frames()) * run.level.span()
-}
-
-/// Large pages are stored one by one.
-fn stored(run: Run) -> impl Iterator<Item = Run> {
-    let small = run.level == Level::Pt;
-    small.then_some(run).into_iter().chain((!small).then(|| run.entries()).into_iter().flatten())
-}
-
-/// The part of the run in these bytes of address; a large page is whole.
-fn between(run: &Run, from: u64, to: u64) -> Run {
-    if run.level != Level::Pt {
-        return *run;
-    }
-    let page = |va: u64| va.saturating_sub(run.va.0) / Level::Pt.span();
-    let (first, end) = (page(from), page(to).min(run.frames.count()));
-    let start = run.frames.start().wrapping_add(first);
-    FrameRange::new(start, end.saturating_sub(first)).map_or(*run, |frames| part(run, frames))
-}
-
-fn part(run: &Run, frames: FrameRange) -> Run {
-    let skipped = frames.start().0 - run.frames.start().0;
-    Run { va: run.va.wrapping_add(skipped * Level::Pt.span()), frames, ..*run }
-}
-
-/// Takes over what a table holds. Of an entry that is known already the older grant counts: through
-/// one path it may have been reachable earlier than through another.
-fn learn(known: &mut Vec<Run>, leaves: &[Run]) {
-    if known.is_empty() {
-        known.extend(leaves.iter().copied().flat_map(stored));
-        return;
-    }
-    // Mostly it holds what it held, in the same order: then the next one is what is looked for.
-    let mut next = 0;
-    for run in leaves.iter().copied().flat_map(stored) {
-        let same = |old: &Run| {
-            (old.va, old.level, old.frames, old.global)
-                == (run.va, run.level, run.frames, run.global)
-        };
-        if let Some(old) = known.get_mut(next).filter(|old| same(old)) {
-            old.since = old.since.min(run.since);
-            next += 1;
-            continue;
-        }
-        let older = |old: &&mut Run| same(old);
-        if let Some(old) = known.iter_mut().find(older) {
-            old.since = old.since.min(run.since);
-        } else {
-            merge(known, &run);
-        }
-    }
-}
-
-/// The same where runs do not lie alike, entry by entry.
-fn merge(known: &mut Vec<Run>, run: &Run) {
-    for entry in run.entries() {
-        let covers = |old: &&Run| old.va.0 < run_end(&entry) && run_end(old) > entry.va.0;
-        match known.iter().find(covers) {
-            Some(old) if old.since <= entry.since => {}
-            Some(_) => {
-                let old: Vec<Run> = std::mem::take(known);
-                for run in old {
-                    let gone = run.va.0 < run_end(&entry) && run_end(&run) > entry.va.0;
-                    if gone {
-                        let gone = between(&run, entry.va.0, run_end(&entry));
-                        known.extend(cut(run.frames, gone.frames).map(|f| part(&run, f)));
-                    } else {
-                        known.push(run);
-                    }
-                }
-                known.push(entry);
-            }
-            None => known.push(entry),
-        }
-    }
 }

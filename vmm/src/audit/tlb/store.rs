@@ -3,10 +3,9 @@
 use super::duty::{Duty, PageFlush};
 use super::epochs::Epochs;
 use super::set::only;
-use lacuna_abi::addr::{BLOCK_ORDER, FrameRange, Gfn, Gva, PAGE_SHIFT};
+use super::spots::{Spot, chain, frame_spot, frame_spots, va_spot, va_spots};
+use lacuna_abi::addr::{FrameRange, Gfn, Gva};
 use lacuna_abi::paging::Level;
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 
 /// Most duties that are kept. A guest that follows any flush discipline stays far below.
 pub(in crate::audit) const MAX_DUTIES: usize = 1 << 16;
@@ -20,30 +19,6 @@ pub(in crate::audit) struct TooMany;
 
 /// No duty.
 const NONE: u32 = u32::MAX;
-
-/// A hash of numbers: the same in every run.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Fast(u64);
-
-impl Hasher for Fast {
-    fn finish(&self) -> u64 {
-        self.0 ^ self.0 >> 32
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        self.0 = (self.0.rotate_left(26) ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
-
-pub(super) type Numbers<K, V> = HashMap<K, V, BuildHasherDefault<Fast>>;
-
-/// Where an index finds a duty: the number of the 2 MiB part, or for large pages of the 1 GiB part,
-/// of memory or of the address space.
-type Spot = u64;
 
 /// Which index.
 #[derive(Clone, Copy)]
@@ -125,9 +100,8 @@ impl Duties {
         let found = self.at_addresses(flush.va, flush.last());
         let mut kept = Ok(());
         for id in &found {
-            let Some(duty) = self.get(*id).filter(|duty| duty.cpus & only(cpu) != 0) else {
-                continue;
-            };
+            let duty = self.get(*id).filter(|duty| duty.cpus & only(cpu) != 0);
+            let Some(duty) = duty.copied() else { continue };
             if let Some(gone) = flush.removes(&duty) {
                 self.remove(*id);
                 let others = Duty { cpus: duty.cpus & !only(cpu), ..duty.part(gone) };
@@ -154,7 +128,10 @@ impl Duties {
         let mut kept = Ok(());
         for id in &found {
             let Some(duty) = self.get(*id).filter(|duty| duty.seq < seq) else { continue };
-            if duty.frames.intersection(frames).is_some() {
+            if frames.contains_range(duty.frames) {
+                self.remove(*id);
+            } else if duty.frames.intersection(frames).is_some() {
+                let duty = *duty;
                 self.remove(*id);
                 for piece in duty.without(frames) {
                     kept = kept.and(self.insert(piece, epochs));
@@ -204,8 +181,8 @@ impl Duties {
         });
     }
 
-    fn get(&self, id: u32) -> Option<Duty> {
-        self.slots.get(usize::try_from(id).ok()?)?.duty
+    fn get(&self, id: u32) -> Option<&Duty> {
+        self.slots.get(usize::try_from(id).ok()?)?.duty.as_ref()
     }
 
     fn duty_mut(&mut self, id: u32) -> Option<&mut Duty> {
@@ -417,40 +394,7 @@ impl Duties {
     }
 }
 
-/// Which of the chains a spot falls into; their number is a power of two.
-fn chain(spot: Spot, chains: usize) -> usize {
-    let mixed = spot.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-    usize::try_from(mixed).unwrap_or(0) & chains.saturating_sub(1)
-}
-
 fn pending(duty: &Duty, epochs: &Epochs) -> Option<Duty> {
     let cpus = epochs.left(duty);
     (cpus != 0).then_some(Duty { cpus, ..*duty })
-}
-
-/// log2 of the pages of a part.
-const fn order(wide: bool) -> u32 {
-    if wide { 2 * BLOCK_ORDER } else { BLOCK_ORDER }
-}
-
-fn frame_spot(duty: &Duty) -> Spot {
-    let wide = duty.level > Level::Pd;
-    duty.frames.start().0 >> order(wide) << 1 | u64::from(wide)
-}
-
-fn va_spot(duty: &Duty) -> Spot {
-    let wide = duty.level > Level::Pd;
-    duty.va.0 >> (PAGE_SHIFT + order(wide)) << 1 | u64::from(wide)
-}
-
-/// Numbers of the first and last part, 2 MiB and 1 GiB, that the frames touch.
-fn frame_spots(frames: FrameRange) -> [(u64, u64); 2] {
-    let last = frames.end().0 - 1;
-    [false, true].map(|wide| (frames.start().0 >> order(wide), last >> order(wide)))
-}
-
-/// Numbers of the first and last part, 2 MiB and 1 GiB, that the addresses touch.
-fn va_spots(first: Gva, last: Gva) -> [(u64, u64); 2] {
-    let part = |va: Gva, wide| va.0 >> (PAGE_SHIFT + order(wide));
-    [false, true].map(|wide| (part(first, wide), part(last, wide).max(part(first, wide))))
 }

@@ -302,8 +302,16 @@ impl World for Quiet<'_> {
         Some(true)
     }
 
+    fn contents_are_zero(&self, _: FrameRange) -> bool {
+        true
+    }
+
     fn denial(&self, _: Gfn) -> Denial {
         Denial::Denied
+    }
+
+    fn denies_all(&self, _: FrameRange) -> bool {
+        true
     }
 
     fn cpu_state(&self, _: u8) -> Option<CpuState> {

@@ -2,6 +2,7 @@
 //! over random histories of larger ones.
 
 mod canon;
+mod order;
 mod properties;
 mod reference;
 mod small;
