@@ -11,9 +11,11 @@ use std::fs;
 
 /// Rounds of each case of `probe`, in which something is stale in nearly every round.
 const ROUNDS: &str = "40";
-/// Rounds of a flip that another CPU sees. The stale word was read in nearly all of them, and on a kernel
-/// with timer ticks, on an overloaded host, in a tenth: none of so many has a chance of 1 in 10^9.
+/// Rounds of a flip that another CPU sees. Where its thread runs on a processor without timer ticks it reads
+/// the stale word in nearly all of them, elsewhere, on an overloaded host, in a tenth.
 const FLIPS: u64 = 200;
+/// Runs in which it may be read: none of all rounds has a chance of less than 1 in 10^20.
+const UNSEALED: usize = 3;
 
 /// Runs these commands of `lacuna` in one lab; each prints a report as JSON.
 fn reports(kind: Kind, order: &Order) -> Result<Vec<Run>, Failed> {
@@ -81,11 +83,16 @@ pub fn npt() -> Check {
     };
     let runs = reports(Kind::Npt, &order)?;
     let [one, two] = &runs[..] else { return Err("two reports".into()) };
+    let mut on_another = 0;
     for (run, at_least) in [(one, 48), (two, 108)] {
         for case in cases(run, at_least)? {
             let (stale, may) = (case.count("stale")?, case.count("may_be_stale")?);
-            if case.is("own", "none") || case.is("other", "none") {
+            if case.is("own", "none") {
                 ensure(stale > 0, &format!("never stale: {}", case.value))?;
+            }
+            // Ticks of the lab's kernel cost a part of these: not each case must be seen.
+            if case.is("other", "none") {
+                on_another += stale;
             }
             if case.is("own", "cr3") {
                 let right = stale == 0 && (may > 0) == case.global();
@@ -93,7 +100,7 @@ pub fn npt() -> Check {
             }
         }
     }
-    Ok(())
+    ensure(on_another > 0, "another CPU was never stale")
 }
 
 /// On Bochs: what is global outlives a CR3 load, and nothing else does.
@@ -132,21 +139,20 @@ pub fn flip() -> Check {
         words(&[&["run", "flip.toml", "--machine", "kvm", "--report", "json"], more].concat())
     };
     let left_out = ["--inject", "skip-flip-flush"];
+    let unsealed = run(&[&left_out[..], &["--seal", "off"]].concat());
+    let mut commands = vec![unsealed; UNSEALED];
+    commands.push(run(&[&left_out[..], &["--seal", "guard"]].concat()));
+    commands.extend([run(&["--seal", "off"]), run(&["--seal", "guard"])]);
     let order = Order {
-        commands: vec![
-            run(&[&left_out[..], &["--seal", "off"]].concat()),
-            run(&[&left_out[..], &["--seal", "guard"]].concat()),
-            run(&["--seal", "off"]),
-            run(&["--seal", "guard"]),
-        ],
+        commands,
         folder: folder.path().to_owned(),
         files: vec!["flip.toml".into()],
         ..Order::default()
     };
-    let runs = reports(Kind::Npt, &order)?;
-    for (index, run) in runs.iter().enumerate() {
-        let slip = index < 2;
-        if slip {
+    let mut read = 0;
+    for (index, run) in reports(Kind::Npt, &order)?.iter().enumerate() {
+        let (is_unsealed, is_slip) = (index < UNSEALED, index <= UNSEALED);
+        if is_slip {
             run.expect(1, "violation")?;
             ensure(run.check("stale-direct-map", "violations") > 0, "the rule found nothing")?;
         } else {
@@ -154,7 +160,7 @@ pub fn flip() -> Check {
         }
         let observed = &run.report["observed"];
         let case = Case { value: &observed[0] };
-        let may = if index == 0 { FLIPS } else { 0 };
+        let may = if is_unsealed { FLIPS } else { 0 };
         ensure(
             observed.as_array().is_some_and(|cases| cases.len() == 1)
                 && case.value["change"] == "flip"
@@ -163,10 +169,11 @@ pub fn flip() -> Check {
                 && case.count("contradictions")? == 0,
             &format!("command {index}: {observed:#}"),
         )?;
-        // What is not stale was a page fault: the program knows nothing third.
+        // What is not stale was a page fault, which is what the tables say.
         let stale = case.count("stale")?;
         eprintln!("flip, command {index}: the marker was read in {stale} of {FLIPS} rounds");
-        ensure((stale > 0) == (index == 0), &format!("command {index}: {observed:#}"))?;
+        read += if is_unsealed { stale } else { 0 };
+        ensure(stale == 0 || is_unsealed, &format!("command {index}: {observed:#}"))?;
     }
-    Ok(())
+    ensure(read > 0, "the marker was never read without a seal")
 }

@@ -12,35 +12,36 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
-/// Programs of tests, and what of them runs in a lab that emulates a single processor slowly: the faults
-/// and their clean twins.
-const PROGRAMS: [(&str, fn(&str) -> bool); 2] = [
-    ("kvm", |name| {
-        let twins = ["replay_is_clean", "converting_in_place_is_clean", "without_prezero"];
-        name.contains("is_found_under") || twins.iter().any(|twin| name.starts_with(twin))
-    }),
-    ("smp", |_| false),
-];
-
 /// One trial for each program of which the lab runs something. `LACUNA_LAB_ONLY` narrows them to tests
 /// whose names have this in them.
 pub fn trials(kind: Kind) -> Vec<Trial> {
-    let lab = kind.name().to_lowercase();
-    let programs = PROGRAMS.iter().filter(|(name, _)| kind == Kind::Npt || *name == "kvm");
-    let trials = programs.map(|(name, of_ept)| {
-        let chosen = move |test: &str| kind == Kind::Npt || of_ept(test);
-        trial(&format!("{lab}::all_tests_of_{name}_pass_inside"), move || run(kind, name, chosen))
+    let (lab, programs): (_, &[_]) = match kind {
+        Kind::Npt => ("npt", &["kvm", "smp"]),
+        Kind::Ept => ("ept", &["kvm"]),
+    };
+    let trials = programs.iter().map(|name| {
+        let title = format!("{lab}::all_tests_of_{name}_pass_inside");
+        trial(&title, move || run(kind, name))
     });
     trials.collect()
 }
 
-fn run(kind: Kind, name: &str, chosen: impl Fn(&str) -> bool) -> Check {
+/// Whether the lab runs this test: with EPT, whose emulator is slow, the faults and their clean twins.
+fn is_chosen(kind: Kind, test: &str) -> bool {
+    let twins = ["replay_is_clean", "converting_in_place_is_clean", "without_prezero"];
+    kind == Kind::Npt
+        || test.contains("is_found_under")
+        || twins.iter().any(|twin| test.starts_with(twin))
+}
+
+fn run(kind: Kind, name: &str) -> Check {
     let program = program(name)?;
     let only = std::env::var("LACUNA_LAB_ONLY").unwrap_or_default();
     let listed = Command::new(&program).args(["--list", "--format", "terse"]).output()?;
     let listed = String::from_utf8(listed.stdout)?;
     let tests = listed.lines().filter_map(|line| line.strip_suffix(": test"));
-    let tests: Vec<_> = tests.filter(|test| chosen(test) && test.contains(&only)).collect();
+    let tests: Vec<_> =
+        tests.filter(|test| is_chosen(kind, test) && test.contains(&only)).collect();
     ensure(!tests.is_empty(), &format!("{name} has no such tests: {listed}"))?;
     let order = Order {
         commands: tests.iter().map(|test| ["--exact", test].map(OsString::from).to_vec()).collect(),
@@ -69,9 +70,8 @@ fn program(name: &str) -> Result<PathBuf, Failed> {
     let messages = String::from_utf8(build_static(repository(), &words)?)?;
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let built = messages.filter(|message| message["target"]["name"] == name);
-    let program =
-        built.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).last();
-    Ok(program.ok_or_else(|| format!("cargo names no program of the tests {name}"))?)
+    let mut program = built.filter_map(|message| message["executable"].as_str().map(PathBuf::from));
+    Ok(program.next().ok_or_else(|| format!("cargo names no program of the tests {name}"))?)
 }
 
 /// What the tests read and start: the configurations, and the `lacuna` that was built with them.
