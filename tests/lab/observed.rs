@@ -13,8 +13,8 @@ use std::fs;
 const ROUNDS: &str = "40";
 /// Rounds of a flip that another CPU sees. Where its thread runs on a processor without timer ticks it reads
 /// the stale word in nearly all of them, elsewhere, on an overloaded host, in a tenth.
-const FLIPS: u64 = 200;
-/// Runs in which it may be read: none of all rounds has a chance of less than 1 in 10^20.
+const FLIPS: u64 = 100;
+/// Runs in which it may be read: that none of all rounds reads it has a chance of less than 1 in 10^13.
 const UNSEALED: usize = 3;
 
 /// Runs these commands of `lacuna` in one lab; each prints a report as JSON.
