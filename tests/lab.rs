@@ -3,18 +3,24 @@
 //!
 //! The NPT lab runs with `LACUNA_LAB=1`, because it may have to download packages. Where they cannot
 //! be had, its tests are listed as ignored and counted. A lab whose packages are there and that does
-//! not do what it should is a failure.
+//! not do what it should is a failure. With `LACUNA_LAB_ALL=1` the end-to-end tests on KVM run inside too.
 
+#[path = "lab/observed.rs"]
+mod observed;
+#[path = "lab/suite.rs"]
+mod suite;
 mod support;
 
-use lacuna::lab::{Cache, Ending, Kind, Lab, LabError, Order, Settings, Watcher, set_up, sets};
+use lacuna::lab::{
+    Cache, Ending, Kind, Lab, LabError, Order, Settings, Stream, Watcher, set_up, sets,
+};
 use lacuna::stop::Stop;
 use lacuna_abi::workload::Touch;
 use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::Value;
 use std::ffi::OsString;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,10 +36,13 @@ fn main() {
     arguments.test_threads = arguments.test_threads.or(Some(1));
     let asked = |name| std::env::var_os(name).is_some_and(|value| value == "1");
     let mut trials = plain();
-    for (kind, variable, of_kind) in
+    for (kind, variable, mut of_kind) in
         [(Kind::Npt, "LACUNA_LAB", npt()), (Kind::Ept, "LACUNA_LAB_EPT", ept())]
     {
         let name = kind.name();
+        if asked("LACUNA_LAB_ALL") {
+            of_kind.extend(suite::trials(kind));
+        }
         let runs = if asked(variable) {
             arguments.list || prepared(kind)
         } else {
@@ -61,6 +70,8 @@ fn npt() -> Vec<Trial> {
         trial("npt::a_violation_inside_is_one_outside", || violation("npt")),
         trial("npt::a_triple_fault_inside_is_a_guest_error_outside", guest_error),
         trial("npt::every_touch_of_a_sealed_frame_is_caught", || touches(Kind::Npt)),
+        trial("npt::stale_translations_are_seen_and_none_contradicts_the_model", observed::npt),
+        trial("npt::an_unflushed_flip_is_read_without_a_seal_and_faults_under_one", observed::flip),
         trial("npt::a_lab_that_takes_too_long_is_ended", timeout),
         trial("npt::ctrl_c_ends_it_and_leaves_no_process", || ended_by("INT", Some(5))),
         trial("npt::sigterm_ends_it_and_leaves_no_process", || ended_by("TERM", Some(5))),
@@ -73,6 +84,7 @@ fn ept() -> Vec<Trial> {
         trial("ept::doctor_names_ept_with_its_evidence", || doctor("ept")),
         trial("ept::a_violation_inside_is_one_outside", || violation("ept")),
         trial("ept::every_touch_of_a_sealed_frame_is_caught", || touches(Kind::Ept)),
+        trial("ept::a_global_translation_outlives_a_cr3_load", observed::ept),
     ]
 }
 
@@ -233,7 +245,7 @@ fn touches(kind: Kind) -> Check {
             names.push((name, kind_of(*touch)));
         }
     }
-    let ending = in_lab(kind, &order)?;
+    let (ending, _) = in_lab(kind, &order, None)?;
     let mut wrong = String::new();
     for (status, (name, kind)) in ending.statuses.iter().zip(names) {
         let path = Path::new(&name).join("report.json");
@@ -266,19 +278,39 @@ const fn kind_of(touch: Touch) -> &'static str {
     }
 }
 
-/// Runs an order with what a user gets by default.
-fn in_lab(kind: Kind, order: &Order) -> Result<Ending, Failed> {
-    let npt = kind == Kind::Npt;
+/// Runs an order with what a user gets by default: what came of it, and what it wrote to standard output.
+/// If a program is named that one runs, which may take long, and what it writes is shown as it comes.
+fn in_lab(
+    kind: Kind,
+    order: &Order,
+    program: Option<PathBuf>,
+) -> Result<(Ending, Vec<u8>), Failed> {
+    let (npt, shown) = (kind == Kind::Npt, program.is_some());
     let settings = Settings {
         kind,
         backports: false,
         cpus: if npt { 2 } else { 1 },
         memory_mib: if npt { 1024 } else { 512 },
-        timeout: Duration::from_secs(if npt { 300 } else { 1800 }),
-        lacuna: None,
+        timeout: Duration::from_secs(match (&program, npt) {
+            (Some(_), _) => 4 * 3600,
+            (None, true) => 300,
+            (None, false) => 1800,
+        }),
+        lacuna: program,
     };
     let lab = Lab::prepare(settings, Cache::open(None)?, &mut Steps)?;
-    Ok(lab.run(order, &Stop::default(), &mut |_, _| {})?)
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let ending = lab.run(order, &Stop::default(), &mut |stream, bytes| match stream {
+        Stream::Out => {
+            if shown {
+                eprint!("{}", String::from_utf8_lossy(bytes));
+            }
+            out.extend(bytes);
+        }
+        Stream::Err => err.extend(bytes),
+    });
+    let said = |error: &LabError| format!("{error}\n{}", String::from_utf8_lossy(&err));
+    Ok((ending.map_err(|error| said(&error))?, out))
 }
 
 fn timeout() -> Check {

@@ -64,42 +64,46 @@ impl Source {
             Self::File(path) => return Ok(path.clone()),
             Self::Tree(tree) => tree,
         };
-        let remedy = "name a static lacuna with --lacuna FILE, or see what cargo says";
-        let folder = tree.join("target").join(PROFILE);
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo
-            .current_dir(tree)
-            .args(["build", "--locked", "--quiet", "--package", "lacuna", "--bin", "lacuna"])
-            .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
-            .arg(&folder)
-            .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
-        for inherited in [
-            "RUSTFLAGS",
-            "CARGO_BUILD_RUSTFLAGS",
-            "CARGO_BUILD_TARGET",
-            "CARGO_TARGET_DIR",
-            "CARGO_BUILD_TARGET_DIR",
-            "RUSTC_WORKSPACE_WRAPPER",
-            "CARGO_MAKEFLAGS",
-            "MAKEFLAGS",
-        ] {
-            cargo.env_remove(inherited);
-        }
-        let output = cargo.stdin(Stdio::null()).output().map_err(|error| {
-            LabError::host(
-                format!("cargo cannot be started to build a static lacuna: {error}"),
-                remedy,
-            )
-        })?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            return Err(LabError::host(
-                format!("a static lacuna cannot be built:\n{said}"),
-                remedy,
-            ));
-        }
-        Ok(folder.join(TARGET).join(PROFILE).join("lacuna"))
+        build_static(tree, &["build", "--bin", "lacuna"])?;
+        Ok(tree.join("target").join(PROFILE).join(TARGET).join(PROFILE).join("lacuna"))
     }
+}
+
+/// Has cargo build something of the package statically, and gives what it printed. `words` are a command
+/// of cargo and its flags.
+///
+/// # Errors
+/// [`LabError`] if it cannot be built.
+pub fn build_static(tree: &Path, words: &[&str]) -> Result<Vec<u8>, LabError> {
+    let remedy = "name a static lacuna with --lacuna FILE, or see what cargo says";
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .current_dir(tree)
+        .args(words)
+        .args(["--locked", "--quiet", "--package", "lacuna"])
+        .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
+        .arg(tree.join("target").join(PROFILE))
+        .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
+    for inherited in [
+        "RUSTFLAGS",
+        "CARGO_BUILD_RUSTFLAGS",
+        "CARGO_BUILD_TARGET",
+        "CARGO_TARGET_DIR",
+        "CARGO_BUILD_TARGET_DIR",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "CARGO_MAKEFLAGS",
+        "MAKEFLAGS",
+    ] {
+        cargo.env_remove(inherited);
+    }
+    let output = cargo.stdin(Stdio::null()).output().map_err(|error| {
+        LabError::host(format!("cargo cannot be started to build a static lacuna: {error}"), remedy)
+    })?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(LabError::host(format!("a static lacuna cannot be built:\n{said}"), remedy));
+    }
+    Ok(output.stdout)
 }
 
 /// Whether a program needs no interpreter, so no libraries.

@@ -9,6 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -27,7 +28,7 @@ pub struct Order {
     /// The working directory; absolute.
     pub folder: PathBuf,
     /// Files that are taken along, absolute or relative to the working directory. They have the same
-    /// paths inside.
+    /// paths inside, and may be executed there if they may here.
     pub files: Vec<PathBuf>,
     /// A folder whose files are brought back.
     pub keep: Option<PathBuf>,
@@ -76,8 +77,10 @@ pub fn write_initramfs(
         let path = inside(order, file)?;
         // The same file may be named twice.
         if !written.contains(&path) {
-            let contents = read(&order.folder.join(file))?;
-            archive.file(&path, false, &contents).map_err(broken)?;
+            let outside = order.folder.join(file);
+            let contents = read(&outside)?;
+            let executable = is_executable(&outside)?;
+            archive.file(&path, executable, &contents).map_err(broken)?;
             written.push(path);
         }
     }
@@ -142,6 +145,12 @@ fn quoted(word: &OsStr) -> Vec<u8> {
     }
     quoted.push(b'\'');
     quoted
+}
+
+/// Whether its owner may execute it.
+fn is_executable(path: &Path) -> Result<bool, LabError> {
+    let metadata = fs::metadata(path).map_err(LabError::file("read", path))?;
+    Ok(metadata.permissions().mode() & 0o100 != 0)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, LabError> {
@@ -221,6 +230,18 @@ mod tests {
             let error = inside(&order(), Path::new(path)).unwrap_err().to_string();
             assert!(error.contains("copy it to another folder"), "{error}");
         }
+    }
+
+    #[test]
+    fn what_may_be_executed_outside_may_be_inside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("program");
+        fs::write(&path, "").unwrap();
+        for (mode, executable) in [(0o644, false), (0o755, true)] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(is_executable(&path).unwrap(), executable, "{mode:o}");
+        }
+        assert!(is_executable(&folder.path().join("none")).is_err());
     }
 
     #[test]

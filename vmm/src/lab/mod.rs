@@ -21,6 +21,7 @@ mod setup;
 mod sources;
 mod streams;
 
+pub use binary::build_static;
 pub use cache::Cache;
 pub use error::LabError;
 pub use guest::Order;

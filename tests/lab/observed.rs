@@ -1,0 +1,179 @@
+//! What a machine with nested page tables still uses after its tables have changed: seen, and compared
+//! with the model.
+
+use crate::in_lab;
+use crate::support::{Check, Run, ensure, repository};
+use lacuna::lab::{Kind, Order};
+use libtest_mimic::Failed;
+use serde_json::Value;
+use std::ffi::OsString;
+use std::fs;
+
+/// Rounds of each case of `probe`, in which something is stale in nearly every round.
+const ROUNDS: &str = "40";
+/// Rounds of a flip that another CPU sees. Where its thread runs on a processor without timer ticks it reads
+/// the stale word in nearly all of them, elsewhere, on an overloaded host, in a tenth.
+const FLIPS: u64 = 100;
+/// Runs in which it may be read: that none of all rounds reads it has a chance of less than 1 in 10^13.
+const UNSEALED: usize = 3;
+
+/// Runs these commands of `lacuna` in one lab; each prints a report as JSON.
+fn reports(kind: Kind, order: &Order) -> Result<Vec<Run>, Failed> {
+    let (ending, out) = in_lab(kind, order, None)?;
+    let reports = serde_json::Deserializer::from_slice(&out).into_iter::<Value>();
+    let reports: Vec<Value> = reports.collect::<Result<_, _>>()?;
+    ensure(
+        reports.len() == ending.statuses.len(),
+        &format!("{} reports, {:?}: {}", reports.len(), ending.statuses, text(&out)),
+    )?;
+    let runs = ending.statuses.iter().zip(reports);
+    Ok(runs.map(|(status, report)| Run { status: i32::from(*status), report }).collect())
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn words(words: &[&str]) -> Vec<OsString> {
+    words.iter().map(OsString::from).collect()
+}
+
+/// A case of a run, by its names.
+struct Case<'r> {
+    value: &'r Value,
+}
+
+impl Case<'_> {
+    fn is(&self, cpu: &str, invalidation: &str) -> bool {
+        self.value["cpu"] == cpu && self.value["invalidation"] == invalidation
+    }
+
+    fn global(&self) -> bool {
+        self.value["global"] == true
+    }
+
+    fn count(&self, name: &str) -> Result<u64, Failed> {
+        Ok(self.value[name].as_u64().ok_or_else(|| format!("no {name}: {}", self.value))?)
+    }
+}
+
+/// The cases that were tried, none of which contradicts the model.
+fn cases(run: &Run, at_least: usize) -> Result<Vec<Case<'_>>, Failed> {
+    run.expect(0, "pass")?;
+    let all = run.report["observed"].as_array().into_iter().flatten();
+    let tried: Vec<_> =
+        all.filter(|case| case["offered"] == true).map(|value| Case { value }).collect();
+    ensure(tried.len() >= at_least, &format!("{} cases were tried", tried.len()))?;
+    for case in &tried {
+        let (stale, may) = (case.count("stale")?, case.count("may_be_stale")?);
+        let right = case.count("contradictions")? == 0 && stale <= may;
+        ensure(right, &format!("the model is contradicted: {}", case.value))?;
+    }
+    Ok(tried)
+}
+
+/// On QEMU: what is not invalidated is stale, on the own CPU and on the other. A CR3 load drops
+/// everything there, what is global too.
+pub fn npt() -> Check {
+    let probe = |vcpus| words(&["probe", "--json", "--rounds", ROUNDS, "--vcpus", vcpus]);
+    let order = Order {
+        commands: vec![probe("1"), probe("2")],
+        folder: repository().to_owned(),
+        ..Order::default()
+    };
+    let runs = reports(Kind::Npt, &order)?;
+    let [one, two] = &runs[..] else { return Err("two reports".into()) };
+    let mut on_another = 0;
+    for (run, at_least) in [(one, 48), (two, 108)] {
+        for case in cases(run, at_least)? {
+            let (stale, may) = (case.count("stale")?, case.count("may_be_stale")?);
+            if case.is("own", "none") {
+                ensure(stale > 0, &format!("never stale: {}", case.value))?;
+            }
+            // Ticks of the lab's kernel cost a part of these: not each case must be seen.
+            if case.is("other", "none") {
+                on_another += stale;
+            }
+            if case.is("own", "cr3") {
+                let right = stale == 0 && (may > 0) == case.global();
+                ensure(right, &format!("a CR3 load did not flush it: {}", case.value))?;
+            }
+        }
+    }
+    ensure(on_another > 0, "another CPU was never stale")
+}
+
+/// On Bochs: what is global outlives a CR3 load, and nothing else does.
+pub fn ept() -> Check {
+    let order = Order {
+        commands: vec![words(&["probe", "--json", "--rounds", ROUNDS, "--vcpus", "1"])],
+        folder: repository().to_owned(),
+        ..Order::default()
+    };
+    let runs = reports(Kind::Ept, &order)?;
+    let mut loads = 0;
+    for case in cases(&runs[0], 108)? {
+        let stale = case.count("stale")?;
+        if case.is("own", "none") {
+            ensure(stale > 0, &format!("never stale: {}", case.value))?;
+        }
+        if case.is("own", "cr3") {
+            ensure((stale > 0) == case.global(), &format!("after a CR3 load: {}", case.value))?;
+            loads += 1;
+        }
+    }
+    ensure(loads == 12, &format!("{loads} cases with a CR3 load"))
+}
+
+/// A pageblock leaves the direct map while another CPU has it cached, and is written through a window.
+/// Without the flush the other CPU reads what was written; a seal before the write makes that a page
+/// fault; with the flush nothing is read in any case.
+pub fn flip() -> Check {
+    let folder = tempfile::tempdir()?;
+    let path = repository().join("configs/stale-read.toml");
+    let config = fs::read_to_string(path)?;
+    let longer = config.replace("rounds = 20\n", &format!("rounds = {FLIPS}\n"));
+    ensure(config != longer, "the configuration has no rounds")?;
+    fs::write(folder.path().join("flip.toml"), longer)?;
+    let run = |more: &[&str]| {
+        words(&[&["run", "flip.toml", "--machine", "kvm", "--report", "json"], more].concat())
+    };
+    let left_out = ["--inject", "skip-flip-flush"];
+    let unsealed = run(&[&left_out[..], &["--seal", "off"]].concat());
+    let mut commands = vec![unsealed; UNSEALED];
+    commands.push(run(&[&left_out[..], &["--seal", "guard"]].concat()));
+    commands.extend([run(&["--seal", "off"]), run(&["--seal", "guard"])]);
+    let order = Order {
+        commands,
+        folder: folder.path().to_owned(),
+        files: vec!["flip.toml".into()],
+        ..Order::default()
+    };
+    let mut read = 0;
+    for (index, run) in reports(Kind::Npt, &order)?.iter().enumerate() {
+        let (is_unsealed, is_slip) = (index < UNSEALED, index <= UNSEALED);
+        if is_slip {
+            run.expect(1, "violation")?;
+            ensure(run.check("stale-direct-map", "violations") > 0, "the rule found nothing")?;
+        } else {
+            run.clean()?;
+        }
+        let observed = &run.report["observed"];
+        let case = Case { value: &observed[0] };
+        let may = if is_unsealed { FLIPS } else { 0 };
+        ensure(
+            observed.as_array().is_some_and(|cases| cases.len() == 1)
+                && case.value["change"] == "flip"
+                && case.count("rounds")? == FLIPS
+                && case.count("may_be_stale")? == may
+                && case.count("contradictions")? == 0,
+            &format!("command {index}: {observed:#}"),
+        )?;
+        // What is not stale was a page fault, which is what the tables say.
+        let stale = case.count("stale")?;
+        eprintln!("flip, command {index}: the marker was read in {stale} of {FLIPS} rounds");
+        read += if is_unsealed { stale } else { 0 };
+        ensure(stale == 0 || is_unsealed, &format!("command {index}: {observed:#}"))?;
+    }
+    ensure(read > 0, "the marker was never read without a seal")
+}
