@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::lab::{
     self, Cache, Ending, Kind, Lab, LabError, Order, QEMU, Set, Settings, Stream, Watcher,
 };
+use crate::recording;
 use crate::stop::{Stop, Stopped};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
@@ -201,6 +202,7 @@ fn order(args: &[OsString]) -> Result<Result<Order, ExitStatus>, LabError> {
             order.files.extend(config.guest.image);
             order.keep = config.output.out;
         }
+        Command::Audit(audit) => order.files.push(audit.folder.join(recording::FILE)),
         Command::Lab(_) => {
             let what = "a lab inside a lab is not possible: the emulated machine has no emulator";
             return Err(LabError::Arguments(what.into()));
