@@ -534,6 +534,9 @@ impl<S: Source> Decoder<'_, S> {
         let record = Record::from_parts(&words, site);
         let record = record
             .map_err(|bad| self.source.damaged(&format!("an event makes no sense: {bad:?}")))?;
+        if usize::from(record.cpu) >= MAX_CPUS {
+            return Err(self.source.damaged("no such CPU"));
+        }
         self.context.seq = words[0];
         self.context.records[kind] = words;
         self.context.sites[kind] = site;

@@ -32,10 +32,10 @@ struct Recorded {
 
 impl Recorded {
     fn new(text: &str, inject: &[&str], seal: Seal) -> Self {
-        Self::limited(text, inject, seal, 64)
+        Self::limited(text, inject, seal, 64 << 20)
     }
 
-    fn limited(text: &str, inject: &[&str], seal: Seal, mib: u64) -> Self {
+    fn limited(text: &str, inject: &[&str], seal: Seal, limit: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let overrides = Overrides {
             machine: Some(MachineKind::Sim),
@@ -51,7 +51,7 @@ impl Recorded {
             ..report::Machine::default()
         };
         let origin = Origin::new(&config, text.to_owned(), beginning(&config, machine.clone()));
-        let recorder = Recorder::create(folder.path(), mib << 20, origin).unwrap();
+        let recorder = Recorder::create(folder.path(), limit, origin).unwrap();
         let host = Host::Sim(Schedule::Seeded);
         let opened = Machine::open_recorded(host, plan, Vec::new(), Some(recorder)).unwrap();
         let outcome = opened.start().unwrap().wait(|_| ControlFlow::Continue(()));
