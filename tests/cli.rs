@@ -153,3 +153,25 @@ fn doctor_speaks_json() {
     let status = if json["can_run"] == true { 0 } else { 3 };
     assert_eq!(output.status.code(), Some(status), "{json:#}");
 }
+
+#[test]
+fn a_recording_needs_a_folder_and_an_audit_a_recording() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a.toml"), "[workload]\nprogram = \"idle\"\n").unwrap();
+    std::fs::write(
+        folder.path().join("recording.bin"),
+        "something else, and long enough for a head",
+    )
+    .unwrap();
+    for (args, needle) in [
+        (&["run", "a.toml", "--record"][..], "--record: a recording needs a folder to lie in"),
+        (&["audit", "nowhere"], "nowhere/recording.bin: at byte 0"),
+        (&["audit", "."], "does not start with LACUNARC"),
+        (&["audit", ".", "--profile", "z80"], "intel-invlpg-erratum"),
+    ] {
+        let output = lacuna(folder.path(), args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(message.contains(needle), "{message}");
+    }
+}

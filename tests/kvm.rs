@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 use stories::{STORIES, story_is_told};
 use support::matrix::{SEALS, Twin, seals};
 use support::{
-    Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, lacuna, replay, repository,
-    selftest, slips, trial,
+    Check, EVENTS, LACUNA, Run, dirty, ensure, fault_is_found, is_judged_the_same, lacuna, replay,
+    repository, selftest, slips, trial,
 };
 
 fn main() {
@@ -34,6 +34,15 @@ fn trials() -> Vec<Trial> {
         trial("every_order_below_a_block_converts_in_place", orders_in_place),
         trial("nothing_secret_means_nothing_sealed", nothing_secret),
         trial("a_dirty_zone_is_clean_too", dirty_zone),
+        trial("a_recorded_replay_is_judged_the_same", || {
+            is_judged_the_same(&dirty(&replay(EVENTS, "all")), &[])
+        }),
+        trial("a_recorded_fault_is_found_again", || {
+            is_judged_the_same(&dirty(&replay(EVENTS, "all")), &["--inject", "skip-flip-flush"])
+        }),
+        trial("a_recorded_run_on_two_vcpus_is_judged_the_same", || {
+            is_judged_the_same(&selftest(Selftest::ALL[0]), &["--seal", "memslot"])
+        }),
         trial("without_prezero_pages_are_zeroed_when_handed_out", no_prezero),
         trial("a_small_guest_gives_unmapped_blocks_back_under_pressure", pressure),
         trial("two_runs_find_and_count_the_same", determinism),

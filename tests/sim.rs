@@ -19,7 +19,8 @@ use std::time::{Duration, Instant};
 use stories::{STORIES, story_is_told};
 use support::matrix::SEALS;
 use support::{
-    Check, EVENTS, LACUNA, Run, dirty, ensure, lacuna, replay, repository, selftest, trial,
+    Check, EVENTS, LACUNA, Run, dirty, ensure, is_judged_the_same, lacuna, replay, repository,
+    selftest, trial,
 };
 
 fn main() {
@@ -49,6 +50,13 @@ fn trials() -> Vec<Trial> {
             let name = format!("quickstart_is_clean_on_{cpus}_cpus_under_{seal}");
             trials.push(trial(&name, move || quickstart(cpus, seal)));
         }
+    }
+    for (name, config, args) in recorded() {
+        let name = format!("a_recorded_{name}_is_judged_the_same");
+        trials.push(trial(&name, move || {
+            let args: Vec<&str> = args.iter().copied().chain(["--machine", "sim"]).collect();
+            is_judged_the_same(&config, &args)
+        }));
     }
     for story in STORIES {
         let name = format!("{}_tells_its_story", story.fault);
@@ -121,6 +129,27 @@ fn quickstart(cpus: u8, seal: &str) -> Check {
         ensure(run.counter(counter) > 0, &format!("the counter {counter} is zero"))?;
     }
     ensure(run.counter("work") >= 2000, "fewer than 2,000 events of the recording")
+}
+
+/// Runs to be recorded: name, configuration, arguments.
+fn recorded() -> Vec<(&'static str, String, &'static [&'static str])> {
+    let configs = repository().join("configs");
+    let quickstart = std::fs::read_to_string(configs.join("quickstart.toml")).unwrap_or_default();
+    let quickstart = quickstart.replace("\"data/", &format!("\"{}/data/", configs.display()));
+    let stress = "[guest]\nmemory_mib = 32\nvcpus = 4\n[workload]\nprogram = \"stress\"\noperations = 5000\n";
+    let probe =
+        "[guest]\nmemory_mib = 32\nvcpus = 2\n[workload]\nprogram = \"probe\"\nrounds = 2\n";
+    let touch = "[workload]\nprogram = \"touch\"\ntouch = \"read\"\n";
+    vec![
+        ("quickstart", quickstart.clone(), &[]),
+        ("quickstart_without_a_seal", quickstart.clone(), &["--seal", "off"]),
+        ("local_only_flush", quickstart.clone(), &["--inject", "local-only-flip-flush"]),
+        ("stale_table", quickstart.clone(), &["--inject", "table-free-stale"]),
+        ("wrong_cpu_window", quickstart, &["--inject", "wrong-cpu-window"]),
+        ("stress_on_four_cpus", stress.to_owned(), &[]),
+        ("probe", probe.to_owned(), &[]),
+        ("sealed_access", touch.to_owned(), &[]),
+    ]
 }
 
 fn bench_zero() -> Check {

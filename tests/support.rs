@@ -93,6 +93,21 @@ impl Run {
     }
 }
 
+/// Records the run of this configuration: `lacuna audit` prints the same report, with the same status.
+pub fn is_judged_the_same(config: &str, args: &[&str]) -> Check {
+    let folder = tempfile::tempdir()?;
+    let out = folder.path().display().to_string();
+    let run = lacuna(config, &[args, &["--record", "--out", &out]].concat())?;
+    let output = Command::new(LACUNA).args(["audit", &out, "--json"]).output()?;
+    let again = Run::of(&output)?;
+    ensure(again.status == run.status, &format!("status {} after {}", again.status, run.status))?;
+    let different = |name: &&String| again.report[name.as_str()] != run.report[name.as_str()];
+    let fields = run.report.as_object().ok_or("no report")?;
+    let names: Vec<_> = fields.keys().filter(different).collect();
+    ensure(names.is_empty(), &format!("other {names:?}:\n{:#}\n{:#}", again.report, run.report))?;
+    ensure(run.counter("events") > 0, "no events")
+}
+
 pub fn ensure(holds: bool, otherwise: &str) -> Check {
     if holds { Ok(()) } else { Err(otherwise.into()) }
 }

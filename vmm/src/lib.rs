@@ -33,6 +33,7 @@ pub mod leak;
 pub mod machine;
 pub mod names;
 pub mod printable;
+pub mod recording;
 pub mod report;
 pub mod run;
 pub mod second_stage;

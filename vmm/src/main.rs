@@ -13,6 +13,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => cli::doctor(args),
         Command::Probe(args) => cli::probe(args),
         Command::Bench(args) => cli::bench(args),
+        Command::Audit(args) => cli::audit(args),
         Command::Lab(args) => cli::lab(args),
     }
     .into()

@@ -33,6 +33,8 @@ pub enum Names {
     Image(Arc<Image>),
     /// In this program.
     Program,
+    /// Somewhere else: the names that a recording has.
+    Known(BTreeMap<u32, String>),
 }
 
 impl Names {
@@ -47,6 +49,10 @@ impl Names {
                 sites.iter().filter_map(name).collect()
             }
             Self::Program => in_program(sites).unwrap_or_default(),
+            Self::Known(names) => {
+                let name = |site: &u32| Some((*site, names.get(site)?.clone()));
+                sites.iter().filter_map(name).collect()
+            }
         }
     }
 }

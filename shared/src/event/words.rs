@@ -122,6 +122,16 @@ impl Record {
         [self.seq, head, root, va, old, new, grant, last_word(self.seq, head, self.site)]
     }
 
+    /// The record of these words, all but the last, and of this site: where something else guards
+    /// the words against being torn.
+    ///
+    /// # Errors
+    /// As [`Self::from_words`].
+    pub fn from_parts(words: &[u64; RECORD_WORDS - 1], site: u32) -> Result<Self, BadRecord> {
+        let [seq, head, root, va, old, new, grant] = *words;
+        Self::from_words(&[seq, head, root, va, old, new, grant, last_word(seq, head, site)])
+    }
+
     /// The record of these words.
     ///
     /// # Errors

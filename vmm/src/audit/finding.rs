@@ -213,11 +213,14 @@ impl Ledger {
     }
 
     pub(super) const fn checked(&mut self, rule: Rule, count: u64) {
-        self.tallies[rule as usize].checked += count;
+        // A recording may claim any count.
+        let tally = &mut self.tallies[rule as usize];
+        tally.checked = tally.checked.saturating_add(count);
     }
 
     pub(super) const fn not_checked(&mut self, rule: Rule, count: u64) {
-        self.tallies[rule as usize].not_checked += count;
+        let tally = &mut self.tallies[rule as usize];
+        tally.not_checked = tally.not_checked.saturating_add(count);
     }
 
     pub(super) fn violation(&mut self, finding: Finding) {

@@ -7,6 +7,7 @@ use crate::config::Config;
 use crate::lab::{
     self, Cache, Ending, Kind, Lab, LabError, Order, QEMU, Set, Settings, Stream, Watcher,
 };
+use crate::recording;
 use crate::stop::{Stop, Stopped};
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
@@ -201,6 +202,16 @@ fn order(args: &[OsString]) -> Result<Result<Order, ExitStatus>, LabError> {
             order.files.extend(config.guest.image);
             order.keep = config.output.out;
         }
+        Command::Audit(audit) => {
+            let file = audit.folder.join(recording::FILE);
+            if !file.is_file() {
+                return Err(LabError::Arguments(format!(
+                    "there is no {}; name the folder that lacuna run --record --out DIR wrote",
+                    file.display()
+                )));
+            }
+            order.files.push(file);
+        }
         Command::Lab(_) => {
             let what = "a lab inside a lab is not possible: the emulated machine has no emulator";
             return Err(LabError::Arguments(what.into()));
@@ -353,6 +364,12 @@ mod tests {
         assert_eq!(order.files, [PathBuf::from(&config), other, image]);
         assert_eq!(order.keep, None);
         assert!(ordered(&["doctor"]).unwrap().unwrap().files.is_empty());
+        let recording = file(recording::FILE, "a recording");
+        let results = folder.path().display().to_string();
+        let order = ordered(&["audit", &results, "--json"]).unwrap().unwrap();
+        assert_eq!(order.files, [recording]);
+        let recorded = ordered(&["run", &config, "--record", "--out", "results"]).unwrap();
+        assert_eq!(recorded.unwrap().keep, Some("results".into()));
     }
 
     #[test]
@@ -361,6 +378,8 @@ mod tests {
         assert_eq!(ordered(&["--help"]).unwrap(), Err(ExitStatus::Pass));
         let missing = ordered(&["run", "/nowhere/c.toml"]).unwrap_err();
         assert_eq!(ExitStatus::from(&missing), ExitStatus::Usage);
+        let unrecorded = ordered(&["audit", "/nowhere"]).unwrap_err();
+        assert_eq!(ExitStatus::from(&unrecorded), ExitStatus::Usage);
         let nested = ordered(&["lab", "npt", "--", "doctor"]).unwrap_err();
         assert_eq!(ExitStatus::from(&nested), ExitStatus::Usage);
     }

@@ -5,6 +5,7 @@ mod exit;
 mod lab;
 mod probe;
 mod progress;
+mod recording;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -14,9 +15,11 @@ pub use exit::ExitStatus;
 pub use lab::{LabArgs, LabCommand, LabRunArgs, LabSetupArgs, lab};
 pub use probe::probe;
 pub use progress::Progress;
+pub use recording::audit;
 pub use run::run;
 pub use tools::{bench, doctor};
 
+use crate::audit::Profile;
 use crate::config::{MachineKind, Mediation, Overrides, ReportFormat, Seal};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
@@ -37,6 +40,8 @@ Examples:
   lacuna run configs/quickstart.toml
   lacuna run configs/quickstart.toml --inject global-window --report json
   lacuna run configs/secrets.toml --input my-keys.txt --seal memslot --out results
+  lacuna run configs/quickstart.toml --record --out results
+  lacuna audit results
   lacuna probe --machine sim
   lacuna doctor
   lacuna lab npt -- run configs/quickstart.toml";
@@ -62,6 +67,9 @@ pub enum Command {
     #[command(after_help = EXIT_STATUSES)]
     #[command(after_long_help = format!("{EXIT_STATUSES}\n\n{EXAMPLES}"))]
     Run(RunArgs),
+    /// Judges a recorded run again, without the machine that ran it.
+    #[command(after_help = EXIT_STATUSES)]
+    Audit(AuditArgs),
     /// Says what this host can do, and what is missing for what.
     #[command(after_help = "Exit status: 0 if guests can run here, 3 if not.")]
     Doctor(DoctorArgs),
@@ -112,9 +120,23 @@ pub struct RunArgs {
     /// Keeps report, guest log and events in this directory.
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Records the run so that it can be judged again. This version cannot do it.
+    /// Records the run there too, so that lacuna audit DIR can judge it again.
     #[arg(long)]
     pub record: bool,
+}
+
+/// Arguments of `lacuna audit`.
+#[derive(Clone, PartialEq, Eq, Debug, Args)]
+pub struct AuditArgs {
+    /// Folder that lacuna run --record --out DIR wrote.
+    #[arg(value_name = "DIR")]
+    pub folder: PathBuf,
+    /// Prints the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// How the CPUs invalidate translations, in place of how the run's did.
+    #[arg(long, value_parser = Profile::parser())]
+    pub profile: Option<Profile>,
 }
 
 /// Arguments of `lacuna doctor`.
@@ -308,7 +330,7 @@ macro_rules! choices {
     )*};
 }
 
-choices!(MachineKind, Mediation, Seal, ReportFormat, Bench, lab::Kernel);
+choices!(Profile, MachineKind, Mediation, Seal, ReportFormat, Bench, lab::Kernel);
 
 fn inject_help() -> String {
     use std::fmt::Write;

@@ -1,12 +1,12 @@
 //! `lacuna run`.
 
-use super::{ExitStatus, Progress, RunArgs, print};
+use super::{ExitStatus, Progress, RunArgs, print, recording};
 use crate::config::{Config, MachineKind, ReportFormat, Workload};
 use crate::doctor::{Flavour, HostFacts, ThisHost};
 use crate::events::EventFile;
 use crate::gate::Observer;
 use crate::report::{self as reports, Report};
-use crate::run::{Host, Machine, Outcome, Plan, Surroundings, profile, report};
+use crate::run::{Host, Machine, Outcome, Plan, Surroundings, complete, outline, profile};
 use lacuna_abi::event::Record;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -63,17 +63,21 @@ pub(super) fn carry_out(
     })?;
     let log = GuestLog::new(config.limits.guest_log_kib);
     let mut observers: Vec<Box<dyn Observer>> = vec![Box::new(log.clone())];
+    let described = describe_machine(config);
+    let mut recorder = None;
     let events = match &config.output.out {
         Some(out) => {
             let events = Events::create(out, config.limits.events_mib)?;
             observers.push(Box::new(events.clone()));
+            recorder = recording::create(config, out, &described)?;
             Some(events)
         }
         None => None,
     };
     let interrupted = interrupts()
         .map_err(|error| Failure(ExitStatus::Host, format!("cannot listen for Ctrl-C: {error}")))?;
-    let machine = Machine::open(machine, plan, observers).map_err(|e| host(&e))?;
+    let machine =
+        Machine::open_recorded(machine, plan, observers, recorder).map_err(|e| host(&e))?;
     let running = machine.start().map_err(|e| host(&e))?;
     let mut progress = Progress::new(total);
     let outcome = running.wait(|done| {
@@ -91,14 +95,17 @@ pub(super) fn carry_out(
         log.keep(out, &outcome, &mut kept);
     }
     kept.warnings.extend(log.warning());
+    let recorder = recording::searched(&outcome, &mut kept);
     let surroundings = Surroundings {
-        machine: describe_machine(config),
+        machine: described,
         warnings: warnings.into_iter().chain(kept.warnings).collect(),
         inconclusive: kept.failures,
         last_line: log.last_line(),
         total: started.elapsed(),
     };
-    let report = report(config, &outcome, surroundings);
+    let mut report = outline(config, &outcome, surroundings);
+    recording::finish(recorder, &outcome, &mut report);
+    let report = complete(config, &outcome, report);
     Ok((outcome, report))
 }
 
@@ -111,9 +118,9 @@ pub(super) fn withheld(outcome: &Outcome, text: &str) -> Option<Failure> {
 
 /// What became of the files of `--out`.
 #[derive(Default)]
-struct Kept {
-    warnings: Vec<String>,
-    failures: Vec<String>,
+pub(super) struct Kept {
+    pub(super) warnings: Vec<String>,
+    pub(super) failures: Vec<String>,
 }
 
 impl Kept {
@@ -186,7 +193,7 @@ pub(super) fn interrupts() -> io::Result<Arc<AtomicBool>> {
     Ok(interrupted)
 }
 
-fn cannot_write(path: &Path, error: &io::Error) -> Failure {
+pub(super) fn cannot_write(path: &Path, error: &io::Error) -> Failure {
     let path = path.display();
     let message = format!("--out: cannot write {path}: {error}; name a folder that can be written");
     Failure(ExitStatus::Usage, message)

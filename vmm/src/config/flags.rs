@@ -6,7 +6,8 @@ use crate::sim;
 use lacuna_abi::fault::Fault;
 use std::path::{Path, PathBuf};
 
-/// Refuses what the command line foresees and this version does not have.
+/// Refuses what the command line foresees and this version does not have, and flags that need
+/// others.
 pub(super) fn refuse_what_is_missing(overrides: &Overrides) -> Result<(), ConfigError> {
     let refuse = |flag, what: String, remedy: &str| Err(ConfigError::flag(flag, what, remedy));
     match overrides {
@@ -25,11 +26,9 @@ pub(super) fn refuse_what_is_missing(overrides: &Overrides) -> Result<(), Config
             "it belongs to --mediate step, which this version does not have".into(),
             "leave it out",
         ),
-        Overrides { record: true, .. } => refuse(
-            "--record",
-            "this version makes no recordings".into(),
-            "use --out DIR, which keeps report, guest log and events",
-        ),
+        Overrides { record: true, out: None, .. } => {
+            refuse("--record", "a recording needs a folder to lie in".into(), "add --out DIR")
+        }
         _ => Ok(()),
     }
 }

@@ -255,6 +255,8 @@ pub struct Output {
     pub report: ReportFormat,
     /// Folder for report, guest log and events.
     pub out: Option<PathBuf>,
+    /// Whether a recording is made there too.
+    pub record: bool,
 }
 
 /// What the command line puts in place of the file's settings; each field is named like its flag.

@@ -57,6 +57,7 @@ pub(super) fn resolve(
         output: Output {
             report: overrides.report.unwrap_or(ReportFormat::Text),
             out: overrides.out.as_deref().map(flags::folder).transpose()?,
+            record: overrides.record,
         },
     })
 }

@@ -2,6 +2,7 @@
 //! frames and nowhere else.
 
 use super::{Gate, GateFailure};
+use crate::recording::{self, ReadError};
 use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::gate::Status;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -99,13 +100,40 @@ impl Gate {
     pub fn leaks_into(&mut self, what: &str, text: &[u8]) -> bool {
         let Some(scanner) = &self.scanner else { return false };
         let hit = scanner.find(text).is_some();
+        self.note_search(what, hit);
+        hit
+    }
+
+    /// Searches what the recording holds so far. A hit is reported, and the recording must be taken
+    /// away.
+    ///
+    /// # Errors
+    /// [`ReadError`] if the recording cannot be read.
+    pub fn leaks_into_recording(&mut self) -> Result<bool, ReadError> {
+        let (Some(scanner), Some(recorder)) = (&self.scanner, self.audit.recorder()) else {
+            return Ok(false);
+        };
+        recorder.sync();
+        let hit = recording::holds(recorder.path(), scanner)?;
+        self.note_search(recording::FILE, hit);
+        Ok(hit)
+    }
+
+    /// Whether text that is not from the guest's own output holds bytes of the secret input: nothing
+    /// is reported.
+    #[must_use]
+    pub fn holds_secret(&self, text: &[u8]) -> bool {
+        self.scanner.as_ref().is_some_and(|scanner| scanner.find(text).is_some())
+    }
+
+    /// Counts a search of what the VMM is about to write, and reports what it found.
+    fn note_search(&mut self, what: &str, hit: bool) {
         self.audit.count_leak_search(1, 0);
         if hit {
             let detail = format!("16 bytes of the secret input are in {what}, which was withheld");
             let seq = self.last_event();
             self.audit.report_leak(topic(what), None, detail, seq);
         }
-        hit
     }
 
     /// The text, or a note in its place if it holds bytes of the secret input.

@@ -19,11 +19,12 @@ mod world;
 pub use probes::ProbeSummary;
 pub use types::{GateCounters, GateFailure, GateSetup, Observer, Prober, Served, Vcpus};
 
-use crate::audit::{Audit, AuditConfig, ControlPolicy};
+use crate::audit::{AuditConfig, ControlPolicy};
 use crate::events::{RingReader, Sequencer, Standing};
 use crate::leak::LeakScanner;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
+use crate::recording::{Judged, Setup};
 use crate::second_stage::SecondStage;
 use crate::stop::Stop;
 use crate::ticks::Ticks;
@@ -56,7 +57,7 @@ enum Scope {
 pub struct Gate {
     memory: Arc<Memory>,
     stage: Box<dyn SecondStage>,
-    audit: Audit,
+    audit: Judged,
     rings: Vec<RingReader>,
     sequencer: Sequencer,
     /// Room for records that are judged.
@@ -101,6 +102,7 @@ impl Gate {
             scanner,
             stop,
             observers,
+            recorder,
         } = setup;
         let layout = *memory.layout();
         let config = AuditConfig {
@@ -120,7 +122,16 @@ impl Gate {
             intents: &intents,
             frugal: true,
         };
-        let audit = Audit::new(config, &world);
+        let recorder = recorder.map(|(mut recorder, needs)| {
+            recorder.set_up(|origin| Setup {
+                backend: stage.name().to_owned(),
+                granule: stage.granule(),
+                detail: stage.detail(),
+                ..Setup::new(origin, &needs, &config)
+            });
+            recorder
+        });
+        let audit = Judged::new(config, recorder, &world);
         let rings = (0..=u8::MAX).take(layout.cpus).map(|cpu| RingReader::new(&memory, cpu));
         let rings = rings.collect();
         Self {
@@ -315,7 +326,7 @@ impl Gate {
         Status::Ok
     }
 
-    fn with_audit<R>(&mut self, f: impl FnOnce(&mut Audit, &LiveWorld<'_>) -> R) -> R {
+    fn with_audit<R>(&mut self, f: impl FnOnce(&mut Judged, &LiveWorld<'_>) -> R) -> R {
         let started = self.clock.now();
         let Self { memory, stage, cpus, intents, audit, .. } = self;
         let world = LiveWorld { memory, stage: &**stage, cpus, intents, frugal: false };

@@ -200,7 +200,6 @@ impl Gate {
         let started = self.clock.now();
         let mut stopping: Option<Instant> = None;
         for record in records {
-            self.counters.events += u64::from(!matches!(record.event, Event::Host(..)));
             if self.stop.told().is_some()
                 && stopping.get_or_insert_with(Instant::now).elapsed() > JUDGE_AT_STOP
             {
@@ -208,6 +207,7 @@ impl Gate {
                 self.audit.inconclusive("the run was stopped while events were judged".into());
                 return false;
             }
+            self.counters.events += u64::from(!matches!(record.event, Event::Host(..)));
             self.event(record);
             for observer in &mut self.observers {
                 observer.event(record);

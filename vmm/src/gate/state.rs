@@ -1,9 +1,10 @@
 //! What can be read off a gate, while its machine runs and after.
 
 use super::{Gate, GateCounters};
-use crate::audit::{AuditResult, CaseTally};
+use crate::audit::{Audit, AuditResult, CaseTally};
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
+use crate::recording::Recorder;
 use crate::second_stage::SecondStage;
 use lacuna_abi::observe::Case;
 use std::sync::Arc;
@@ -14,6 +15,22 @@ impl Gate {
     #[must_use]
     pub fn result(&self) -> AuditResult {
         self.audit.result()
+    }
+
+    /// The audit.
+    #[must_use]
+    pub fn audit(&self) -> &Audit {
+        &self.audit
+    }
+
+    /// What records the run, if anything does.
+    pub fn recorder(&mut self) -> Option<&mut Recorder> {
+        self.audit.recorder()
+    }
+
+    /// Ends the recording: what is judged from here on is not in it.
+    pub fn take_recorder(&mut self) -> Option<Box<Recorder>> {
+        self.audit.take_recorder()
     }
 
     /// What the guest observed of each case of the program `probe`.

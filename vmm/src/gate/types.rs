@@ -5,12 +5,14 @@ use crate::leak::LeakScanner;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
 use crate::machine::state::Registers;
+use crate::recording::Recorder;
 use crate::second_stage::{SecondStage, SecondStageError};
 use crate::stop::Stop;
 use lacuna_abi::addr::{FrameRange, Gpa};
 use lacuna_abi::counter::Counters;
 use lacuna_abi::event::{HostAct, Record};
 use lacuna_abi::gate::ExceptionReport;
+use lacuna_abi::layout::Needs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -170,4 +172,6 @@ pub struct GateSetup {
     pub stop: Arc<Stop>,
     /// Those who follow the run.
     pub observers: Vec<Box<dyn Observer>>,
+    /// What records the run, if anything does, and what the layout was made from.
+    pub recorder: Option<(Box<Recorder>, Needs)>,
 }

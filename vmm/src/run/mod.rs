@@ -17,7 +17,8 @@ mod violations;
 
 pub use end::{End, GuestEnd, Place};
 pub use plan::{Plan, PlanError, profile};
-pub use report::{Surroundings, report};
+pub use report::{Surroundings, beginning, complete, outline, report};
+pub(crate) use report::{judged, touched};
 
 use crate::config::MachineKind;
 use crate::doctor::{self, HostError};
@@ -28,6 +29,7 @@ use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
 use crate::names::Names;
+use crate::recording::Recorder;
 use crate::second_stage::SecondStage;
 use crate::sim::{Frames, Prepared, Schedule, Secrecy, Simulated, Statistics, Workload};
 use crate::stop::{Stop, Stopped};
@@ -123,8 +125,21 @@ impl Machine {
     /// [`OpenError`] says which part, and what to do.
     pub fn open(
         host: Host,
+        plan: Plan,
+        observers: Vec<Box<dyn Observer>>,
+    ) -> Result<Self, OpenError> {
+        Self::open_recorded(host, plan, observers, None)
+    }
+
+    /// Makes a machine whose run is recorded.
+    ///
+    /// # Errors
+    /// [`OpenError`] says which part, and what to do.
+    pub fn open_recorded(
+        host: Host,
         mut plan: Plan,
         mut observers: Vec<Box<dyn Observer>>,
+        recorder: Option<Recorder>,
     ) -> Result<Self, OpenError> {
         let opened = Instant::now();
         let needs = Needs {
@@ -185,6 +200,7 @@ impl Machine {
             scanner,
             stop: Arc::clone(&stop),
             observers,
+            recorder: recorder.map(|recorder| (Box::new(recorder), needs)),
         });
         let gate = Arc::new(Mutex::new(gate));
         let image = Arc::new(plan.image);
@@ -397,6 +413,12 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Where the code lies that made the events.
+    #[must_use]
+    pub const fn names(&self) -> &Names {
+        &self.names
+    }
+
     /// Looks at the gate, and with it the audit.
     pub fn with_gate<R>(&self, f: impl FnOnce(&mut Gate) -> R) -> R {
         // A panic under the lock has ended the run; what the gate holds can still be read.

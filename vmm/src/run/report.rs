@@ -3,10 +3,11 @@
 use super::Outcome;
 use super::end::{End, Place};
 use super::violations::violations;
-use crate::audit::{CaseTally, ProbeTally};
-use crate::config::Config;
+use crate::audit::{Audit, CaseTally, ProbeTally, Rule, Tally};
+use crate::config::{self, Config};
 use crate::gate::ProbeSummary;
 use crate::machine::decode::SealedAccess;
+use crate::names::Names;
 use crate::report::{self, Address, Check, Frame, GuestError, Report};
 use crate::sim::Statistics;
 use crate::stop::Stopped;
@@ -35,15 +36,28 @@ fn micros(time: Duration) -> u64 {
 /// The report of a run, judged.
 #[must_use]
 pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) -> Report {
-    let Surroundings { machine, mut warnings, inconclusive, last_line, total } = surroundings;
+    complete(config, outcome, outline(config, outcome, surroundings))
+}
+
+/// What is known before a run.
+#[must_use]
+pub fn beginning(config: &Config, machine: report::Machine) -> Report {
     let mut report = Report::new();
     report.config = Some(config.file.display().to_string());
     report.inject = config.inject.iter().map(|fault| fault.name().to_owned()).collect();
     report.machine = machine;
-    report.machine.simulation = outcome.simulation.map(simulation);
     report.guest.vcpus = config.guest.vcpus;
     report.guest.memory_mib = config.guest.memory_mib;
     report.guest.program = config.workload.program().name().to_owned();
+    report
+}
+
+/// The report of a run with everything that the audit does not say.
+#[must_use]
+pub fn outline(config: &Config, outcome: &Outcome, surroundings: Surroundings) -> Report {
+    let Surroundings { machine, mut warnings, inconclusive, last_line, total } = surroundings;
+    let mut report = beginning(config, machine);
+    report.machine.simulation = outcome.simulation.map(simulation);
     outcome.with_gate(|gate| {
         let stage = gate.stage();
         report.second_stage.backend = stage.name().to_owned();
@@ -76,21 +90,7 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
         ] {
             report.counters.insert(name.to_owned(), value);
         }
-        let result = gate.result();
-        report.checks = result
-            .tallies
-            .iter()
-            .map(|(rule, tally)| Check {
-                rule: rule.name().to_owned(),
-                checked: tally.checked,
-                not_checked: tally.not_checked,
-                violations: tally.violations,
-            })
-            .collect();
-        report.observed = gate.observations().map(observed).collect();
-        report.violations = violations(result.findings, &outcome.names);
-        report.inconclusive = result.inconclusive;
-        report.inconclusive.extend(inconclusive);
+        report.inconclusive = inconclusive;
         if gate.input_is_outstanding() && matches!(outcome.end, End::Exit(0, _)) {
             report.inconclusive.push("the guest never took over its secret input".into());
         }
@@ -112,7 +112,35 @@ pub fn report(config: &Config, outcome: &Outcome, surroundings: Surroundings) ->
         }
     });
     report.warnings = warnings;
-    report.judge(&config.audit);
+    report
+}
+
+/// The outline of a report with what the audit says, judged.
+#[must_use]
+pub fn complete(config: &Config, outcome: &Outcome, outline: Report) -> Report {
+    outcome.with_gate(|gate| judged(outline, gate.audit(), &outcome.names, &config.audit))
+}
+
+/// The same for any audit, live or of a recording.
+#[must_use]
+pub(crate) fn judged(
+    mut report: Report,
+    audit: &Audit,
+    names: &Names,
+    expected: &config::Audit,
+) -> Report {
+    let result = audit.result();
+    let check = |(rule, tally): &(Rule, Tally)| Check {
+        rule: rule.name().to_owned(),
+        checked: tally.checked,
+        not_checked: tally.not_checked,
+        violations: tally.violations,
+    };
+    report.checks = result.tallies.iter().map(check).collect();
+    report.observed = audit.observations().map(observed).collect();
+    report.violations = violations(result.findings, names);
+    report.inconclusive.splice(0..0, result.inconclusive);
+    report.judge(expected);
     report
 }
 
@@ -189,9 +217,15 @@ fn observed((case, tally): (Case, CaseTally)) -> report::Observed {
 
 fn probes(summary: ProbeSummary) -> report::Probes {
     let ProbeSummary { seed, each, tally, why_none } = summary;
-    let ProbeTally { trapped, went_through, failed, held_open, seal_off, without } = tally;
     let turned_off = || (each == 0).then(|| "[audit] probes is 0".to_owned());
-    let why = why_none.or_else(turned_off).filter(|_| without > 0);
+    let why = why_none.or_else(turned_off).filter(|_| tally.without > 0);
+    touched(report::Probes { seed, each, why, ..report::Probes::default() }, tally)
+}
+
+/// The same touches, counted so.
+pub(crate) fn touched(probes: report::Probes, tally: ProbeTally) -> report::Probes {
+    let report::Probes { seed, each, why, .. } = probes;
+    let ProbeTally { trapped, went_through, failed, held_open, seal_off, without } = tally;
     report::Probes { seed, each, trapped, went_through, failed, held_open, seal_off, without, why }
 }
 

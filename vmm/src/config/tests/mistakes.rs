@@ -270,7 +270,10 @@ fn what_this_version_lacks_is_refused_by_its_flag() {
         ),
         (Overrides { step_from: Some(0), ..none() }, "--step-from: it belongs to --mediate step"),
         (Overrides { step_to: Some(0), ..none() }, "--step-to: it belongs to --mediate step"),
-        (Overrides { record: true, ..none() }, "--record: this version makes no recordings; use"),
+        (
+            Overrides { record: true, ..none() },
+            "--record: a recording needs a folder to lie in; add",
+        ),
         (
             Overrides { inject: vec!["skip-everything".into()], ..none() },
             "--inject: there is no fault \"skip-everything\"; the faults are skip-flip-flush, ",

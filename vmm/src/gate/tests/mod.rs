@@ -156,6 +156,7 @@ impl Guest {
             scanner: Some(LeakScanner::new(SECRET)),
             stop: Arc::clone(&stop),
             observers: vec![Box::new(lines.clone())],
+            recorder: None,
         });
         let (cr0, cr4, efer) =
             (crate::machine::kvm::CR0, crate::machine::kvm::CR4, crate::machine::kvm::EFER);
