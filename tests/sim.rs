@@ -236,7 +236,7 @@ fn stress(cpus: u8) -> Check {
 }
 
 /// A run with these arguments: its events file, and its report without what takes time.
-fn recorded(cpus: u8, args: &[&str]) -> Result<(Vec<u8>, Value), libtest_mimic::Failed> {
+fn events_and_findings(cpus: u8, args: &[&str]) -> Result<(Vec<u8>, Value), libtest_mimic::Failed> {
     let folder = tempfile::tempdir()?;
     let out = folder.path().display().to_string();
     let config = on_cpus(cpus, &dirty(&replay(150, "user")));
@@ -251,7 +251,10 @@ fn recorded(cpus: u8, args: &[&str]) -> Result<(Vec<u8>, Value), libtest_mimic::
 
 fn one_seed() -> Check {
     for cpus in [1, 4] {
-        let (a, b) = (recorded(cpus, &["--seed", "5"])?, recorded(cpus, &["--seed", "5"])?);
+        let (a, b) = (
+            events_and_findings(cpus, &["--seed", "5"])?,
+            events_and_findings(cpus, &["--seed", "5"])?,
+        );
         ensure(!a.0.is_empty() && a.0 == b.0, "the events differ")?;
         ensure(a.1 == b.1, &format!("the reports differ:\n{:#}\n{:#}", a.1, b.1))?;
     }
@@ -259,7 +262,8 @@ fn one_seed() -> Check {
 }
 
 fn two_seeds() -> Check {
-    let (a, b) = (recorded(4, &["--seed", "5"])?, recorded(4, &["--seed", "6"])?);
+    let (a, b) =
+        (events_and_findings(4, &["--seed", "5"])?, events_and_findings(4, &["--seed", "6"])?);
     ensure(a.0 != b.0, "two seeds gave the same events")
 }
 
