@@ -33,12 +33,10 @@ impl<R: Read> Player<R> {
     }
 
     pub(super) fn item(&mut self) -> Result<Item, ReadError> {
-        loop {
-            let item = Decoder { context: &mut self.context, source: &mut self.chunks }.item()?;
-            #[cfg(test)]
-            let Some(item) = (self.edit)(item) else { continue };
-            return Ok(item);
-        }
+        let item = Decoder { context: &mut self.context, source: &mut self.chunks }.item()?;
+        #[cfg(test)]
+        let Some(item) = (self.edit)(item) else { return self.item() };
+        Ok(item)
     }
 
     /// The next call: the tape goes on.
@@ -104,8 +102,7 @@ impl<R: Read> Tape<'_, R> {
         if state.astray.is_some() || state.failed.is_some() {
             return None;
         }
-        loop {
-            let Some(answer) = state.answer() else { break };
+        while let Some(answer) = state.answer() {
             if let Some((value, left)) = said(&answer) {
                 state.next = left;
                 return Some(value);
