@@ -51,7 +51,7 @@ fn trials() -> Vec<Trial> {
             trials.push(trial(&name, move || quickstart(cpus, seal)));
         }
     }
-    for (name, config, args) in recorded() {
+    for (name, config, args) in to_record() {
         let name = format!("a_recorded_{name}_is_judged_the_same");
         trials.push(trial(&name, move || {
             let args: Vec<&str> = args.iter().copied().chain(["--machine", "sim"]).collect();
@@ -132,7 +132,7 @@ fn quickstart(cpus: u8, seal: &str) -> Check {
 }
 
 /// Runs to be recorded: name, configuration, arguments.
-fn recorded() -> Vec<(&'static str, String, &'static [&'static str])> {
+fn to_record() -> Vec<(&'static str, String, &'static [&'static str])> {
     let configs = repository().join("configs");
     let quickstart = std::fs::read_to_string(configs.join("quickstart.toml")).unwrap_or_default();
     let quickstart = quickstart.replace("\"data/", &format!("\"{}/data/", configs.display()));

@@ -33,23 +33,10 @@ impl<R: Read> Player<R> {
     }
 
     pub(super) fn item(&mut self) -> Result<Item, ReadError> {
-        let item = self.next()?;
+        let item = Decoder { context: &mut self.context, source: &mut self.chunks }.item()?;
         #[cfg(test)]
-        {
-            let mut item = item;
-            loop {
-                match (self.edit)(item) {
-                    Some(item) => return Ok(item),
-                    None => item = self.next()?,
-                }
-            }
-        }
-        #[cfg(not(test))]
+        let Some(item) = (self.edit)(item) else { return self.item() };
         Ok(item)
-    }
-
-    fn next(&mut self) -> Result<Item, ReadError> {
-        Decoder { context: &mut self.context, source: &mut self.chunks }.item()
     }
 
     /// The next call: the tape goes on.
