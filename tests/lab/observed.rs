@@ -11,8 +11,8 @@ use std::fs;
 
 /// Rounds of each case of `probe`, in which something is stale in nearly every round.
 const ROUNDS: &str = "40";
-/// Rounds of a flip that another CPU sees. Where its thread runs on a processor without timer ticks it reads
-/// the stale word in nearly all of them, elsewhere, on an overloaded host, in a tenth.
+/// Rounds of a flip that another CPU sees, of which it read the stale word in a tenth on an overloaded host:
+/// each timer tick of the lab's kernel makes it forget.
 const FLIPS: u64 = 100;
 /// Runs in which it may be read: that none of all rounds reads it has a chance of less than 1 in 10^13.
 const UNSEALED: usize = 3;

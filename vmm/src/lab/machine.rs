@@ -133,21 +133,10 @@ fn qemu(mut launch: Launch, start: &Start<'_>) -> Launch {
     for port in PORTS {
         add(&["-serial", &format!("file:{}", start.folder.join(port).display())]);
     }
-    add(&["-append", &kernel_arguments(start.cpus)]);
+    add(&["-append", "console=ttyS0 panic=-1 quiet tsc=reliable mitigations=off"]);
     launch.command.extend(["-kernel".into(), start.kernel.clone().into()]);
     launch.command.extend(["-initrd".into(), start.initramfs.clone().into()]);
     launch
-}
-
-/// What the kernel is told. Each of its timer ticks takes a vCPU out of its guest, and an exit drops what
-/// the emulated processor has cached: all processors but the first have none while they run one thread.
-fn kernel_arguments(cpus: u8) -> String {
-    let always = "console=ttyS0 panic=-1 quiet tsc=reliable mitigations=off";
-    match cpus {
-        ..=1 => always.to_owned(),
-        2 => format!("{always} nohz_full=1"),
-        _ => format!("{always} nohz_full=1-{}", cpus - 1),
-    }
 }
 
 /// The disc's menu, which has one entry.
@@ -291,13 +280,6 @@ mod tests {
         );
         assert!(words.contains("-nodefaults -no-user-config"), "{words}");
         assert!(launch.environment.is_empty(), "an installed QEMU has its own libraries");
-    }
-
-    #[test]
-    fn all_processors_but_the_first_do_without_ticks() {
-        assert!(!kernel_arguments(1).contains("nohz_full"));
-        assert!(kernel_arguments(2).ends_with(" nohz_full=1"));
-        assert!(kernel_arguments(4).ends_with(" nohz_full=1-3"));
     }
 
     #[test]
