@@ -32,7 +32,7 @@ const QUICK: Effort = Effort { rounds: 2, passes: 1, checks: 1 };
 struct Effort {
     /// Rounds of each kind of event.
     rounds: u64,
-    /// How often they are judged; of each [`CHUNK`] the fastest pass counts, since others disturb
+    /// How often they are judged; of each chunk the fastest pass counts, since others disturb
     /// the machine.
     passes: usize,
     /// Complete checks.
