@@ -42,6 +42,10 @@ fn main() {
         let name = kind.name();
         if asked("LACUNA_LAB_ALL") {
             of_kind.extend(suite::trials(kind));
+            if kind == Kind::Npt {
+                let name = "npt::another_cpu_is_stale_and_does_not_contradict_the_model";
+                of_kind.push(trial(name, observed::npt_on_two));
+            }
         }
         let runs = if asked(variable) {
             arguments.list || prepared(kind)

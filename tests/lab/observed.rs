@@ -72,47 +72,51 @@ fn cases(run: &Run, at_least: usize) -> Result<Vec<Case<'_>>, Failed> {
     Ok(tried)
 }
 
-/// On QEMU: what is not invalidated is stale, on the own CPU and on the other. A CR3 load drops
-/// everything there, what is global too.
-pub fn npt() -> Check {
-    let probe = |vcpus| words(&["probe", "--json", "--rounds", ROUNDS, "--vcpus", vcpus]);
+fn probe(kind: Kind, vcpus: &str) -> Result<Run, Failed> {
     let order = Order {
-        commands: vec![probe("1"), probe("2")],
+        commands: vec![words(&["probe", "--json", "--rounds", ROUNDS, "--vcpus", vcpus])],
         folder: repository().to_owned(),
         ..Order::default()
     };
-    let runs = reports(Kind::Npt, &order)?;
-    let [one, two] = &runs[..] else { return Err("two reports".into()) };
-    let mut on_another = 0;
-    for (run, at_least) in [(one, 48), (two, 108)] {
-        for case in cases(run, at_least)? {
-            let (stale, may) = (case.count("stale")?, case.count("may_be_stale")?);
-            if case.is("own", "none") {
-                ensure(stale > 0, &format!("never stale: {}", case.value))?;
-            }
-            // Ticks of the lab's kernel cost a part of these: not each case must be seen.
-            if case.is("other", "none") {
-                on_another += stale;
-            }
-            if case.is("own", "cr3") {
-                let right = stale == 0 && (may > 0) == case.global();
-                ensure(right, &format!("a CR3 load did not flush it: {}", case.value))?;
-            }
+    reports(kind, &order)?.pop().ok_or_else(|| "no report".into())
+}
+
+/// On QEMU: what is not invalidated is stale. A CR3 load drops everything there, what is global too.
+pub fn npt() -> Check {
+    own(&cases(&probe(Kind::Npt, "1")?, 48)?)
+}
+
+/// The same on two CPUs, with what another CPU keeps. The emulated machine does not always survive it
+/// (docs/labs.md, "Open observations").
+pub fn npt_on_two() -> Check {
+    let run = probe(Kind::Npt, "2")?;
+    let cases = cases(&run, 108)?;
+    own(&cases)?;
+    // Ticks of the lab's kernel cost a part of these: not each case must be seen.
+    let other = cases.iter().filter(|case| case.is("other", "none"));
+    let seen = other.map(|case| case.count("stale")).collect::<Result<Vec<_>, _>>()?;
+    ensure(seen.iter().sum::<u64>() > 0, "another CPU was never stale")
+}
+
+fn own(cases: &[Case<'_>]) -> Check {
+    for case in cases {
+        let (stale, may) = (case.count("stale")?, case.count("may_be_stale")?);
+        if case.is("own", "none") {
+            ensure(stale > 0, &format!("never stale: {}", case.value))?;
+        }
+        if case.is("own", "cr3") {
+            let right = stale == 0 && (may > 0) == case.global();
+            ensure(right, &format!("a CR3 load did not flush it: {}", case.value))?;
         }
     }
-    ensure(on_another > 0, "another CPU was never stale")
+    Ok(())
 }
 
 /// On Bochs: what is global outlives a CR3 load, and nothing else does.
 pub fn ept() -> Check {
-    let order = Order {
-        commands: vec![words(&["probe", "--json", "--rounds", ROUNDS, "--vcpus", "1"])],
-        folder: repository().to_owned(),
-        ..Order::default()
-    };
-    let runs = reports(Kind::Ept, &order)?;
+    let run = probe(Kind::Ept, "1")?;
     let mut loads = 0;
-    for case in cases(&runs[0], 108)? {
+    for case in cases(&run, 108)? {
         let stale = case.count("stale")?;
         if case.is("own", "none") {
             ensure(stale > 0, &format!("never stale: {}", case.value))?;
