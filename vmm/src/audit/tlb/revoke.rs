@@ -62,7 +62,7 @@ impl Tlb {
                 let Tag::Pcid(pcid) = space.tag else { continue };
                 let gone = match space.fill.path_gone(path.va, path.level, path.since) {
                     // All paths of the PCID went.
-                    Gone::No if !space.paths && space.fill.until.is_some() => Gone::Certainly,
+                    _ if !space.paths && space.fill.until.is_some() => Gone::Certainly,
                     Gone::No if !space.paths => Gone::WithTheNextEvent,
                     gone => gone,
                 };
