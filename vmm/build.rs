@@ -4,6 +4,9 @@
 //! A nested cargo builds them, in a target folder of its own and always with an explicit target,
 //! so that its flags reach neither build scripts nor proc-macros.
 
+#[path = "src/lab/inherited.rs"]
+mod inherited;
+
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -92,17 +95,8 @@ fn build(root: &Path, out: &Path, target: &str, features: &str) -> PathBuf {
         .arg(&folder)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     // What the outer cargo, clippy or a sanitizer build set is not meant for the guest.
-    for inherited in [
-        "RUSTFLAGS",
-        "CARGO_BUILD_RUSTFLAGS",
-        "CARGO_BUILD_TARGET",
-        "CARGO_TARGET_DIR",
-        "CARGO_BUILD_TARGET_DIR",
-        "RUSTC_WORKSPACE_WRAPPER",
-        "CARGO_MAKEFLAGS",
-        "MAKEFLAGS",
-    ] {
-        cargo.env_remove(inherited);
+    for variable in inherited::INHERITED {
+        cargo.env_remove(variable);
     }
     let output = match cargo.output() {
         Ok(output) => output,

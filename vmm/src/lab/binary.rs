@@ -84,17 +84,8 @@ pub fn build_static(tree: &Path, words: &[&str]) -> Result<Vec<u8>, LabError> {
         .args(["--profile", PROFILE, "--target", TARGET, "--target-dir"])
         .arg(tree.join("target").join(PROFILE))
         .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
-    for inherited in [
-        "RUSTFLAGS",
-        "CARGO_BUILD_RUSTFLAGS",
-        "CARGO_BUILD_TARGET",
-        "CARGO_TARGET_DIR",
-        "CARGO_BUILD_TARGET_DIR",
-        "RUSTC_WORKSPACE_WRAPPER",
-        "CARGO_MAKEFLAGS",
-        "MAKEFLAGS",
-    ] {
-        cargo.env_remove(inherited);
+    for variable in super::inherited::INHERITED {
+        cargo.env_remove(variable);
     }
     let output = cargo.stdin(Stdio::null()).output().map_err(|error| {
         LabError::host(format!("cargo cannot be started to build a static lacuna: {error}"), remedy)

@@ -12,6 +12,7 @@ mod child;
 mod cpio;
 mod error;
 mod guest;
+mod inherited;
 mod machine;
 mod manifest;
 mod online;
