@@ -43,7 +43,7 @@ impl Problem {
 
 /// A recording cannot be judged: where in it, what is wrong, and what to do.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{}: at byte {offset}: {}; {}", file.display(), problem.what(), problem.remedy())]
+#[error("{}: {}{}; {}", file.display(), self.place(), problem.what(), problem.remedy())]
 pub struct ReadError {
     /// The file.
     pub file: PathBuf,
@@ -59,6 +59,14 @@ impl ReadError {
     pub(super) fn in_file(mut self, file: &Path) -> Self {
         self.file = file.to_owned();
         self
+    }
+
+    /// Where in the file, of one that could be opened.
+    fn place(&self) -> String {
+        match (&self.problem, self.offset) {
+            (Problem::Unreadable(_), 0) => String::new(),
+            (_, offset) => format!("at byte {offset}: "),
+        }
     }
 
     pub(super) fn at(offset: u64, problem: Problem) -> Self {

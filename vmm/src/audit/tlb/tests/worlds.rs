@@ -5,6 +5,9 @@ use super::reference::{Act, Pde, Pte};
 use super::small::{Small, Walk};
 use super::world::{Op, Size, Slip};
 use std::collections::BTreeSet;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 const SIZE: Size = Size {
     cpus: 2,
@@ -282,18 +285,31 @@ fn world(name: &str) -> Small {
 const QUICK: [&str; 4] =
     ["pages, resets, PGE", "two pages and frames", "AMD with TCE", "flushes of pages under way"];
 
-/// Walks worlds and prints how large they were.
+/// Walks worlds, as many at a time as there are processors, and prints how large they were.
 fn walk_all(wanted: impl Fn(&Small) -> bool) {
-    let mut all = Walk { states: 0, steps: 0 };
-    for world in worlds().iter().filter(|world| wanted(world)) {
-        let Walk { states, steps } =
-            world.walk(Slip::None).unwrap_or_else(|why| panic!("{}: {why}", world.name));
-        println!("{states:>8} states, {steps:>9} steps: {}", world.name);
-        all.states += states;
-        all.steps += steps;
-    }
-    println!("{:>8} states, {:>9} steps in all", all.states, all.steps);
-    assert!(all.states > 1000, "the worlds were not walked");
+    let wanted: Vec<Small> = worlds().into_iter().filter(|world| wanted(world)).collect();
+    let next = AtomicUsize::new(0);
+    let walker = || {
+        let mut all = Walk { states: 0, steps: 0 };
+        while let Some(world) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let Walk { states, steps } =
+                world.walk(Slip::None).unwrap_or_else(|why| panic!("{}: {why}", world.name));
+            println!("{states:>8} states, {steps:>9} steps: {}", world.name);
+            all.states += states;
+            all.steps += steps;
+        }
+        all
+    };
+    let walkers = thread::available_parallelism().map_or(1, NonZero::get);
+    let (states, steps) = thread::scope(|scope| {
+        let walkers: Vec<_> = (0..walkers).map(|_| scope.spawn(walker)).collect();
+        walkers
+            .into_iter()
+            .map(|walker| walker.join().unwrap())
+            .fold((0, 0), |(states, steps), walk| (states + walk.states, steps + walk.steps))
+    });
+    println!("{states:>8} states, {steps:>9} steps in all");
+    assert!(states > 1000, "the worlds were not walked");
 }
 
 #[test]
