@@ -238,6 +238,9 @@ named_enum! {
         Quiesced = "quiesced",
         /// An open was refused; its number had been taken.
         Refused = "refused",
+        /// A write to tables was refused, under direct paging: the frames that it would have mapped, or
+        /// the table.
+        WriteRefused = "write-refused",
     }
 }
 

@@ -217,7 +217,7 @@ impl Witness {
 
 fn host_act(record: &Record, frame: Gfn) -> Option<HostAct> {
     match record.event {
-        Event::Host(HostAct::Quiesced | HostAct::Refused, _) => None,
+        Event::Host(HostAct::Quiesced | HostAct::Refused | HostAct::WriteRefused, _) => None,
         Event::Host(act, frames) if FrameRange::contains(frames, frame) => Some(act),
         _ => None,
     }

@@ -85,7 +85,9 @@ fn rewrite(machine: &Machine, va: Gva, level: Level, new: Entry) {
     let old = machine.read_entry(at);
     let (root, pcid) = (space.root, space.pcid);
     let write = EntryWrite { root, pcid, va, level, count: 1, old, new, grant: 0 };
-    machine.write_entries(at, &write);
+    if let Err(error) = machine.write_entries(at, &write) {
+        panic!("the host refused to replace the entry for {va}: {error:?}");
+    }
     cpu::invalidate_page(va);
 }
 

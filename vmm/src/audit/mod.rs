@@ -16,6 +16,7 @@
 //! | `tlb` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
 //! | `writes`, `plain`, `revokes`, `elsewhere`, `remaps`, `fills` | entry-write records; what tables hold when they are linked |
+//! | `direct` | direct paging: writes that are asked for, before they are made |
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
 //! | `quiesce`, `compare` | the complete check; records against tables |
@@ -27,6 +28,7 @@
 mod aliases;
 mod arrival;
 mod compare;
+mod direct;
 mod elsewhere;
 mod fills;
 mod finding;
@@ -59,11 +61,12 @@ pub use probe::{Probe, ProbeKind, ProbeTally, Touched};
 pub use tlb::Profile;
 pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, TableWords, World};
 
+use crate::config::Mediation;
 use fills::Fills;
 use finding::Ledger;
 use history::History;
 use index::{Index, Walked};
-use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::event::{Event, Record};
 use lacuna_abi::gate::{CpuRegistration, Status};
 use lacuna_abi::walk::EVERYTHING;
@@ -89,6 +92,8 @@ pub struct Audit {
     /// Descriptor tables of each CPU, once it has registered them.
     registrations: Vec<Option<CpuRegistration>>,
     roots: Vec<(Gpa, u16)>,
+    /// Under direct paging: frames of the kernel's text.
+    text: Vec<FrameRange>,
     ledger: Ledger,
     history: History,
     last_seq: u64,
@@ -109,6 +114,7 @@ impl Audit {
             fills: Fills::default(),
             registrations: vec![None; config.layout.cpus],
             roots: Vec::new(),
+            text: Vec::new(),
             ledger: Ledger::new(config.max_findings),
             history: History::default(),
             last_seq: 0,
@@ -122,6 +128,9 @@ impl Audit {
         if audit.register_root(config.boot_root, 0, world).is_err() {
             audit.ledger.inconclusive(format!("the boot root {} is no table", config.boot_root));
         }
+        if audit.is_direct() {
+            audit.text = audit.find_text();
+        }
         audit
     }
 
@@ -130,7 +139,8 @@ impl Audit {
     ///
     /// # Errors
     /// [`Status::BadRoot`] if it lies outside the table pool, has another PCID already, or if there
-    /// are [`MAX_ROOTS`].
+    /// are [`MAX_ROOTS`]; under direct paging also if what it maps would break a rule, and
+    /// [`Status::BadState`] if that takes more work than is left until the next complete check.
     pub fn register_root(
         &mut self,
         root: Gpa,
@@ -145,6 +155,9 @@ impl Audit {
             return Err(Status::BadRoot);
         }
         let first = self.roots.is_empty();
+        if self.is_direct() && !first {
+            self.admit_root(root, world)?;
+        }
         self.roots.push((root, pcid));
         let mut walked = Walked::default();
         let source = |table: Gfn, into: &mut TableWords| world.read_table(table, into);
@@ -301,6 +314,11 @@ impl Audit {
             self.ledger.inconclusive(reason);
         }
         used_up
+    }
+
+    /// Whether the host itself writes to the tables.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.config.mediation == Mediation::Tables
     }
 
     fn is_registered(&self, root: Gpa) -> bool {

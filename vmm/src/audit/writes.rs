@@ -35,7 +35,8 @@ impl Audit {
             self.judge_pcid(cpu, write, pcid, seq);
         }
         let write = &EntryWrite { pcid, ..*write };
-        if self.is_link_work_used_up() {
+        // What the host wrote itself was admitted, and its copy must follow it.
+        if !self.is_direct() && self.is_link_work_used_up() {
             return;
         }
         // A remap carries the number that it took before its store.
@@ -77,9 +78,11 @@ impl Audit {
         }
         let mut walked = std::mem::take(&mut self.walked);
         walked.clear();
+        // Under direct paging nobody writes between a link and its record.
+        let direct = self.is_direct();
         let Self { index, fills, config, .. } = self;
         let source = |table: Gfn, into: &mut TableWords| {
-            fills.table(table, into) || world.read_table(table, into)
+            (!direct && fills.table(table, into)) || world.read_table(table, into)
         };
         let mut change = Change::new(&config.layout, &source, since, &mut walked);
         match site {
@@ -331,7 +334,7 @@ pub(super) fn stale_finding(rule: Rule, duty: &Duty, cpu: u8, seq: u64, detail: 
 
 /// Whether the run lies in one table and everything that it maps can exist.
 #[inline]
-fn is_sound(write: &EntryWrite) -> bool {
+pub(super) fn is_sound(write: &EntryWrite) -> bool {
     let exists = |entry: Entry| {
         leaf(entry, write.level).is_none()
             || mapped_frames(entry, write.level, write.count).is_some()

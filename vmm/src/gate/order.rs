@@ -205,6 +205,7 @@ impl Gate {
             {
                 // What follows is the end of the run; what is left is not judged.
                 self.audit.inconclusive("the run was stopped while events were judged".into());
+                self.broken_off = true;
                 return false;
             }
             self.counters.events += u64::from(!matches!(record.event, Event::Host(..)));

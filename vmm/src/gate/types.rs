@@ -1,6 +1,7 @@
 //! What goes into a gate and what comes out of it.
 
 use crate::audit::{Probe, ProbeKind, Profile, Touched};
+use crate::config::Mediation;
 use crate::leak::LeakScanner;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
@@ -140,6 +141,10 @@ pub struct GateCounters {
     pub opens: u64,
     /// Release operations on one range each.
     pub releases: u64,
+    /// Entries written for the guest, under direct paging.
+    pub table_writes: u64,
+    /// Writes to tables that were refused.
+    pub table_refusals: u64,
     /// Events taken from the rings.
     pub events: u64,
     /// Points at which everything was checked.
@@ -160,6 +165,8 @@ pub struct GateSetup {
     pub quiesce_every: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
+    /// Which events the host sees itself.
+    pub mediation: Mediation,
     /// Frames that are touched at each complete check, to see what the second stage does.
     pub probes: u64,
     /// What follows from it is which.

@@ -88,7 +88,7 @@ impl Vm {
         let regions = [
             (IMAGE_SLOT, layout.image.gpa, layout.image.end()),
             (POOL_SLOT, layout.pool.gpa, layout.pool.end()),
-            (LOW_SLOT, layout.shared.gpa, layout.scratch.end()),
+            (LOW_SLOT, layout.shared.gpa, layout.low_end()),
         ];
         for (slot, start, end) in regions {
             let region =

@@ -5,6 +5,7 @@ use super::item::{Answer, Call, Item};
 use super::recorder::Tap;
 use crate::audit::{Audit, AuditConfig, Probe, ProbeKind, Touched, World};
 use lacuna_abi::addr::{Gfn, Gpa};
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::Record;
 use lacuna_abi::gate::{CpuRegistration, Op, Status};
 use std::cell::RefCell;
@@ -119,6 +120,26 @@ impl Judged {
     pub fn arrival(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) -> Result<(), Status> {
         let what = Call::Arrival(cpu, op, seq);
         call!(self, world, what, arrival(cpu, op, seq), |made: &Result<_, _>| *made)
+    }
+
+    /// [`Audit::admit`]
+    ///
+    /// # Errors
+    /// As there.
+    pub fn admit(
+        &mut self,
+        cpu: u8,
+        asked: (u32, &TableOp),
+        seq: u64,
+        world: &impl World,
+    ) -> Result<(), Status> {
+        let what = Call::Admit(cpu, asked.0, *asked.1, seq);
+        call!(self, world, what, admit(cpu, asked, seq), |made: &Result<_, _>| *made)
+    }
+
+    /// [`Audit::sample`]
+    pub fn sample(&mut self, cpu: u8, seq: u64, world: &impl World) {
+        call!(self, world, Call::Sample(cpu, seq), sample(cpu, seq), nothing);
     }
 
     /// [`Audit::done`]

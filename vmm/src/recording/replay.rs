@@ -205,6 +205,14 @@ impl<R: Read> Recording<R> {
                 }
                 (format!("operation {seq}"), Ok(()))
             }
+            Call::Admit(cpu, site, op, seq) => {
+                let result = audit.admit(cpu, (site, &op), seq, &world);
+                (format!("a write to tables after event {seq}"), result)
+            }
+            Call::Sample(cpu, seq) => {
+                audit.sample(cpu, seq, &world);
+                (format!("the registers of CPU {cpu} after event {seq}"), Ok(()))
+            }
             Call::Quiesce(seq) => {
                 audit.quiesce(seq, &world);
                 (format!("the complete check {seq}"), Ok(()))

@@ -194,6 +194,7 @@ impl Machine {
             profile: plan.profile,
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
+            mediation: plan.mediation,
             probes: plan.probes,
             seed: plan.seed,
             shootdown_limit: plan.shootdown_limit,

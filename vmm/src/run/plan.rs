@@ -1,14 +1,16 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
 use crate::audit::Profile;
-use crate::config::{Config, GuardChoice, MachineKind, OnFree, Seal, Shootdown, Workload};
+use crate::config::{
+    Config, GuardChoice, MachineKind, Mediation, OnFree, Seal, Shootdown, Workload,
+};
 use crate::doctor::{HostFacts, ThisHost};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
 use lacuna_abi::boot::{
-    FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_GATE_SHOOTDOWN, FEATURE_POISON, FEATURE_PREZERO,
-    FEATURE_SCRUB, FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
+    FEATURE_CHECK_ZERO, FEATURE_DIRECT_PAGING, FEATURE_FLIP, FEATURE_GATE_SHOOTDOWN,
+    FEATURE_POISON, FEATURE_PREZERO, FEATURE_SCRUB, FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
 };
 use lacuna_abi::layout::MIN_MEMORY_MIB;
 use lacuna_abi::workload::{
@@ -88,6 +90,8 @@ pub struct Plan {
     pub probes: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
+    /// Which events the host sees itself.
+    pub mediation: Mediation,
     /// Longest that a CPU may take to answer a shootdown.
     pub shootdown_limit: Duration,
     /// Longest time from the first instruction to the end.
@@ -129,6 +133,7 @@ impl Plan {
             (allocator.scrub, FEATURE_SCRUB),
             (allocator.check_zero, FEATURE_CHECK_ZERO),
             (config.guest.shootdown == Shootdown::Gate, FEATURE_GATE_SHOOTDOWN),
+            (config.mediation == Mediation::Tables, FEATURE_DIRECT_PAGING),
         ];
         let features = features.iter().filter(|(on, _)| *on).fold(0, |bits, (_, bit)| bits | bit);
         let plan = Self {
@@ -156,6 +161,7 @@ impl Plan {
             quiesce_every: config.audit.quiesce_every,
             probes: config.audit.probes,
             max_findings: MAX_FINDINGS,
+            mediation: config.mediation,
             shootdown_limit: Duration::from_secs(config.limits.shootdown_s),
             timeout: Duration::from_secs(config.limits.timeout_s),
         };

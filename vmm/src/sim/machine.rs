@@ -18,6 +18,7 @@ use crate::stop::Stop;
 use crate::ticks::Ticks;
 use lacuna_abi::addr::{Gpa, Gva};
 use lacuna_abi::event::Event;
+use lacuna_abi::layout::Layout;
 use lacuna_guest::platform::{AddressSpace, CpuSet};
 use lacuna_guest::ring;
 use lacuna_guest::shootdown::Shootdowns;
@@ -45,6 +46,8 @@ pub struct SimMachine {
     pub(super) shootdowns: Shootdowns,
     /// Shootdown interrupts go through the host.
     pub(super) through_gate: bool,
+    /// The host writes entries: direct paging.
+    pub(super) direct: bool,
     /// CPU 1 has turned its interrupts off for good (program `crash`).
     pub(super) stuck: AtomicBool,
     pub(super) space: AddressSpace,
@@ -62,6 +65,7 @@ pub(super) struct Parts {
     pub(super) root: Gpa,
     pub(super) faults: u64,
     pub(super) through_gate: bool,
+    pub(super) direct: bool,
     pub(super) seed: u64,
     pub(super) schedule: Schedule,
     pub(super) stop: Arc<Stop>,
@@ -69,7 +73,7 @@ pub(super) struct Parts {
 
 impl SimMachine {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { ram, gate, root, faults, through_gate, seed, schedule, stop } = parts;
+        let Parts { ram, gate, root, faults, through_gate, direct, seed, schedule, stop } = parts;
         let cpus = ram.layout().cpus;
         Self {
             ram,
@@ -78,6 +82,7 @@ impl SimMachine {
             turns: Turns::new(schedule, cpus, seed),
             shootdowns: Shootdowns::new(),
             through_gate,
+            direct,
             stuck: AtomicBool::new(false),
             space: AddressSpace { root, pcid: 0 },
             faults,
@@ -204,6 +209,17 @@ impl SimMachine {
         if (idle || switch) && self.turns.pass(number, idle) == Err(Over) {
             self.halt();
         }
+    }
+
+    /// What the guest sees of an entry: under direct paging a word of its copy of the tables.
+    #[inline]
+    pub(super) fn entry_seen(&self, at: Gpa) -> &AtomicU64 {
+        let Layout { pool, table_copy, .. } = self.ram.layout();
+        match at.offset_from(pool.gpa).filter(|offset| self.direct && *offset < pool.len) {
+            Some(offset) => self.ram.word(table_copy.gpa.wrapping_add(offset)),
+            None => None,
+        }
+        .unwrap_or_else(|| self.entry_word(at))
     }
 
     /// A word of the table pool.

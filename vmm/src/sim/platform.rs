@@ -7,6 +7,7 @@ use super::mmu::Fault;
 use super::tlb::Invalidation;
 use crate::machine::sys::here_in_code;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::{EntryWrite, Event, Flush, Life, TableFill};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::paging::{Entry, Level};
@@ -57,18 +58,41 @@ impl Platform for SimMachine {
 
     fn read_entry(&self, at: Gpa) -> Entry {
         // Also while unwinding: destructors rely on what they read.
-        Entry(self.entry_word(at).load(Acquire))
+        Entry(self.entry_seen(at).load(Acquire))
     }
 
     // What is recorded here is recorded as done by its caller, of which these are parts.
     #[inline(always)]
-    fn write_entries(&self, at: Gpa, write: &EntryWrite) {
+    fn write_entries(&self, at: Gpa, write: &EntryWrite) -> Result<(), GateError> {
+        if self.direct {
+            return self.write_directly(here_in_code(), &[TableOp::Write { at, write: *write }]);
+        }
         self.write_entries_at(here_in_code(), at, write);
+        Ok(())
     }
 
     #[inline(always)]
-    fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
-        self.fill_table_at(here_in_code(), TableFill { table, level, first });
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) -> Result<(), GateError> {
+        let fill = TableFill { table, level, first };
+        if self.direct {
+            return self.write_directly(here_in_code(), &[TableOp::Fill(fill)]);
+        }
+        self.fill_table_at(here_in_code(), fill);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn write_tables(&self, ops: &[TableOp]) -> Result<(), GateError> {
+        if self.direct {
+            return self.write_directly(here_in_code(), ops);
+        }
+        for op in ops {
+            match op {
+                TableOp::Write { at, write } => self.write_entries_at(here_in_code(), *at, write),
+                TableOp::Fill(fill) => self.fill_table_at(here_in_code(), *fill),
+            }
+        }
+        Ok(())
     }
 
     #[inline(always)]
@@ -145,6 +169,21 @@ impl Platform for SimMachine {
 
 /// The platform's calls that are recorded, with the code that made them.
 impl SimMachine {
+    /// Has the host write to the tables; nothing of this CPU's reaches the pool.
+    fn write_directly(&self, site: u32, ops: &[TableOp]) -> Result<(), GateError> {
+        let Some((number, cpu)) = self.enter() else { return Ok(()) };
+        let were_on = cpu.interrupts_off();
+        let call = |ops: &[TableOp]| {
+            let called = self.table_ops(number, site, ops);
+            let done = called.map_or_else(|error| error.index as usize, |()| ops.len());
+            ops.iter().take(done).for_each(|op| self.ram.versions.count_op(op));
+            called
+        };
+        let written = ring::write_directly(&self.ring(site), ops, call);
+        cpu.interrupts_restore(were_on);
+        written
+    }
+
     fn write_entries_at(&self, site: u32, at: Gpa, write: &EntryWrite) {
         let Some((_, cpu)) = self.enter() else { return };
         let entries = self.entry_words(at, write.count);

@@ -117,6 +117,7 @@ pub(super) fn act(act: HostAct, named: FrameRange) -> String {
         HostAct::Released => format!("had {named} released: secret no more"),
         HostAct::Quiesced => "everything was checked".to_owned(),
         HostAct::Refused => format!("was refused to open {named}"),
+        HostAct::WriteRefused => format!("was refused a write to tables about {named}"),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod alias;
 mod cached;
+mod direct;
 mod hostile;
 mod index;
 mod levels;
@@ -16,6 +17,7 @@ mod state;
 mod story;
 
 use super::*;
+use crate::config::Mediation;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_SIZE, FrameRange, Gva};
 use lacuna_abi::event::{EntryWrite, Flush, Life};
 use lacuna_abi::gate::{Op, OpKind};
@@ -68,6 +70,10 @@ impl World for Machine {
 impl Machine {
     /// Image, table pool, direct map and empty windows, as the VMM builds them.
     fn new(cpus: usize) -> Self {
+        Self::seen_by(cpus, Mediation::Trace)
+    }
+
+    fn seen_by(cpus: usize, mediation: Mediation) -> Self {
         let needs = Needs { image: 0x3000, memory_mib: 16, cpus, input: 0, scratch: 0 };
         let layout = Layout::new(&needs).unwrap();
         let root = layout.pool.gpa;
@@ -95,7 +101,8 @@ impl Machine {
         machine.map(IMAGE, Level::Pt, Entry::new(text, Entry::TEXT | Entry::GLOBAL));
         let data = Entry::new(text.wrapping_add(1), Entry::DATA | Entry::GLOBAL);
         machine.map(Gva(IMAGE.0 + PAGE_SIZE), Level::Pt, data);
-        for block in 0..layout.pool.len / BLOCK_SIZE {
+        let pool = if mediation == Mediation::Tables { 0 } else { layout.pool.len };
+        for block in 0..pool / BLOCK_SIZE {
             let frame = layout.pool.gpa.wrapping_add(block * BLOCK_SIZE).frame();
             machine.map(
                 POOL.wrapping_add(block * BLOCK_SIZE),
@@ -159,7 +166,8 @@ fn config(machine: &Machine, seal_closes: bool) -> AuditConfig {
     let control = ControlPolicy::default();
     let (layout, boot_root) = (machine.layout, machine.root);
     let profile = Profile::Intel;
-    AuditConfig { layout, boot_root, seal_closes, control, profile, max_findings: 100 }
+    let (max_findings, mediation) = (100, Mediation::Trace);
+    AuditConfig { layout, boot_root, seal_closes, control, profile, max_findings, mediation }
 }
 
 impl Scene {
@@ -168,8 +176,14 @@ impl Scene {
     }
 
     fn with_seal(cpus: usize, seal: Denial) -> Self {
-        let machine = Machine::new(cpus);
-        let mut audit = Audit::new(config(&machine, seal != Denial::NotEnforced), &machine);
+        Self::as_seen(cpus, seal, Mediation::Trace)
+    }
+
+    fn as_seen(cpus: usize, seal: Denial, mediation: Mediation) -> Self {
+        let machine = Machine::seen_by(cpus, mediation);
+        let closes = seal != Denial::NotEnforced;
+        let config = AuditConfig { mediation, ..config(&machine, closes) };
+        let mut audit = Audit::new(config, &machine);
         for cpu in 0..cpus {
             let tables = CpuRegistration { idt_limit: 0xfff, ..CpuRegistration::default() };
             let cpu = u8::try_from(cpu).unwrap();

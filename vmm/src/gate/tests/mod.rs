@@ -5,6 +5,7 @@ mod several;
 
 use super::*;
 use crate::audit::{Profile, Rule};
+use crate::config::Mediation;
 use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
@@ -150,6 +151,7 @@ impl Guest {
             profile: Profile::Intel,
             quiesce_every: 1000,
             max_findings: 10,
+            mediation: Mediation::Trace,
             probes: 8,
             seed: 1,
             shootdown_limit: Duration::ZERO,
