@@ -1,6 +1,6 @@
 //! What goes into a gate and what comes out of it.
 
-use crate::audit::{Probe, ProbeKind, Profile, Touched};
+use crate::audit::{Mediation, Probe, ProbeKind, Profile, Touched};
 use crate::leak::LeakScanner;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
@@ -152,6 +152,8 @@ pub struct GateSetup {
     pub memory: Arc<Memory>,
     /// What closes frames.
     pub stage: Box<dyn SecondStage>,
+    /// What the host sees for itself, from the start.
+    pub mediation: Mediation,
     /// Root that every CPU starts with; CPU 0 runs from the start.
     pub boot_root: Gpa,
     /// How the CPUs invalidate translations.

@@ -1,6 +1,6 @@
 //! What is on a tape: calls of the audit, answers of the world, results.
 
-use crate::audit::{CpuState, Denial, Probe, ProbeKind, TableWords, Touched};
+use crate::audit::{CpuState, Denial, Mediation, Probe, ProbeKind, TableWords, Touched};
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa};
 use lacuna_abi::event::{EntryWrite, Intent, Record};
 use lacuna_abi::gate::{CpuRegistration, Op, Status};
@@ -19,6 +19,8 @@ pub(super) enum Call {
     Arrival(u8, Op, u64),
     Done(u8, Op, u64),
     Quiesce(u64),
+    Mediate(Mediation),
+    Came(u8, u64),
     ChooseProbes(u64, Vec<ProbeKind>),
     JudgeProbes(Vec<(Probe, Touched)>, u64),
     /// Place, frame, detail, number.

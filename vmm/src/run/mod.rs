@@ -190,6 +190,7 @@ impl Machine {
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
+            mediation: plan.mediation,
             boot_root: root,
             profile: plan.profile,
             quiesce_every: plan.quiesce_every,

@@ -1,6 +1,6 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
-use crate::audit::Profile;
+use crate::audit::{Mediation, Profile};
 use crate::config::{Config, GuardChoice, MachineKind, OnFree, Seal, Shootdown, Workload};
 use crate::doctor::{HostFacts, ThisHost};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
@@ -80,6 +80,8 @@ pub struct Plan {
     pub guard: GuardChoice,
     /// Borders between closed and open memory that `mprotect` may make.
     pub vma_budget: Option<u32>,
+    /// What the host sees for itself.
+    pub mediation: Mediation,
     /// How the CPUs invalidate translations.
     pub profile: Profile,
     /// Events between two complete checks.
@@ -152,6 +154,7 @@ impl Plan {
             seal: config.second_stage.seal,
             guard: config.second_stage.guard,
             vma_budget: config.second_stage.vma_budget,
+            mediation: config.mediation,
             profile: profile(config),
             quiesce_every: config.audit.quiesce_every,
             probes: config.audit.probes,

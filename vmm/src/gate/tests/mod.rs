@@ -4,7 +4,7 @@ mod probes;
 mod several;
 
 use super::*;
-use crate::audit::{Profile, Rule};
+use crate::audit::{Mediation, Profile, Rule};
 use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
@@ -146,6 +146,7 @@ impl Guest {
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
+            mediation: Mediation::Trace,
             boot_root: root,
             profile: Profile::Intel,
             quiesce_every: 1000,
