@@ -187,6 +187,7 @@ impl Audit {
             let mut change = Change::new(&self.config.layout, &source, 0, &mut walked);
             self.index.store(table, (index, 1), |_| found, &mut change);
         }
+        self.keep_dropped();
         walked.tables.iter().for_each(|table| self.fills.remove(table.frame));
         self.judge_walked(&walked, None, seq);
     }

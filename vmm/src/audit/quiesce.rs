@@ -16,6 +16,7 @@ impl Audit {
     /// writes that a standing intent announces.
     pub fn quiesce(&mut self, seq: u64, world: &impl World) {
         self.link_work = 0;
+        self.judge_unreported(seq, world);
         self.compare_tables(seq, world);
         self.judge_all_mappings(seq);
         self.judge_second_stage(seq, world);

@@ -1,7 +1,6 @@
 //! What the audit asks of the machine, and what it is told about it at the start.
 
 use super::Profile;
-use crate::config::Mediation;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::gate::PAGE_WORDS;
@@ -173,6 +172,4 @@ pub struct AuditConfig {
     pub profile: Profile,
     /// Most findings that are kept in words; the counts stay exact.
     pub max_findings: usize,
-    /// Which events the host saw itself.
-    pub mediation: Mediation,
 }

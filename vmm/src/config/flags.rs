@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 pub(super) fn refuse_what_is_missing(overrides: &Overrides) -> Result<(), ConfigError> {
     let refuse = |flag, what: String, remedy: &str| Err(ConfigError::flag(flag, what, remedy));
     match overrides {
-        Overrides { mediate: Some(mode), .. } if *mode != Mediation::Trace => refuse(
+        Overrides { mediate: Some(mode @ Mediation::Step), .. } => refuse(
             "--mediate",
             format!("this version has no mediation \"{}\"", mode.name()),
-            "use --mediate trace",
+            "use --mediate trace or tables",
         ),
         Overrides { step_from: Some(_), .. } => refuse(
             "--step-from",

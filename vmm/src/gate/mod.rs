@@ -20,8 +20,8 @@ mod world;
 pub use probes::ProbeSummary;
 pub use types::{GateCounters, GateFailure, GateSetup, Observer, Prober, Served, Vcpus};
 
-use crate::audit::{AuditConfig, ControlPolicy};
-use crate::events::{RingReader, Sequencer, Standing};
+use crate::audit::{AuditConfig, ControlPolicy, Mediation};
+use crate::events::{RingReader, Sequencer, Sightings, Standing};
 use crate::leak::LeakScanner;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
@@ -62,6 +62,7 @@ pub struct Gate {
     audit: Judged,
     rings: Vec<RingReader>,
     sequencer: Sequencer,
+    sightings: Arc<Sightings>,
     /// Room for records that are judged.
     settled: Vec<Record>,
     /// Room for the words of a list of operations, and for what they say.
@@ -97,11 +98,11 @@ impl Gate {
         let GateSetup {
             memory,
             stage,
+            mediation,
             boot_root,
             profile,
             quiesce_every,
             max_findings,
-            mediation,
             probes,
             seed,
             shootdown_limit,
@@ -118,7 +119,6 @@ impl Gate {
             control: ControlPolicy::default(),
             profile,
             max_findings,
-            mediation,
         };
         let cpus = vec![None; layout.cpus];
         let intents = vec![None; layout.cpus];
@@ -138,7 +138,11 @@ impl Gate {
             });
             recorder
         });
-        let audit = Judged::new(config, recorder, &world);
+        let mut audit = Judged::new(config, recorder, &world);
+        if mediation != Mediation::Trace {
+            audit.mediate(mediation, &world);
+        }
+        let sightings = Arc::new(Sightings::new(Arc::clone(&memory)));
         let rings = (0..=u8::MAX).take(layout.cpus).map(|cpu| RingReader::new(&memory, cpu));
         let rings = rings.collect();
         Self {
@@ -147,6 +151,7 @@ impl Gate {
             audit,
             rings,
             sequencer: Sequencer::default(),
+            sightings,
             settled: Vec::new(),
             list: Vec::new(),
             ops: Vec::new(),

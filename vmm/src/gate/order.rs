@@ -3,6 +3,7 @@
 
 use super::world::LiveWorld;
 use super::{Gate, GateFailure, Scope, Vcpus};
+use crate::audit::Mediation;
 use crate::events::Standing;
 use lacuna_abi::addr::FrameRange;
 use lacuna_abi::event::{Event, HostAct, Intent, Record};
@@ -64,7 +65,11 @@ impl Gate {
                 }
             }
         }
-        self.judge(last, &intents)?;
+        let complete = self.sequencer.missing(last) == 0;
+        let judged = self.judge(last, &intents)?;
+        if self.audit.mediation() != Mediation::Trace && standing.is_none() && complete && judged {
+            self.audit.came(caller, last);
+        }
         Ok(!intents.is_empty())
     }
 
@@ -167,6 +172,12 @@ impl Gate {
                 }
             }
         }
+        let given = self.memory.last_event_number()?;
+        for record in self.sightings.take() {
+            if let Err(why) = self.sequencer.push(record, given) {
+                self.audit.inconclusive(why);
+            }
+        }
         Ok(())
     }
 
@@ -208,7 +219,8 @@ impl Gate {
                 self.broken_off = true;
                 return false;
             }
-            self.counters.events += u64::from(!matches!(record.event, Event::Host(..)));
+            self.counters.events +=
+                u64::from(!matches!(record.event, Event::Host(..) | Event::Seen(_)));
             self.event(record);
             for observer in &mut self.observers {
                 observer.event(record);
@@ -226,7 +238,7 @@ impl Gate {
     }
 
     /// Takes a number for something that the host does, and records it.
-    fn host_record(
+    pub(super) fn host_record(
         &mut self,
         cpu: u8,
         act: HostAct,

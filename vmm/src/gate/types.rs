@@ -1,7 +1,6 @@
 //! What goes into a gate and what comes out of it.
 
-use crate::audit::{Probe, ProbeKind, Profile, Touched};
-use crate::config::Mediation;
+use crate::audit::{Mediation, Probe, ProbeKind, Profile, Touched};
 use crate::leak::LeakScanner;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
@@ -157,6 +156,8 @@ pub struct GateSetup {
     pub memory: Arc<Memory>,
     /// What closes frames.
     pub stage: Box<dyn SecondStage>,
+    /// What the host sees for itself, from the start.
+    pub mediation: Mediation,
     /// Root that every CPU starts with; CPU 0 runs from the start.
     pub boot_root: Gpa,
     /// How the CPUs invalidate translations.
@@ -165,8 +166,6 @@ pub struct GateSetup {
     pub quiesce_every: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
-    /// Which events the host sees itself.
-    pub mediation: Mediation,
     /// Frames that are touched at each complete check, to see what the second stage does.
     pub probes: u64,
     /// What follows from it is which.

@@ -1,6 +1,6 @@
 //! What is on a tape: calls of the audit, answers of the world, results.
 
-use crate::audit::{CpuState, Denial, Probe, ProbeKind, TableWords, Touched};
+use crate::audit::{CpuState, Denial, Mediation, Probe, ProbeKind, TableWords, Touched};
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa};
 use lacuna_abi::direct::{SITE_WORD, TableOp, TableWriter, read_table_ops};
 use lacuna_abi::event::{EntryWrite, Intent, Record};
@@ -23,6 +23,8 @@ pub(super) enum Call {
     Admit(u8, u32, TableOp, u64),
     Sample(u8, u64),
     Quiesce(u64),
+    Mediate(Mediation),
+    Came(u8, u64),
     ChooseProbes(u64, Vec<ProbeKind>),
     JudgeProbes(Vec<(Probe, Touched)>, u64),
     /// Place, frame, detail, number.

@@ -3,7 +3,7 @@
 use super::Recorder;
 use super::item::{Answer, Call, Item};
 use super::recorder::Tap;
-use crate::audit::{Audit, AuditConfig, Probe, ProbeKind, Touched, World};
+use crate::audit::{Audit, AuditConfig, Mediation, Probe, ProbeKind, Touched, World};
 use lacuna_abi::addr::{Gfn, Gpa};
 use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::Record;
@@ -150,6 +150,17 @@ impl Judged {
     /// [`Audit::quiesce`]
     pub fn quiesce(&mut self, seq: u64, world: &impl World) {
         call!(self, world, Call::Quiesce(seq), quiesce(seq), nothing);
+    }
+
+    /// [`Audit::mediate`]
+    pub fn mediate(&mut self, mediation: Mediation, world: &impl World) {
+        call!(self, world, Call::Mediate(mediation), mediate(mediation), nothing);
+    }
+
+    /// [`Audit::came`]
+    pub fn came(&mut self, cpu: u8, seq: u64) {
+        self.audit.came(cpu, seq);
+        self.note(|| Call::Came(cpu, seq), Ok(()));
     }
 
     /// [`Audit::choose_probes`]

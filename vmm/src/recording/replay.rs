@@ -181,7 +181,8 @@ impl<R: Read> Recording<R> {
                 (String::new(), Ok(()))
             }
             Call::Event(record) => {
-                counted.events += u64::from(!matches!(record.event, Event::Host(..)));
+                counted.events +=
+                    u64::from(!matches!(record.event, Event::Host(..) | Event::Seen(_)));
                 counted.last = counted.last.max(record.seq);
                 audit.event(&record, &world);
                 (format!("event {}", record.seq), Ok(()))
@@ -212,6 +213,14 @@ impl<R: Read> Recording<R> {
             Call::Sample(cpu, seq) => {
                 audit.sample(cpu, seq, &world);
                 (format!("the registers of CPU {cpu} after event {seq}"), Ok(()))
+            }
+            Call::Mediate(mediation) => {
+                audit.mediate(mediation, &world);
+                (format!("the mediation {}", mediation.name()), Ok(()))
+            }
+            Call::Came(cpu, seq) => {
+                audit.came(cpu, seq);
+                (String::new(), Ok(()))
             }
             Call::Quiesce(seq) => {
                 audit.quiesce(seq, &world);

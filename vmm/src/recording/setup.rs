@@ -2,7 +2,7 @@
 //! machine knew.
 
 use crate::audit::{AuditConfig, ControlPolicy, Profile, Rule};
-use crate::config::{self, Config, Expect, Mediation, ProfileChoice};
+use crate::config::{self, Config, Expect, ProfileChoice};
 use crate::report::Report;
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::layout::{Layout, Needs};
@@ -97,8 +97,6 @@ pub struct Setup {
     pub profile: String,
     /// Most findings that are kept in words.
     pub max_findings: usize,
-    /// Which events the host saw itself.
-    pub mediation: Mediation,
 }
 
 impl Setup {
@@ -128,7 +126,6 @@ impl Setup {
             ],
             profile: audit.profile.name().to_owned(),
             max_findings: audit.max_findings,
-            mediation: audit.mediation,
         }
     }
 
@@ -160,7 +157,6 @@ impl Setup {
             control: [0; 6],
             profile: Profile::Amd.name().to_owned(),
             max_findings: 100,
-            mediation: Mediation::Trace,
         }
     }
 
@@ -188,7 +184,6 @@ impl Setup {
             control: ControlPolicy { cr0_set, cr0_clear, cr4_set, cr4_clear, efer_set, efer_clear },
             profile,
             max_findings: self.max_findings,
-            mediation: self.mediation,
         })
     }
 }

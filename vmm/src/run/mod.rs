@@ -190,11 +190,11 @@ impl Machine {
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
+            mediation: plan.mediation,
             boot_root: root,
             profile: plan.profile,
             quiesce_every: plan.quiesce_every,
             max_findings: plan.max_findings,
-            mediation: plan.mediation,
             probes: plan.probes,
             seed: plan.seed,
             shootdown_limit: plan.shootdown_limit,

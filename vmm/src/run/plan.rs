@@ -1,9 +1,7 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
-use crate::audit::Profile;
-use crate::config::{
-    Config, GuardChoice, MachineKind, Mediation, OnFree, Seal, Shootdown, Workload,
-};
+use crate::audit::{Mediation, Profile};
+use crate::config::{Config, GuardChoice, MachineKind, OnFree, Seal, Shootdown, Workload};
 use crate::doctor::{HostFacts, ThisHost};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
@@ -82,6 +80,8 @@ pub struct Plan {
     pub guard: GuardChoice,
     /// Borders between closed and open memory that `mprotect` may make.
     pub vma_budget: Option<u32>,
+    /// What the host sees for itself.
+    pub mediation: Mediation,
     /// How the CPUs invalidate translations.
     pub profile: Profile,
     /// Events between two complete checks.
@@ -90,8 +90,6 @@ pub struct Plan {
     pub probes: u64,
     /// Most findings that are kept in words.
     pub max_findings: usize,
-    /// Which events the host sees itself.
-    pub mediation: Mediation,
     /// Longest that a CPU may take to answer a shootdown.
     pub shootdown_limit: Duration,
     /// Longest time from the first instruction to the end.
@@ -157,11 +155,11 @@ impl Plan {
             seal: config.second_stage.seal,
             guard: config.second_stage.guard,
             vma_budget: config.second_stage.vma_budget,
+            mediation: config.mediation,
             profile: profile(config),
             quiesce_every: config.audit.quiesce_every,
             probes: config.audit.probes,
             max_findings: MAX_FINDINGS,
-            mediation: config.mediation,
             shootdown_limit: Duration::from_secs(config.limits.shootdown_s),
             timeout: Duration::from_secs(config.limits.timeout_s),
         };

@@ -3,6 +3,7 @@
 mod alias;
 mod cached;
 mod direct;
+mod honesty;
 mod hostile;
 mod index;
 mod levels;
@@ -17,9 +18,8 @@ mod state;
 mod story;
 
 use super::*;
-use crate::config::Mediation;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_SIZE, FrameRange, Gva};
-use lacuna_abi::event::{EntryWrite, Flush, Life};
+use lacuna_abi::event::{EntryStores, EntryWrite, Flush, Life, Sighting, TableFill};
 use lacuna_abi::gate::{Op, OpKind};
 use lacuna_abi::layout::{IMAGE, Layout, Needs, POOL, direct_map, window};
 use lacuna_abi::paging::{Entry, Level};
@@ -166,8 +166,7 @@ fn config(machine: &Machine, seal_closes: bool) -> AuditConfig {
     let control = ControlPolicy::default();
     let (layout, boot_root) = (machine.layout, machine.root);
     let profile = Profile::Intel;
-    let (max_findings, mediation) = (100, Mediation::Trace);
-    AuditConfig { layout, boot_root, seal_closes, control, profile, max_findings, mediation }
+    AuditConfig { layout, boot_root, seal_closes, control, profile, max_findings: 100 }
 }
 
 impl Scene {
@@ -182,8 +181,10 @@ impl Scene {
     fn as_seen(cpus: usize, seal: Denial, mediation: Mediation) -> Self {
         let machine = Machine::seen_by(cpus, mediation);
         let closes = seal != Denial::NotEnforced;
-        let config = AuditConfig { mediation, ..config(&machine, closes) };
-        let mut audit = Audit::new(config, &machine);
+        let mut audit = Audit::new(config(&machine, closes), &machine);
+        if mediation != Mediation::Trace {
+            audit.mediate(mediation, &machine);
+        }
         for cpu in 0..cpus {
             let tables = CpuRegistration { idt_limit: 0xfff, ..CpuRegistration::default() };
             let cpu = u8::try_from(cpu).unwrap();
@@ -199,7 +200,39 @@ impl Scene {
         FrameRange::new(start.wrapping_add(block * BLOCK_FRAMES), BLOCK_FRAMES).unwrap()
     }
 
+    /// What a CPU does and reports; what the host sees of it, it is told too.
     fn record(&mut self, cpu: u8, event: Event) {
+        if !self.audit.mediation().sees(&event) {
+            self.report(cpu, event);
+            return;
+        }
+        // Stores are made before they are reported, all else is announced.
+        if let Event::EntryWrite(write) = event {
+            self.see_write(cpu, &write);
+        }
+        self.report(cpu, event);
+        if let Event::Flush(flush) = event {
+            self.see(cpu, Sighting::Flush(flush));
+        }
+    }
+
+    /// The host sees a run of stores, one by one.
+    fn see_write(&mut self, cpu: u8, write: &EntryWrite) {
+        let EntryWrite { root, va, level, .. } = *write;
+        let at = locate(&self.machine, root, va, level).unwrap();
+        for index in 0..u64::from(write.count) {
+            let [old, new] = [write.old, write.new].map(|entry| entry.nth_of_run(level, index));
+            let at = at.wrapping_add(8 * index);
+            let stores = EntryStores { at, level: Level::Pt, count: 1, old, new, grant: 0 };
+            self.see(cpu, Sighting::Stores(stores));
+        }
+    }
+
+    fn see(&mut self, cpu: u8, sighting: Sighting) {
+        self.report(cpu, Event::Seen(sighting));
+    }
+
+    fn report(&mut self, cpu: u8, event: Event) {
         self.seq += 1;
         let site = u32::try_from(self.seq).unwrap() + SITES;
         self.audit.event(&Record { seq: self.seq, cpu, site, event }, &self.machine);
@@ -325,8 +358,12 @@ fn first(frames: FrameRange, count: u64) -> FrameRange {
 
 #[test]
 fn a_whole_life_of_two_blocks_is_clean_and_exercises_every_rule() {
-    for (seal, cpus) in [(Denial::Denied, 1), (Denial::Denied, 2), (Denial::NotEnforced, 2)] {
+    let seals = [(Denial::Denied, 1), (Denial::Denied, 2), (Denial::NotEnforced, 2)];
+    let modes =
+        Mediation::ALL.iter().flat_map(|mode| seals.map(|(seal, cpus)| (seal, cpus, *mode)));
+    for (seal, cpus, mediation) in modes {
         let mut scene = Scene::with_seal(cpus, seal);
+        scene.audit.mediate(mediation, &scene.machine);
         let (one, two) = (scene.block(1), scene.block(2));
         scene.machine.dirty.extend(one.iter());
         scene.flip(one);

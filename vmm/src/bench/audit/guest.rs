@@ -3,7 +3,6 @@
 
 use crate::audit::{AuditConfig, ControlPolicy, CpuState, Denial, Profile, TableWords, World};
 use crate::bench::BenchError;
-use crate::config::Mediation;
 use crate::image::{Image, ORDINARY};
 use crate::machine::boot::prepare;
 use crate::machine::memory::Memory;
@@ -74,8 +73,7 @@ impl Guest {
         let (layout, boot_root) = (*self.memory.layout(), self.root);
         let control = ControlPolicy::default();
         let (seal_closes, profile) = (true, Profile::Intel);
-        let (max_findings, mediation) = (16, Mediation::Trace);
-        AuditConfig { layout, boot_root, seal_closes, control, profile, max_findings, mediation }
+        AuditConfig { layout, boot_root, seal_closes, control, profile, max_findings: 16 }
     }
 
     pub(super) fn layout(&self) -> &Layout {

@@ -4,8 +4,7 @@ mod probes;
 mod several;
 
 use super::*;
-use crate::audit::{Profile, Rule};
-use crate::config::Mediation;
+use crate::audit::{Mediation, Profile, Rule};
 use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
@@ -147,11 +146,11 @@ impl Guest {
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
+            mediation: Mediation::Trace,
             boot_root: root,
             profile: Profile::Intel,
             quiesce_every: 1000,
             max_findings: 10,
-            mediation: Mediation::Trace,
             probes: 8,
             seed: 1,
             shootdown_limit: Duration::ZERO,

@@ -1,12 +1,12 @@
 //! Bytes to items.
 
 use super::{
-    ADMIT, ANSWERS, ARRIVAL, CHOOSE_PROBES, CPU, Context, DENIAL, DENIALS, DENIES_ALL, DONE, DRAW,
-    ENTRY, EVENT, FIRST_NONZERO, INCONCLUSIVE, INTENT, JUDGE_PROBES, LEAK, LEAK_SEARCH, MAX_TEXT,
-    MAX_TOUCHES, OPS, QUIESCE, REGISTER_CPU, REGISTER_ROOT, RESULT, SAMPLE, START, START_CPU,
-    Source, TABLE, UNREGISTER_ROOT, WORDS, ZERO,
+    ADMIT, ANSWERS, ARRIVAL, CAME, CHOOSE_PROBES, CPU, Context, DENIAL, DENIALS, DENIES_ALL, DONE,
+    DRAW, ENTRY, EVENT, FIRST_NONZERO, INCONCLUSIVE, INTENT, JUDGE_PROBES, LEAK, LEAK_SEARCH,
+    MAX_TEXT, MAX_TOUCHES, MEDIATE, OPS, QUIESCE, REGISTER_CPU, REGISTER_ROOT, RESULT, SAMPLE,
+    START, START_CPU, Source, TABLE, UNREGISTER_ROOT, WORDS, ZERO,
 };
-use crate::audit::{Probe, ProbeKind, Touched};
+use crate::audit::{Mediation, Probe, ProbeKind, Touched};
 use crate::recording::item::{Answer, Call, Item, MAX_OP_WORDS, cpu_state, op_of};
 use crate::recording::varint::unzigzag;
 use crate::recording::{ReadError, varint};
@@ -60,6 +60,11 @@ impl<S: Source> Decoder<'_, S> {
             }
             SAMPLE => Call::Sample(self.cpu()?, self.seq()?),
             QUIESCE => Call::Quiesce(self.seq()?),
+            MEDIATE => {
+                let mediation = Mediation::from_number(self.source.byte()?.into());
+                Call::Mediate(mediation.ok_or_else(|| self.source.damaged("no such mediation"))?)
+            }
+            CAME => Call::Came(self.cpu()?, self.seq()?),
             CHOOSE_PROBES => {
                 let count = self.number()?;
                 if count > MAX_TOUCHES {

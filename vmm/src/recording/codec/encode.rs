@@ -1,10 +1,10 @@
 //! Items to bytes.
 
 use super::{
-    ADMIT, ANSWERS, ARRIVAL, CHOOSE_PROBES, CPU, Context, DENIAL, DENIALS, DENIES_ALL, DONE, DRAW,
-    ENTRY, EVENT, FIRST_NONZERO, INCONCLUSIVE, INTENT, JUDGE_PROBES, LEAK, LEAK_SEARCH, MAX_TEXT,
-    QUIESCE, REGISTER_CPU, REGISTER_ROOT, RESULT, SAMPLE, START, START_CPU, TABLE, UNREGISTER_ROOT,
-    WORDS, ZERO,
+    ADMIT, ANSWERS, ARRIVAL, CAME, CHOOSE_PROBES, CPU, Context, DENIAL, DENIALS, DENIES_ALL, DONE,
+    DRAW, ENTRY, EVENT, FIRST_NONZERO, INCONCLUSIVE, INTENT, JUDGE_PROBES, LEAK, LEAK_SEARCH,
+    MAX_TEXT, MEDIATE, QUIESCE, REGISTER_CPU, REGISTER_ROOT, RESULT, SAMPLE, START, START_CPU,
+    TABLE, UNREGISTER_ROOT, WORDS, ZERO,
 };
 use crate::audit::{Probe, TableWords, Touched};
 use crate::recording::item::{Answer, Call, Item, cpu_words, op_words};
@@ -64,6 +64,11 @@ impl Encoder<'_> {
             }
             Call::Quiesce(seq) => {
                 self.out.push(QUIESCE);
+                self.seq(*seq);
+            }
+            Call::Mediate(mediation) => self.out.extend([MEDIATE, *mediation as u8]),
+            Call::Came(cpu, seq) => {
+                self.out.extend([CAME, *cpu]);
                 self.seq(*seq);
             }
             Call::ChooseProbes(count, kinds) => {
