@@ -1,7 +1,7 @@
 //! Puts records in the order of their numbers and notices what is missing.
 
 use super::waiting::Waiting;
-use lacuna_abi::event::{Event, Intent, Record};
+use lacuna_abi::event::{Event, Intent, Record, Sighting};
 
 /// Largest number that is taken for one: no run gets there, a hostile guest's may.
 const MAX_NUMBER: u64 = u64::MAX / 2;
@@ -64,10 +64,13 @@ impl Sequencer {
     /// # Errors
     /// What is wrong with its number; the record is then left out.
     pub fn push(&mut self, record: Record, given: u64) -> Result<(), String> {
-        if let Event::EntryWrite(write) = &record.event
-            && write.grant != 0
-        {
-            self.place(write.grant, given, Slot::Covered)?;
+        let grant = match &record.event {
+            Event::EntryWrite(write) => write.grant,
+            Event::Seen(Sighting::Stores(stores)) => stores.grant,
+            _ => 0,
+        };
+        if grant != 0 {
+            self.place(grant, given, Slot::Covered)?;
         }
         self.place(record.seq, given, Slot::Record(record))
     }
