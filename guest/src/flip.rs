@@ -6,12 +6,12 @@ use crate::contents::OnFree;
 use crate::error::{FirstFailure, UseError};
 use crate::freetype::{Freetype, Migratetype};
 use crate::meta::{Chunk, MAX_ORDER};
-use crate::platform::{CpuSet, GateError, Platform, gate_each, planted, slips};
+use crate::platform::{CpuSet, GateError, Platform, forge, gate_each, planted, slips};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, BLOCK_PAGES};
 use lacuna_abi::addr::FrameRange;
-use lacuna_abi::event::{Flush, Life};
+use lacuna_abi::event::{Event, Flush, Life};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::direct_map;
 use lacuna_abi::paging::{Entry, Level};
@@ -21,6 +21,9 @@ const BATCH: usize = 16;
 
 /// Batches of which the host refuses everything until a request is given up.
 const REFUSALS: usize = 4;
+
+/// A bit of an entry that is software's (SDM volume 3, "Paging-Structure Entries").
+const IGNORED: u64 = 1 << 9;
 
 /// What became of pageblocks that were to be closed, or released.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -264,7 +267,13 @@ impl<P: Platform> PageAllocator<'_, P> {
             }
             if !planted!(self.platform, LeaveDirectMapAlias) {
                 let run = self.direct_map_run(*chunk);
-                space::write(self.platform, run, self.platform.read_entry(run.at), Entry::EMPTY);
+                let old = self.platform.read_entry(run.at);
+                if planted!(self.platform, ForgedTableWrite) {
+                    // A bit that the processor ignores: records and tables still agree.
+                    let write = space::entry_write(self.platform, run, old, Entry(old.0 | IGNORED));
+                    forge!(self.platform, Event::EntryWrite(write));
+                }
+                space::write(self.platform, run, old, Entry::EMPTY);
             }
             if self.config.prezero && planted!(self.platform, OpenEarly) {
                 // So that zeroing overlaps with the shootdown; what is refused is zeroed later.
@@ -287,11 +296,15 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
         let reload_only = planted!(self.platform, Cr3FlipFlush);
         let flush = if reload_only { Flush::NonGlobal } else { Flush::Everything };
-        let cpus = if planted!(self.platform, LocalOnlyFlipFlush) {
+        let mut cpus = if planted!(self.platform, LocalOnlyFlipFlush) {
             CpuSet::only(self.platform.cpu())
         } else {
             CpuSet::first(self.platform.cpus())
         };
+        if planted!(self.platform, ForgedFlush) {
+            forge!(self.platform, Event::Flush(flush));
+            cpus = CpuSet(cpus.0 & !CpuSet::only(self.platform.cpu()).0);
+        }
         self.shootdown(flush, cpus);
     }
 

@@ -1,6 +1,6 @@
 //! The tables of the address space, as far as this crate writes to them: runs of leaf entries.
 
-use crate::platform::Platform;
+use crate::platform::{AddressSpace, Platform};
 use lacuna_abi::addr::{Gpa, Gva};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::layout::Region;
@@ -32,13 +32,22 @@ pub(crate) fn locate<P: Platform>(
     walk::locate(&read, platform.space().root, va, level)
 }
 
+/// The write of a run of entries from `old` to `new`, counted on as `Entry::nth_of_run` does.
+#[inline(always)]
+pub(crate) fn entry_write<P: Platform>(
+    platform: &P,
+    run: Run,
+    old: Entry,
+    new: Entry,
+) -> EntryWrite {
+    let AddressSpace { root, pcid } = platform.space();
+    let Run { va, level, count, .. } = run;
+    EntryWrite { root, pcid, va, level, count, old, new, grant: 0 }
+}
+
 /// Writes a run of entries: from `old` to `new`, counted on as `Entry::nth_of_run` does.
 /// Part of its caller, whose name a report of the write then bears.
 #[inline(always)]
 pub(crate) fn write<P: Platform>(platform: &P, run: Run, old: Entry, new: Entry) {
-    let space = platform.space();
-    let Run { at, va, level, count } = run;
-    let write =
-        EntryWrite { root: space.root, pcid: space.pcid, va, level, count, old, new, grant: 0 };
-    platform.write_entries(at, &write);
+    platform.write_entries(run.at, &entry_write(platform, run, old, new));
 }

@@ -77,15 +77,30 @@ pub(crate) fn write_entries(site: u32, pool: &Region, at: Gpa, write: &EntryWrit
     with_own(site, |own| ring::write_entries(own, write, store));
 }
 
-/// Fills a table that no root reaches and records it.
+/// Fills a table that no root reaches and records it. Interrupts are off meanwhile: what a CPU does is
+/// recorded in that order.
 pub(crate) fn fill_table(site: u32, pool: &Region, fill: &TableFill) {
-    memory::fill_table(pool.gpa, pool.len, fill);
-    record(site, Event::TableFill(*fill));
+    with_own(site, |own| {
+        memory::fill_table(pool.gpa, pool.len, fill);
+        ring::record(own, Event::TableFill(*fill));
+    });
 }
 
-/// Records a flush, then executes it.
+/// Records a flush, then executes it, likewise.
 pub(crate) fn flush(site: u32, flush: Flush) {
-    record(site, Event::Flush(flush));
+    // The image has no INVPCID, which an interpreting KVM does not know, and CR4.PCIDE is clear: a
+    // flush of everything does what each of them must.
+    let flush = match flush {
+        Flush::Pages { .. } | Flush::NonGlobal => flush,
+        _ => Flush::Everything,
+    };
+    with_own(site, |own| {
+        ring::record(own, Event::Flush(flush));
+        execute(flush);
+    });
+}
+
+fn execute(flush: Flush) {
     match flush {
         Flush::Pages { va, count, level } => {
             let stride = if level == Level::Pt { Level::Pt.span() } else { Level::Pd.span() };
@@ -94,8 +109,6 @@ pub(crate) fn flush(site: u32, flush: Flush) {
             }
         }
         Flush::NonGlobal => cpu::flush_non_global(),
-        // The image has no INVPCID, which an interpreting KVM does not know, and CR4.PCIDE is clear: a
-        // flush of everything does what each of them must.
         Flush::Everything | Flush::PageOfPcid { .. } | Flush::Pcid(_) | Flush::AllPcids => {
             cpu::flush_everything();
         }
