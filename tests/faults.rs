@@ -23,7 +23,21 @@ fn trials() -> Vec<Trial> {
                 trials.push(trial(&name, move || clean_twin(twin, cpus, seal)));
             }
         }
+        for twin in Twin::ALL {
+            let name = format!("{}_is_clean_on_{cpus}_cpus_when_stepped", twin.name());
+            trials.push(trial(&name, move || clean_when_stepped(twin, cpus)));
+        }
         for fault in Fault::ALL.iter().filter(|fault| fault.vcpus() <= cpus) {
+            let seal = seals(*fault)[0];
+            let name = format!("{}_is_found_on_{cpus}_cpus_when_stepped", fault.name());
+            let args = ["--machine", "sim", "--seal", seal, "--mediate", "step"];
+            let config = Twin::of(*fault).config(cpus);
+            trials.push(trial(&name, move || fault_is_found(&config, *fault, &args)));
+            if !fault.modes().contains(&"trace") {
+                let name = format!("{}_is_believed_on_{cpus}_cpus_under_trace", fault.name());
+                trials.push(trial(&name, move || believed(*fault, cpus)));
+                continue;
+            }
             for seal in seals(*fault) {
                 let name = format!("{}_is_found_on_{cpus}_cpus_under_{seal}", fault.name());
                 let args = ["--machine", "sim", "--seal", *seal];
@@ -63,6 +77,21 @@ fn clean_twin(twin: Twin, cpus: u8, seal: &str) -> Check {
     run.clean()?;
     ensure(run.report["inconclusive"] == serde_json::json!([]), "something is doubtful")?;
     ensure(twin != Twin::Wrapping || run.counter("window_flushes") > 0, "no window wrapped")
+}
+
+/// The same where the machine sees for itself what its CPUs do.
+fn clean_when_stepped(twin: Twin, cpus: u8) -> Check {
+    let run = sim(&twin.config(cpus), &["--mediate", "step"])?;
+    run.clean()?;
+    ensure(run.report["machine"]["mediation"] == "step", "it was not stepped")?;
+    let (compared, left) =
+        ["checked", "not_checked"].map(|count| run.check("trace-honesty", count)).into();
+    ensure(compared > 1000 && left == 0, &format!("{compared} compared, {left} not"))
+}
+
+/// A lie that leaves no trace: who believes the records finds nothing.
+fn believed(fault: Fault, cpus: u8) -> Check {
+    sim(&Twin::of(fault).config(cpus), &["--inject", fault.name()])?.clean()
 }
 
 /// With a page's own granule every seal completes at once, and discharges what the slip left.

@@ -6,13 +6,13 @@ use crate::contents::OnFree;
 use crate::error::{FirstFailure, UseError};
 use crate::freetype::{Freetype, Migratetype};
 use crate::meta::{Chunk, MAX_ORDER};
-use crate::platform::{CpuSet, GateError, Platform, each, gate_each, planted, slips};
+use crate::platform::{CpuSet, GateError, Platform, each, forge, gate_each, planted, slips};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, BLOCK_PAGES};
 use lacuna_abi::addr::{FrameRange, Gpa};
 use lacuna_abi::direct::TableOp;
-use lacuna_abi::event::{Flush, Life, TableFill};
+use lacuna_abi::event::{Event, Flush, Life, TableFill};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::direct_map;
 use lacuna_abi::paging::{Entry, Level};
@@ -26,6 +26,9 @@ const REFUSALS: usize = 4;
 /// A place for an operation.
 const NO_OP: TableOp =
     TableOp::Fill(TableFill { table: Gpa(0), level: Level::Pt, first: Entry::EMPTY });
+
+/// A bit of an entry that is software's (SDM volume 3, "Paging-Structure Entries").
+const IGNORED: u64 = 1 << 9;
 
 /// What became of pageblocks that were to be closed, or released.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -285,7 +288,13 @@ impl<P: Platform> PageAllocator<'_, P> {
                 self.map.set_known(self.map.frames(*chunk), false);
             }
             let run = self.direct_map_run(*chunk);
-            *op = space::op(self.platform, run, self.platform.read_entry(run.at), Entry::EMPTY);
+            let old = self.platform.read_entry(run.at);
+            if planted!(self.platform, ForgedTableWrite) {
+                // A bit that the processor ignores: records and tables still agree.
+                let write = space::entry_write(self.platform, run, old, Entry(old.0 | IGNORED));
+                forge!(self.platform, Event::EntryWrite(write));
+            }
+            *op = space::op(self.platform, run, old, Entry::EMPTY);
         }
         let count = if planted!(self.platform, LeaveDirectMapAlias) { 0 } else { chunks.len() };
         let refused = self.platform.write_tables(&ops[..count]).err();
@@ -313,11 +322,15 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
         let reload_only = planted!(self.platform, Cr3FlipFlush);
         let flush = if reload_only { Flush::NonGlobal } else { Flush::Everything };
-        let cpus = if planted!(self.platform, LocalOnlyFlipFlush) {
+        let mut cpus = if planted!(self.platform, LocalOnlyFlipFlush) {
             CpuSet::only(self.platform.cpu())
         } else {
             CpuSet::first(self.platform.cpus())
         };
+        if planted!(self.platform, ForgedFlush) {
+            forge!(self.platform, Event::Flush(flush));
+            cpus = CpuSet(cpus.0 & !CpuSet::only(self.platform.cpu()).0);
+        }
         self.shootdown(flush, cpus);
     }
 

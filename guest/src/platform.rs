@@ -159,6 +159,12 @@ pub trait Platform {
     /// Stores a word at `va`, a multiple of 8. No access that precedes is made after it.
     fn store(&self, va: Gva, value: u64);
 
+    /// Records an event that did not happen: for faults.
+    #[cfg(feature = "faults")]
+    fn forge(&self, event: lacuna_abi::event::Event) {
+        let _ = event;
+    }
+
     /// Whether this fault is planted.
     #[cfg(feature = "faults")]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool;
@@ -228,7 +234,20 @@ macro_rules! slips {
         false
     }};
 }
-pub(crate) use {planted, slips};
+/// Records an event that did not happen; without the feature `faults` nothing can.
+#[cfg(feature = "faults")]
+macro_rules! forge {
+    ($platform:expr, $event:expr) => {
+        $crate::platform::Platform::forge($platform, $event)
+    };
+}
+#[cfg(not(feature = "faults"))]
+macro_rules! forge {
+    ($platform:expr, $event:expr) => {{
+        let _ = (&$platform, $event);
+    }};
+}
+pub(crate) use {forge, planted, slips};
 
 /// Interrupts are off on this CPU while this lives. It stays there, and so does whatever holds it:
 /// dropped elsewhere it would turn on the interrupts of another CPU.

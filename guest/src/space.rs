@@ -1,6 +1,6 @@
 //! The tables of the address space, as far as this crate writes to them: runs of leaf entries.
 
-use crate::platform::{GateError, Platform};
+use crate::platform::{AddressSpace, GateError, Platform};
 use lacuna_abi::addr::{Gpa, Gva};
 use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::EntryWrite;
@@ -33,6 +33,19 @@ pub(crate) fn locate<P: Platform>(
     walk::locate(&read, platform.space().root, va, level)
 }
 
+/// The write of a run of entries from `old` to `new`, counted on as `Entry::nth_of_run` does.
+#[inline(always)]
+pub(crate) fn entry_write<P: Platform>(
+    platform: &P,
+    run: Run,
+    old: Entry,
+    new: Entry,
+) -> EntryWrite {
+    let AddressSpace { root, pcid } = platform.space();
+    let Run { va, level, count, .. } = run;
+    EntryWrite { root, pcid, va, level, count, old, new, grant: 0 }
+}
+
 /// Writes a run of entries: from `old` to `new`, counted on as `Entry::nth_of_run` does.
 /// Part of its caller, whose name a report of the write then bears.
 ///
@@ -51,12 +64,6 @@ pub(crate) fn write<P: Platform>(
 /// The same as an operation, one of several.
 pub(crate) fn op<P: Platform>(platform: &P, run: Run, old: Entry, new: Entry) -> TableOp {
     TableOp::Write { at: run.at, write: entry_write(platform, run, old, new) }
-}
-
-fn entry_write<P: Platform>(platform: &P, run: Run, old: Entry, new: Entry) -> EntryWrite {
-    let space = platform.space();
-    let Run { va, level, count, .. } = run;
-    EntryWrite { root: space.root, pcid: space.pcid, va, level, count, old, new, grant: 0 }
 }
 
 /// A write that can only be refused if this guest's own records of its tables are wrong: to go on

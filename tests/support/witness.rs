@@ -3,7 +3,7 @@
 
 use super::{Check, ensure};
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
-use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record, mapped_frames};
+use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record, Sighting, mapped_frames};
 use lacuna_abi::layout::{MERMAP, WINDOW_STRIDE, direct_map};
 use lacuna_abi::paging::{Entry, Level};
 use libtest_mimic::Failed;
@@ -204,6 +204,34 @@ impl Witness {
                 _ => None,
             }
         })
+    }
+
+    /// Whether the CPU reports this event, and was not seen to do it: a flush comes after its record, a
+    /// store before.
+    pub fn is_forged(&self, cpu: u8, seq: u64) -> bool {
+        let own = |record: &&Record| record.cpu == cpu;
+        let Some(at) = self.0.iter().position(|record| record.seq == seq && record.cpu == cpu)
+        else {
+            return false;
+        };
+        match self.0[at].event {
+            Event::Flush(reported) => {
+                let next = self.0[at + 1..].iter().find(own);
+                !next.is_some_and(|next| match next.event {
+                    Event::Seen(Sighting::Flush(flush)) => flush == reported,
+                    Event::Seen(Sighting::Control { .. }) => reported == Flush::Everything,
+                    _ => false,
+                })
+            }
+            Event::EntryWrite(reported) => {
+                let before = self.0[..at].iter().rev().find(own);
+                !before.is_some_and(|before| {
+                    matches!(before.event, Event::Seen(Sighting::Stores(stores))
+                        if stores.new == reported.new)
+                })
+            }
+            _ => false,
+        }
     }
 
     /// Whether the frame is the last of a range that the host did this with.

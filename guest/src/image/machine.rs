@@ -149,6 +149,12 @@ impl Platform for Machine {
         memory::store(va, value);
     }
 
+    #[cfg(feature = "faults")]
+    #[inline(always)]
+    fn forge(&self, event: Event) {
+        ring::record(cpu::here(), event);
+    }
+
     // Functions of their own, so that tests see by their names whether an image asks.
     #[cfg(feature = "faults")]
     #[inline(never)]

@@ -80,10 +80,13 @@ pub(crate) fn write_entries(site: u32, pool: &Region, at: Gpa, write: &EntryWrit
     with_own(site, |own| ring::write_entries(own, write, store));
 }
 
-/// Fills a table that no root reaches and records it.
+/// Fills a table that no root reaches and records it. Interrupts are off meanwhile: what a CPU does is
+/// recorded in that order.
 pub(crate) fn fill_table(site: u32, pool: &Region, fill: &TableFill) {
-    memory::fill_table(pool, fill);
-    record(site, Event::TableFill(*fill));
+    with_own(site, |own| {
+        memory::fill_table(pool, fill);
+        ring::record(own, Event::TableFill(*fill));
+    });
 }
 
 /// Has the host carry out operations on tables, and records what was done.
@@ -95,9 +98,21 @@ pub(crate) fn write_directly(site: u32, ops: &[TableOp]) -> Result<(), GateError
     with_own(site, |own| ring::write_directly(own, ops, |ops| gate::tables(site, ops)))
 }
 
-/// Records a flush, then executes it.
+/// Records a flush, then executes it, likewise.
 pub(crate) fn flush(site: u32, flush: Flush) {
-    record(site, Event::Flush(flush));
+    // The image has no INVPCID, which an interpreting KVM does not know, and CR4.PCIDE is clear: a
+    // flush of everything does what each of them must.
+    let flush = match flush {
+        Flush::Pages { .. } | Flush::NonGlobal => flush,
+        _ => Flush::Everything,
+    };
+    with_own(site, |own| {
+        ring::record(own, Event::Flush(flush));
+        execute(flush);
+    });
+}
+
+fn execute(flush: Flush) {
     match flush {
         Flush::Pages { va, count, level } => {
             let stride = if level == Level::Pt { Level::Pt.span() } else { Level::Pd.span() };
@@ -106,8 +121,6 @@ pub(crate) fn flush(site: u32, flush: Flush) {
             }
         }
         Flush::NonGlobal => cpu::flush_non_global(),
-        // The image has no INVPCID, which an interpreting KVM does not know, and CR4.PCIDE is clear: a
-        // flush of everything does what each of them must.
         Flush::Everything | Flush::PageOfPcid { .. } | Flush::Pcid(_) | Flush::AllPcids => {
             cpu::flush_everything();
         }

@@ -163,7 +163,7 @@ impl Sequencer {
 mod tests {
     use super::*;
     use lacuna_abi::addr::{Gpa, Gva};
-    use lacuna_abi::event::{EntryWrite, Flush};
+    use lacuna_abi::event::{EntryStores, EntryWrite, Flush};
     use lacuna_abi::paging::{Entry, Level};
 
     fn record(seq: u64) -> Record {
@@ -272,6 +272,16 @@ mod tests {
         );
         push(&mut sequencer, record(2));
         assert_eq!(settle(&mut sequencer, 3), (vec![2, 3], vec![]));
+    }
+
+    #[test]
+    fn so_does_one_that_was_seen() {
+        let mut sequencer = Sequencer::default();
+        let EntryWrite { level, count, old, new, grant, .. } = write(1);
+        let stores = EntryStores { at: Gpa(0), level, count, old, new, grant };
+        let event = Event::Seen(Sighting::Stores(stores));
+        push(&mut sequencer, Record { seq: 2, cpu: 0, site: 0, event });
+        assert_eq!(settle(&mut sequencer, 2), (vec![2], vec![]));
     }
 
     #[test]

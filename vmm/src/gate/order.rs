@@ -73,6 +73,15 @@ impl Gate {
         Ok(!intents.is_empty())
     }
 
+    /// Has all events judged that there are, so that what was seen takes up no more room; `caller` may
+    /// be in the middle of anything.
+    ///
+    /// # Errors
+    /// [`GateFailure::Memory`].
+    pub fn take_sightings(&mut self, caller: u8) -> Result<(), GateFailure> {
+        self.drain(caller, Some(Standing::Owed)).map(|_in_write| ())
+    }
+
     /// Checks everything. All vCPUs stand still meanwhile, and are left so unless the guest runs on.
     pub(super) fn quiesce(
         &mut self,

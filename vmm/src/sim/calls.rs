@@ -147,6 +147,19 @@ impl SimMachine {
         }
     }
 
+    /// Has the host take what it has seen, in the middle of whatever this CPU does.
+    pub(super) fn make_room(&self, number: usize) {
+        let registers = || self.registers();
+        let floor = FloorPlan { cpus: &self.cpus, registers: &registers };
+        // Below MAX_CPUS, 8.
+        let take = |_: &mut dyn Vcpus| self.lock_gate().take_sightings(number as u8);
+        match self.turns.with_gate(number, &floor, take) {
+            Err(Over) => self.halt(),
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => self.end(number, failure.into()),
+        }
+    }
+
     /// Has the host send the shootdown interrupt.
     pub(super) fn interrupt_through_gate(&self, cpus: CpuSet) {
         let number = cpu::number();

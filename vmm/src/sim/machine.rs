@@ -10,6 +10,7 @@ use super::platform::Wire;
 use super::ram::Ram;
 use super::random::Random;
 use super::schedule::{Schedule, Turns};
+use crate::events::Sightings;
 use crate::gate::Gate;
 use crate::machine::kvm::{CR0, CR4, EFER};
 use crate::machine::state::Registers;
@@ -52,6 +53,8 @@ pub struct SimMachine {
     pub(super) stuck: AtomicBool,
     pub(super) space: AddressSpace,
     pub(super) faults: u64,
+    /// Where it puts what it sees, if it is to see anything.
+    pub(super) sightings: Option<Arc<Sightings>>,
     stop: Arc<Stop>,
     over: AtomicBool,
     end: Mutex<Option<(usize, End)>>,
@@ -69,11 +72,23 @@ pub(super) struct Parts {
     pub(super) seed: u64,
     pub(super) schedule: Schedule,
     pub(super) stop: Arc<Stop>,
+    pub(super) sightings: Option<Arc<Sightings>>,
 }
 
 impl SimMachine {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { ram, gate, root, faults, through_gate, direct, seed, schedule, stop } = parts;
+        let Parts {
+            ram,
+            gate,
+            root,
+            faults,
+            through_gate,
+            direct,
+            seed,
+            schedule,
+            stop,
+            sightings,
+        } = parts;
         let cpus = ram.layout().cpus;
         Self {
             ram,
@@ -86,6 +101,7 @@ impl SimMachine {
             stuck: AtomicBool::new(false),
             space: AddressSpace { root, pcid: 0 },
             faults,
+            sightings,
             stop,
             over: AtomicBool::new(false),
             end: Mutex::new(None),

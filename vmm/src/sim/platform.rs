@@ -156,6 +156,13 @@ impl Platform for SimMachine {
         }
     }
 
+    #[inline(always)]
+    fn forge(&self, event: Event) {
+        if self.enter().is_some() {
+            self.record(here_in_code(), event);
+        }
+    }
+
     #[inline]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool {
         self.faults & fault.bit() != 0
@@ -189,11 +196,13 @@ impl SimMachine {
         let entries = self.entry_words(at, write.count);
         let store = |index: u64, entry: Entry| {
             // Below the count, which is that of the words.
-            entries[index as usize].store(entry.0, Release);
+            let word = &entries[index as usize];
+            self.store_entry(site, at.wrapping_add(8 * index), word, entry);
             if index + 1 == u64::from(write.count) {
                 self.ram.versions.count(write);
             }
         };
+        self.show_sightings();
         let were_on = cpu.interrupts_off();
         ring::write_entries(&self.ring(site), write, store);
         cpu.interrupts_restore(were_on);
@@ -203,9 +212,10 @@ impl SimMachine {
         if self.enter().is_none() {
             return;
         }
+        self.show_sightings();
         for index in 0..PAGE_SIZE / 8 {
             let at = fill.table.wrapping_add(8 * index);
-            self.entry_word(at).store(fill.entry(index).0, Release);
+            self.store_entry(site, at, self.entry_word(at), fill.entry(index));
         }
         self.record(site, Event::TableFill(fill));
     }
@@ -217,25 +227,27 @@ impl SimMachine {
     }
 
     fn flush_at(&self, site: u32, flush: Flush) {
-        let Some((_, cpu)) = self.enter() else { return };
+        if self.enter().is_none() {
+            return;
+        }
         self.record(site, Event::Flush(flush));
-        let mut mmu = cpu.mmu();
         let pcid = self.space.pcid;
-        match flush {
+        let what = match flush {
             Flush::Pages { va, count, level } => {
                 for page in 0..u64::from(count) {
                     let va = va.wrapping_add(page * level.span());
-                    mmu.invalidate(&Invalidation::Page { va, pcid });
+                    let one = Flush::Pages { va, count: 1, level };
+                    self.invalidate(site, one, &Invalidation::Page { va, pcid });
                 }
+                return;
             }
-            Flush::NonGlobal => mmu.invalidate(&Invalidation::Pcid(pcid)),
-            Flush::Everything => mmu.invalidate(&Invalidation::Everything),
-            Flush::PageOfPcid { va, pcid } => {
-                mmu.invalidate(&Invalidation::PageOfPcid { va, pcid });
-            }
-            Flush::Pcid(pcid) => mmu.invalidate(&Invalidation::Pcid(pcid)),
-            Flush::AllPcids => mmu.invalidate(&Invalidation::NonGlobal),
-        }
+            Flush::NonGlobal => Invalidation::Pcid(pcid),
+            Flush::Everything => Invalidation::Everything,
+            Flush::PageOfPcid { va, pcid } => Invalidation::PageOfPcid { va, pcid },
+            Flush::Pcid(pcid) => Invalidation::Pcid(pcid),
+            Flush::AllPcids => Invalidation::NonGlobal,
+        };
+        self.invalidate(site, flush, &what);
     }
 }
 

@@ -8,6 +8,7 @@ use super::mmu::MmuCounters;
 use super::probe::MmuProber;
 use super::ram::Ram;
 use super::schedule::Schedule;
+use crate::audit::Mediation;
 use crate::gate::Gate;
 use crate::machine::memory::{Memory, MemoryError};
 use crate::run::End;
@@ -109,7 +110,22 @@ impl Prepared {
         let features = boot_info(&memory)?.features;
         let through_gate = features & FEATURE_GATE_SHOOTDOWN != 0;
         let direct = features & FEATURE_DIRECT_PAGING != 0;
-        let parts = Parts { ram, gate, root, faults, through_gate, direct, seed, schedule, stop };
+        let sightings = {
+            let gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+            (gate.audit().mediation() == Mediation::Step).then(|| gate.sightings())
+        };
+        let parts = Parts {
+            ram,
+            gate,
+            root,
+            faults,
+            through_gate,
+            direct,
+            seed,
+            schedule,
+            stop,
+            sightings,
+        };
         let machine = SimMachine::new(parts);
         let metadata = Metadata::new(&memory);
         let guest = Guest::new(&machine, &memory, &metadata, workload.as_deref())?;
