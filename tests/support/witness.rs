@@ -57,18 +57,21 @@ impl Witness {
             "direct-map-alias" => {
                 seen.in_direct_map(seen.frame)
                     && self.is_secret(seen)
-                    && self.maps(seen, direct_map(seen.frame.gpa())) != Some(false)
+                    && (self.is_refused(seen)
+                        || self.maps(seen, direct_map(seen.frame.gpa())) != Some(false))
             }
             "foreign-alias" => {
                 self.is_secret(seen)
-                    && seen.va.is_some_and(|va| self.maps(seen, va) == Some(true))
+                    && (self.is_refused(seen)
+                        || seen.va.is_some_and(|va| self.maps(seen, va) == Some(true)))
                     && seen.window().is_some_and(|owner| !self.is_open(seen, owner))
             }
             "global-window" => {
                 let written = seen.va.and_then(|va| self.last_write(seen, va));
                 self.is_secret(seen)
                     && seen.window().is_some_and(|owner| seen.cpu.is_none_or(|cpu| cpu == owner))
-                    && written.is_some_and(|(_, write)| write.new.has(Entry::GLOBAL))
+                    && (self.is_refused(seen)
+                        || written.is_some_and(|(_, write)| write.new.has(Entry::GLOBAL)))
             }
             "stale-direct-map" => {
                 self.became_secret(seen.frame)
@@ -101,6 +104,18 @@ impl Witness {
     /// What the host had last done with the frame.
     fn act(&self, seen: &Seen) -> Option<HostAct> {
         self.before(seen).find_map(|record| host_act(record, seen.frame))
+    }
+
+    /// Whether the next that the host did is to refuse the finding's CPU a write to tables about the
+    /// frame.
+    fn is_refused(&self, seen: &Seen) -> bool {
+        let mut after = self.0.iter().filter(|record| record.seq > seen.seq);
+        let next = after.find(|record| matches!(record.event, Event::Host(..)));
+        next.is_some_and(|record| {
+            let about = matches!(record.event, Event::Host(HostAct::WriteRefused, frames)
+                if frames.contains(seen.frame));
+            about && seen.cpu == Some(record.cpu)
+        })
     }
 
     /// Secret at the finding: the host says so before, or completes the call that it is about.

@@ -25,17 +25,43 @@ impl Scene {
                     let entry = write.new.nth_of_run(write.level, index);
                     self.machine.tables.insert(at.0 + 8 * index, entry.0);
                 }
+                let EntryWrite { level, count, old, new, .. } = write;
+                let stores = EntryStores { at, level, count, old, new, grant: 0 };
+                self.see(cpu, Sighting::Stores(stores));
                 Event::EntryWrite(write)
             }
             TableOp::Fill(fill) => {
                 for index in 0..512 {
                     self.machine.tables.insert(fill.table.0 + 8 * index, fill.entry(index).0);
                 }
+                self.see(cpu, Sighting::Fill(fill));
                 Event::TableFill(fill)
             }
         };
-        self.record(cpu, event);
+        self.report(cpu, event);
         Ok(())
+    }
+
+    /// Asks for a word of a page that no root reaches.
+    fn ask_for_word(&mut self, at: Gpa, new: Entry) -> Result<(), Status> {
+        let old = self.machine.read_entry(at).unwrap();
+        // Built for a root that is not registered.
+        let (root, level, count) = (Gpa(0x1000), Level::Pt, 1);
+        let va = Gva((at.0 % PAGE_SIZE / 8) << 12);
+        let write = EntryWrite { root, pcid: 0, va, level, count, old, new, grant: 0 };
+        self.ask(0, &TableOp::Write { at, write })
+    }
+
+    /// A copy of the boot root, asked for word by word.
+    fn ask_for_root(&mut self) -> Gpa {
+        let copy = self.machine.new_table();
+        for index in 0..512 {
+            let entry = self.machine.read_entry(self.machine.root.wrapping_add(8 * index)).unwrap();
+            if entry.is_present() {
+                self.ask_for_word(copy.wrapping_add(8 * index), entry).unwrap();
+            }
+        }
+        copy
     }
 
     /// The write of a run of entries of the boot root, which says truly what they were.
@@ -218,15 +244,10 @@ fn no_frame_is_writable_and_executable_and_the_text_is_never_writable() {
 fn one_table_does_not_map_a_frame_writable_here_and_executable_there() {
     let mut scene = scene(1);
     let (table, block) = (scene.machine.new_table(), scene.block(1));
-    let unused = Gpa(scene.machine.root.0 + 0x100_000);
-    scene.seal_block(scene.block(2));
     scene.ask_to_write(direct_map(block.start().gpa()), Level::Pd, Entry::EMPTY).unwrap();
     for (index, flags) in [(0, Entry::DATA), (1, Entry::TEXT)] {
-        let va = direct_map(block.start().gpa()).wrapping_add(index * PAGE_SIZE);
-        let (level, count, old) = (Level::Pt, 1, Entry::EMPTY);
-        let new = Entry::new(block.start(), flags);
-        let write = EntryWrite { root: unused, pcid: 0, va, level, count, old, new, grant: 0 };
-        scene.ask(0, &TableOp::Write { at: write.place_in(table), write }).unwrap();
+        let at = table.wrapping_add(8 * index);
+        scene.ask_for_word(at, Entry::new(block.start(), flags)).unwrap();
     }
     let va = direct_map(block.start().gpa());
     let refused = scene.ask_to_write(va, Level::Pd, Entry::new(table.frame(), Entry::TABLE));
@@ -299,15 +320,15 @@ fn a_linked_table_is_not_filled() {
 fn a_root_is_registered_only_if_what_it_maps_keeps_the_rules() {
     let mut scene = scene(1);
     let block = scene.block(1);
-    let copy = scene.machine.clone_root();
+    let copy = scene.ask_for_root();
     scene.seal_block(block);
     scene.audit.register_root(copy, 1, &scene.machine).unwrap();
-    let bad = scene.machine.clone_root();
+    let bad = scene.ask_for_root();
     let (pdpt, pd) = (scene.machine.new_table(), scene.machine.new_table());
-    let link = |table: Gpa| Entry::new(table.frame(), Entry::TABLE).0;
-    scene.machine.tables.insert(bad.0, link(pdpt));
-    scene.machine.tables.insert(pdpt.0, link(pd));
-    scene.machine.tables.insert(pd.0, Entry::new(block.start(), BLOCK_ENTRY).0);
+    let link = |table: Gpa| Entry::new(table.frame(), Entry::TABLE);
+    scene.ask_for_word(bad, link(pdpt)).unwrap();
+    scene.ask_for_word(pdpt, link(pd)).unwrap();
+    scene.ask_for_word(pd, Entry::new(block.start(), BLOCK_ENTRY)).unwrap();
     assert_eq!(scene.audit.register_root(bad, 2, &scene.machine), Err(Status::BadRoot));
     scene.assert_found(Rule::ForeignAlias, block.start());
     assert_eq!(scene.found().len(), 1);
