@@ -188,6 +188,7 @@ fn end(report: &mut Report, end: &End, config: &Config, last_line: Option<String
                 place.map_or_else(String::new, |place| format!(", the guest was at {place}"));
             report.inconclusive.push(format!("the run was interrupted{place}"));
         }
+        End::Lost(message) => report.inconclusive.push(message.clone()),
         End::Host(message) => report.inconclusive.push(format!("the host failed: {message}")),
     }
 }
