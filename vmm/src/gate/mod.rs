@@ -266,6 +266,19 @@ impl Gate {
         self.served(cpu, (status, 0), in_write, vcpus)
     }
 
+    /// The CPU came out without a call: under direct paging its registers are looked at.
+    ///
+    /// # Errors
+    /// [`GateFailure::Memory`].
+    pub fn look(&mut self, cpu: u8, vcpus: &dyn Vcpus) -> Result<(), GateFailure> {
+        if self.audit.is_direct() {
+            // A root that it loaded has a record.
+            self.drain(cpu, Some(Standing::Owed))?;
+            self.sample(cpu, vcpus);
+        }
+        Ok(())
+    }
+
     /// Under direct paging, `control-state` of the CPU that makes a call: ring 0 changes CR3 and WP
     /// without the host. What cannot be read is left to the complete check.
     fn sample(&mut self, cpu: u8, vcpus: &dyn Vcpus) {

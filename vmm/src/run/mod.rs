@@ -274,6 +274,9 @@ impl Machine {
         // vCPU 0 comes last: before it nothing runs.
         for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
             let mut station = station::Station::from(vcpu);
+            if mediation == Mediation::Tables {
+                station.watch_control();
+            }
             if let Some(inbox) = &inbox {
                 let (inbox, stop) = (Arc::clone(inbox), Arc::clone(&stop));
                 let (memory, sightings) = (Arc::clone(&memory), Arc::clone(&sightings));

@@ -22,11 +22,13 @@ pub(super) struct Station {
     stepper: Option<Stepper>,
     calling: bool,
     shut_down: bool,
+    /// Under direct paging: CR0 and CR3 when they were last looked at; `None` if nobody asks.
+    control: Option<[u64; 2]>,
 }
 
 impl From<Vcpu> for Station {
     fn from(vcpu: Vcpu) -> Self {
-        Self { vcpu, stepper: None, calling: false, shut_down: false }
+        Self { vcpu, stepper: None, calling: false, shut_down: false, control: None }
     }
 }
 
@@ -52,6 +54,19 @@ impl Station {
     ) -> Result<(), KvmError> {
         self.stepper = Some(stepper(self.vcpu.prepare_to_step()?));
         Ok(())
+    }
+
+    /// Looks at CR0 and CR3 at every exit from here on.
+    pub(super) const fn watch_control(&mut self) {
+        self.control = Some([0; 2]);
+    }
+
+    /// Whether CR0 or CR3 is not what it was at the last exit, or cannot be read: then the gate is to
+    /// look.
+    pub(super) fn has_new_control(&mut self) -> bool {
+        let Some(known) = &mut self.control else { return false };
+        let now = self.vcpu.registers().map(|registers| [registers.cr0, registers.cr3]);
+        now.map_or(true, |now| std::mem::replace(known, now) != now)
     }
 
     /// What steps the vCPU.

@@ -95,11 +95,11 @@ impl Runner {
             if self.is_stepped() && (exit == Exit::Interrupted || is_yield(&exit)) {
                 crew.hand_on(self.cpu);
             }
-            let much = self.sightings.len() >= MANY_SIGHTINGS;
+            let much = self.sightings.len() >= MANY_SIGHTINGS || self.station.has_new_control();
             if stopped.is_none() && exit == Exit::Interrupted && !much {
                 continue;
             }
-            if stopped.is_none() && is_yield(&exit) {
+            if stopped.is_none() && is_yield(&exit) && !much {
                 yields = yields.saturating_add(1);
                 if !self.is_stepped() {
                     rest(yields);
@@ -175,6 +175,7 @@ impl Runner {
                 if self.is_stepped() {
                     gate.take_sightings(self.cpu)?;
                 }
+                gate.look(self.cpu, &self.floor(turn))?;
                 None
             }
             Action::Lost => Some(End::Lost(self.lost())),
