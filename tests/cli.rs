@@ -79,8 +79,10 @@ refused! {
     a_fault_that_needs_more_vcpus:
         [("a.toml", IDLE)], ["run", "a.toml", "--inject", "local-only-flip-flush"],
         ["--inject", "local-only-flip-flush", "vcpus = 2"];
-    a_mode_that_this_version_lacks: [("a.toml", IDLE)], ["run", "a.toml", "--mediate", "step"],
-        ["--mediate", "trace"];
+    an_unknown_mediation: [("a.toml", IDLE)], ["run", "a.toml", "--mediate", "prayer"],
+        ["prayer", "tables"];
+    steps_of_a_run_that_is_not_stepped: [("a.toml", IDLE)], ["run", "a.toml", "--step-from", "5"],
+        ["--step-from", "--mediate step"];
     a_folder_for_results_that_cannot_be:
         [("a.toml", IDLE)], ["run", "a.toml", "--out", "a.toml/x"], ["--out", "folder"];
     a_foreign_image:

@@ -4,11 +4,11 @@
 mod support;
 
 use lacuna::audit::Rule;
-use lacuna::config::MachineKind;
+use lacuna::config::{MachineKind, Mediation};
 use lacuna_abi::fault::{Fault, Slip};
 use libtest_mimic::Trial;
 use support::matrix::{SEALS, Twin, seals};
-use support::{Check, ensure, fault_is_found, lacuna, slips, trial};
+use support::{Check, ensure, fault_is_found, is_judged_the_same, lacuna, slips, trial};
 
 fn main() {
     support::run(trials(), false);
@@ -23,7 +23,21 @@ fn trials() -> Vec<Trial> {
                 trials.push(trial(&name, move || clean_twin(twin, cpus, seal)));
             }
         }
+        for twin in Twin::ALL {
+            let name = format!("{}_is_clean_on_{cpus}_cpus_when_stepped", twin.name());
+            trials.push(trial(&name, move || clean_when_stepped(twin, cpus)));
+        }
         for fault in Fault::ALL.iter().filter(|fault| fault.vcpus() <= cpus) {
+            let seal = seals(*fault)[0];
+            let name = format!("{}_is_found_on_{cpus}_cpus_when_stepped", fault.name());
+            let args = ["--machine", "sim", "--seal", seal, "--mediate", "step"];
+            let config = Twin::of(*fault).config(cpus);
+            trials.push(trial(&name, move || fault_is_found(&config, *fault, &args)));
+            if !fault.modes().contains(&"trace") {
+                let name = format!("{}_is_believed_on_{cpus}_cpus_under_trace", fault.name());
+                trials.push(trial(&name, move || believed(*fault, cpus)));
+                continue;
+            }
             for seal in seals(*fault) {
                 let name = format!("{}_is_found_on_{cpus}_cpus_under_{seal}", fault.name());
                 let args = ["--machine", "sim", "--seal", *seal];
@@ -32,6 +46,7 @@ fn trials() -> Vec<Trial> {
             }
         }
     }
+    trials.extend(under_tables());
     for fault in [Fault::SkipWindowFlush, Fault::FreeBeforeWindowFlush] {
         let name = format!("a_completed_seal_makes_up_for_{}", fault.name());
         trials.push(trial(&name, move || healed(fault)));
@@ -52,6 +67,54 @@ fn trials() -> Vec<Trial> {
     trials
 }
 
+/// The same under direct paging: what would break a rule is refused, and found.
+fn under_tables() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for cpus in [1, 2] {
+        for twin in Twin::ALL {
+            let name = format!("{}_is_clean_on_{cpus}_cpus_under_tables", twin.name());
+            trials.push(trial(&name, move || clean_under_tables(twin, cpus)));
+        }
+        let found = |fault: &&Fault| fault.vcpus() <= cpus && fault.modes().contains(&"tables");
+        for fault in Fault::ALL.iter().filter(found) {
+            let seal = seals(*fault)[0];
+            let name = format!("{}_is_found_on_{cpus}_cpus_under_tables", fault.name());
+            let args = ["--machine", "sim", "--seal", seal, "--mediate", "tables"];
+            let config = Twin::of(*fault).config(cpus);
+            trials.push(trial(&name, move || fault_is_found(&config, *fault, &args)));
+        }
+        for slip in Slip::ALL.iter().filter(|slip| slip.vcpus() <= cpus) {
+            let seal = slips::seals(*slip)[0];
+            let name = format!("slip_{}_is_found_on_{cpus}_cpus_under_tables", slip.name());
+            let found = move || {
+                slips::is_found_under(Mediation::Tables, *slip, MachineKind::Sim, cpus, seal)
+            };
+            trials.push(trial(&name, found));
+        }
+    }
+    for fault in ["", "global-window", "leave-direct-map-alias", "forged-table-write"] {
+        let name = format!("a_recording_of_{fault}_under_tables_is_judged_the_same");
+        let config = Twin::InPlace.config(2);
+        let mut args = vec!["--machine", "sim", "--mediate", "tables"];
+        args.extend(["--inject", fault].iter().filter(|_| !fault.is_empty()));
+        trials.push(trial(&name, move || is_judged_the_same(&config, &args)));
+    }
+    trials
+}
+
+fn clean_under_tables(twin: Twin, cpus: u8) -> Check {
+    let run = sim(&twin.config(cpus), &["--mediate", "tables"])?;
+    run.clean()?;
+    ensure(run.report["machine"]["mediation"] == "tables", "the host did not write the tables")?;
+    ensure(run.counter("table_writes") > 100, "nothing was written")?;
+    ensure(run.counter("table_writes_refused") == 0, "something was refused")?;
+    for rule in ["trace-honesty", "table-alias", "control-state"] {
+        let [checked, left] = ["checked", "not_checked"].map(|count| run.check(rule, count));
+        ensure(checked > 1000 && left == 0, &format!("{rule}: {checked} checked, {left} not"))?;
+    }
+    Ok(())
+}
+
 /// Runs on the simulated machine.
 fn sim(config: &str, args: &[&str]) -> Result<support::Run, libtest_mimic::Failed> {
     lacuna(config, &[&["--machine", "sim"], args].concat())
@@ -63,6 +126,21 @@ fn clean_twin(twin: Twin, cpus: u8, seal: &str) -> Check {
     run.clean()?;
     ensure(run.report["inconclusive"] == serde_json::json!([]), "something is doubtful")?;
     ensure(twin != Twin::Wrapping || run.counter("window_flushes") > 0, "no window wrapped")
+}
+
+/// The same where the machine sees for itself what its CPUs do.
+fn clean_when_stepped(twin: Twin, cpus: u8) -> Check {
+    let run = sim(&twin.config(cpus), &["--mediate", "step"])?;
+    run.clean()?;
+    ensure(run.report["machine"]["mediation"] == "step", "it was not stepped")?;
+    let (compared, left) =
+        ["checked", "not_checked"].map(|count| run.check("trace-honesty", count)).into();
+    ensure(compared > 1000 && left == 0, &format!("{compared} compared, {left} not"))
+}
+
+/// A lie that leaves no trace: who believes the records finds nothing.
+fn believed(fault: Fault, cpus: u8) -> Check {
+    sim(&Twin::of(fault).config(cpus), &["--inject", fault.name()])?.clean()
 }
 
 /// With a page's own granule every seal completes at once, and discharges what the slip left.

@@ -63,7 +63,8 @@ fn trials() -> Vec<Trial> {
         let name = format!("converting_in_place_is_clean_under_{seal}");
         trials.push(trial(&name, move || clean_in_place(seal)));
     }
-    for fault in Fault::ALL.iter().filter(|fault| fault.vcpus() == 1) {
+    trials.extend(under_tables());
+    for fault in Fault::ALL.iter().filter(|f| f.vcpus() == 1 && f.modes().contains(&"trace")) {
         for seal in seals(*fault) {
             // The clean twins of these runs are `replay_is_clean_under_…`,
             // `converting_in_place_is_clean_under_…` and
@@ -127,6 +128,55 @@ const CRASHES: &[(&str, &[&str])] = &[
     ("triple-fault", &["triple fault"]),
     ("write-text", &["#PF", "error code 0x3"]),
 ];
+
+/// Direct paging: the same path as on the simulated machine, where all faults are tried
+/// (`faults.rs`); here one of each kind that the host treats in its own way.
+fn under_tables() -> Vec<Trial> {
+    let tables = ["--mediate", "tables"];
+    let mut trials = vec![
+        trial("replay_in_place_is_clean_under_tables", move || {
+            clean_under_tables(&Twin::InPlace.config(1), &tables)
+        }),
+        trial("a_recorded_run_under_tables_is_judged_the_same", move || {
+            is_judged_the_same(&selftest(Selftest::ALL[0]), &tables)
+        }),
+        trial("a_guest_that_cannot_write_its_tables_links_no_frame_as_one", walk_under_tables),
+    ];
+    let faults = [
+        Fault::LeaveDirectMapAlias,
+        Fault::GlobalWindow,
+        Fault::TableFreeStale,
+        Fault::OpenEarly,
+        Fault::ForgedTableWrite,
+    ];
+    for fault in faults {
+        let name = format!("{}_is_found_under_tables", fault.name());
+        let found = move || fault_is_found(&Twin::of(fault).config(1), fault, &tables);
+        trials.push(trial(&name, found));
+    }
+    trials
+}
+
+fn clean_under_tables(config: &str, args: &[&str]) -> Check {
+    let run = lacuna(config, args)?;
+    run.clean()?;
+    ensure(run.report["machine"]["mediation"] == "tables", "the host did not write the tables")?;
+    ensure(run.counter("table_writes") > 100, "nothing was written")?;
+    ensure(run.counter("table_writes_refused") == 0, "something was refused")
+}
+
+/// A secret frame as a page table: no access through it ever takes place, because it is not linked.
+fn walk_under_tables() -> Check {
+    let config =
+        "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"touch\"\ntouch = \"page-walk\"\n";
+    let run = lacuna(config, &["--mediate", "tables"])?;
+    run.expect(1, "violation")?;
+    ensure(run.check("table-alias", "violations") == 1, &format!("{:#}", run.report))?;
+    let none = run.report["sealed_accesses"].as_array().is_some_and(Vec::is_empty);
+    ensure(none, "the frame was touched")?;
+    let message = run.report["guest_error"]["message"].to_string();
+    ensure(message.contains("the host refused"), &message)
+}
 
 fn bench_zero() -> Check {
     let results = quick("zero", "kvm")?;

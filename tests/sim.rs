@@ -41,6 +41,7 @@ fn trials() -> Vec<Trial> {
         trial("shootdowns_through_the_gate_are_clean", gate_shootdowns),
         trial("a_bench_prints_what_it_measured_and_what_was_aimed_at", bench_zero),
         trial("a_quick_bench_of_flips_counts_a_shootdown_for_each_batch", bench_flip),
+        trial("a_quick_bench_of_mediations_counts_a_call_for_each_write", bench_mediate),
         trial("a_quick_bench_of_pages_has_every_line_with_its_counts_and_ratios", bench_alloc),
         trial("being_told_to_stop_ends_a_run_wherever_it_is", cancel),
         trial("without_prezero_pages_are_zeroed_when_handed_out", no_prezero),
@@ -50,6 +51,19 @@ fn trials() -> Vec<Trial> {
             let name = format!("quickstart_is_clean_on_{cpus}_cpus_under_{seal}");
             trials.push(trial(&name, move || quickstart(cpus, seal)));
         }
+    }
+    for test in Selftest::ALL {
+        let name = format!("selftest_{}_passes_under_tables", test.name());
+        let args = ["--machine", "sim", "--mediate", "tables"];
+        trials.push(trial(&name, move || lacuna(&selftest(*test), &args)?.clean()));
+    }
+    for scenario in ["table", "flip"] {
+        let config = format!(
+            "[guest]\nmemory_mib = 16\nvcpus = 2\n[workload]\nprogram = \"probe\"\nscenario = \"{scenario}\"\n"
+        );
+        let name = format!("what_a_cpu_may_observe_stale_is_the_same_under_tables_{scenario}");
+        let args = ["--machine", "sim", "--mediate", "tables"];
+        trials.push(trial(&name, move || lacuna(&config, &args)?.clean()));
     }
     for (name, config, args) in to_record() {
         let name = format!("a_recorded_{name}_is_judged_the_same");
@@ -166,6 +180,20 @@ fn bench_zero() -> Check {
     ensure(goal["goal"] == 0.95 && goal["value"] == results["speed_ratio"], &format!("{goal:#}"))?;
     let met = results["speed_ratio"].as_f64().map(|ratio| ratio >= 0.95);
     ensure(goal["met"].as_bool() == met, &format!("{goal:#}"))
+}
+
+fn bench_mediate() -> Check {
+    let results = quick("mediate", "sim")?;
+    let jobs = results["jobs"].as_array().ok_or("there are no jobs")?;
+    ensure(jobs.len() == 4, &format!("{results:#}"))?;
+    for job in jobs {
+        let calls = |way: usize| job["ways"][way]["per_round"]["gate_calls"].as_f64();
+        ensure(job["ways"][0]["mediation"] == "trace", &format!("{job:#}"))?;
+        ensure(job["ways"][1]["mediation"] == "tables", &format!("{job:#}"))?;
+        ensure(calls(1) > calls(0), &format!("{job:#}"))?;
+        ensure(job["ways"][1]["ratio"].as_f64() > Some(0.0), &format!("{job:#}"))?;
+    }
+    Ok(())
 }
 
 fn bench_flip() -> Check {

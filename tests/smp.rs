@@ -57,12 +57,21 @@ fn trials() -> Vec<Trial> {
                 .push(trial(&name, move || lacuna(&twin.config(cpus), &["--seal", seal])?.clean()));
         }
     }
+    let tables = ["--mediate", "tables"];
+    trials.push(trial("replay_in_place_on_2_vcpus_is_clean_under_tables", move || {
+        lacuna(&Twin::InPlace.config(2), &tables)?.clean()
+    }));
+    for fault in [Fault::WrongCpuWindow, Fault::ForgedTableWrite] {
+        let name = format!("{}_is_found_on_2_vcpus_under_tables", fault.name());
+        let found = move || fault_is_found(&Twin::of(fault).config(2), fault, &tables);
+        trials.push(trial(&name, found));
+    }
     for slip in Slip::ALL.iter().filter(|slip| slip.vcpus() == 2) {
         let seal = slips::seals(*slip)[0];
         let name = format!("slip_{}_is_found_on_2_vcpus_under_{seal}", slip.name());
         trials.push(trial(&name, move || slips::is_found(*slip, MachineKind::Kvm, 2, seal)));
     }
-    for fault in Fault::ALL {
+    for fault in Fault::ALL.iter().filter(|fault| fault.modes().contains(&"trace")) {
         for (cpus, seal) in places(*fault) {
             let name = format!("{}_is_found_on_{cpus}_vcpus_under_{seal}", fault.name());
             // The clean twins are `replay…_on_…_vcpus_is_clean_under_…`: the same configurations.

@@ -180,6 +180,15 @@ pub fn fault_is_found(config: &str, fault: Fault, args: &[&str]) -> Check {
     let events = std::io::BufReader::new(events);
     lacuna::events::read_events(events, &mut |record| witness.0.push(record))?;
     for violation in found {
+        if fault.rule() == "trace-honesty" {
+            let cpu = violation["vcpu"].as_u64().and_then(|cpu| u8::try_from(cpu).ok());
+            let at = cpu.zip(violation["seq"].as_u64());
+            let forged = at.is_some_and(|(cpu, seq)| witness.is_forged(cpu, seq));
+            ensure(forged, &format!("the events do not show {violation:#}"))?;
+            let named = violation["frame"].is_string();
+            ensure(named || fault == Fault::ForgedFlush, &format!("no frame: {violation:#}"))?;
+            continue;
+        }
         let seen = Seen::from_json(violation)?;
         witness.confirms(&seen)?;
         if fault == Fault::PartialBlockUnmap {

@@ -35,7 +35,8 @@ use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::BLOCK;
 use lacuna_abi::addr::{BLOCK_SIZE, FrameRange, Gpa, Gva, PAGE_SIZE};
-use lacuna_abi::event::{Flush, Life};
+use lacuna_abi::direct::TableOp;
+use lacuna_abi::event::{Flush, Life, TableFill};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::direct_map;
 use lacuna_abi::paging::{Entry, Level};
@@ -202,19 +203,22 @@ impl<P: Platform> PageAllocator<'_, P> {
     /// Takes pages out of the direct map, on every CPU.
     ///
     /// # Errors
-    /// [`ConvertError::NoTable`]; nothing has changed.
+    /// [`ConvertError::NoTable`], or [`ConvertError::Gate`] under direct paging; nothing has changed.
     fn hide(&self, chunk: Chunk) -> Result<(), ConvertError> {
         let block = self.map.block_at(chunk.index);
-        let whole = {
+        let (whole, cleared) = {
             let _lock = BlockLock::take(block, self.platform);
             let whole = block.converted() == 0;
             if whole {
                 self.split(chunk)?;
             }
             block.add_converted(chunk.pages());
-            self.write_pages(chunk, Entry::EMPTY);
-            whole
+            (whole, self.write_pages(chunk, Entry::EMPTY))
         };
+        if let Err(error) = cleared {
+            self.show(chunk);
+            return Err(ConvertError::Gate(error));
+        }
         if !(whole && planted!(self.platform, SplitWithoutFlush)) {
             let frames = self.map.frames(chunk);
             let (va, mut count) = (direct_map(frames.start().gpa()), chunk.pages());
@@ -230,11 +234,15 @@ impl<P: Platform> PageAllocator<'_, P> {
 
     /// Puts pages back into the direct map; with the last ones of their pageblock, the block is one
     /// entry again.
+    ///
+    /// # Panics
+    /// If the host refuses to map pages that are not secret.
     fn show(&self, chunk: Chunk) {
         let block = self.map.block_at(chunk.index);
         let table = {
             let _lock = BlockLock::take(block, self.platform);
-            self.write_pages(chunk, Entry::new(self.map.frames(chunk).start(), FLAGS));
+            let back = Entry::new(self.map.frames(chunk).start(), FLAGS);
+            space::must(self.write_pages(chunk, back), "map released pages");
             block.remove_converted(chunk.pages());
             let last = block.converted() == 0 || slips!(self.platform, MergeOverSecret);
             last.then(|| self.merge(chunk))
@@ -255,9 +263,13 @@ impl<P: Platform> PageAllocator<'_, P> {
         let run = self.block_run(chunk);
         let table = self.new_table().ok_or(ConvertError::NoTable)?;
         let first = self.map.frames(chunk).start().block_start();
-        self.platform.fill_table(table, Level::Pt, Entry::new(first, FLAGS));
+        let fill = TableFill { table, level: Level::Pt, first: Entry::new(first, FLAGS) };
         let linked = Entry::new(table.frame(), Entry::TABLE);
-        space::write(self.platform, run, self.platform.read_entry(run.at), linked);
+        let link = space::op(self.platform, run, self.platform.read_entry(run.at), linked);
+        if let Err(error) = self.platform.write_tables(&[TableOp::Fill(fill), link]) {
+            self.free_table(table);
+            return Err(ConvertError::Gate(error));
+        }
         self.counts.splits.add(1);
         if !planted!(self.platform, SplitWithoutFlush) {
             self.flush_all_cpus(Flush::Everything);
@@ -272,20 +284,26 @@ impl<P: Platform> PageAllocator<'_, P> {
         let linked = self.platform.read_entry(run.at);
         let first = self.map.frames(chunk).start().block_start();
         let whole = Entry::new(first, FLAGS | Entry::PAGE_SIZE);
-        space::write(self.platform, run, linked, whole);
+        let merged = space::write(self.platform, run, linked, whole);
+        space::must(merged, "replace a table by the entry that says the same");
         self.counts.merges.add(1);
         linked.frame(Level::Pd).gpa()
     }
 
     /// Writes the small entries of pages whose pageblock is split: a run that starts with `entry`.
-    fn write_pages(&self, chunk: Chunk, entry: Entry) {
+    ///
+    /// # Errors
+    /// The host refused it, and nothing was written.
+    #[inline(always)]
+    fn write_pages(&self, chunk: Chunk, entry: Entry) -> Result<(), GateError> {
         // The slip loses the last entry of the run.
         let count = chunk.pages() - u32::from(planted!(self.platform, PartialBlockUnmap));
         let start = self.map.frames(chunk).start().gpa();
         let run = self.run(direct_map(start), Level::Pt, count);
-        if count > 0 {
-            space::write(self.platform, run, self.platform.read_entry(run.at), entry);
+        if count == 0 {
+            return Ok(());
         }
+        space::write(self.platform, run, self.platform.read_entry(run.at), entry)
     }
 
     /// The directory entry of the pageblock that holds pages.

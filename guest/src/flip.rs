@@ -6,12 +6,13 @@ use crate::contents::OnFree;
 use crate::error::{FirstFailure, UseError};
 use crate::freetype::{Freetype, Migratetype};
 use crate::meta::{Chunk, MAX_ORDER};
-use crate::platform::{CpuSet, GateError, Platform, gate_each, planted, slips};
+use crate::platform::{CpuSet, GateError, Platform, each, forge, gate_each, planted, slips};
 use crate::space::{self, Run};
 use crate::zeroing::Purpose;
 use crate::zone::{BLOCK, BLOCK_PAGES};
-use lacuna_abi::addr::FrameRange;
-use lacuna_abi::event::{Flush, Life};
+use lacuna_abi::addr::{FrameRange, Gpa};
+use lacuna_abi::direct::TableOp;
+use lacuna_abi::event::{Event, Flush, Life, TableFill};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::direct_map;
 use lacuna_abi::paging::{Entry, Level};
@@ -22,6 +23,13 @@ const BATCH: usize = 16;
 /// Batches of which the host refuses everything until a request is given up.
 const REFUSALS: usize = 4;
 
+/// A place for an operation.
+const NO_OP: TableOp =
+    TableOp::Fill(TableFill { table: Gpa(0), level: Level::Pt, first: Entry::EMPTY });
+
+/// A bit of an entry that is software's (SDM volume 3, "Paging-Structure Entries").
+const IGNORED: u64 = 1 << 9;
+
 /// What became of pageblocks that were to be closed, or released.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Fate {
@@ -29,8 +37,10 @@ enum Fate {
     Sealed,
     /// They are ordinary memory: still, where the host refused to make them secret.
     Ordinary,
-    /// The host refused to close them again.
-    LeftOpen,
+    /// They are where they were, in the direct map: the host refused to clear their entries.
+    Mapped,
+    /// They are nobody's: the host refused to close them again, or to map them again.
+    Lost,
 }
 
 /// Chunks of pageblocks on their way.
@@ -137,22 +147,27 @@ impl<P: Platform> PageAllocator<'_, P> {
         take: impl FnOnce(&mut crate::zone::Zone) -> R,
     ) -> Result<R, AllocError> {
         let chunks = batch.all();
-        self.remove_from_direct_map(chunks);
-        let (fates, refused) = self.close(chunks);
+        let (gone, still_mapped) = self.remove_from_direct_map(chunks);
+        let (mut fates, refused) = self.close(&chunks[..gone]);
+        fates[gone..].fill(Fate::Mapped);
+        let refused = still_mapped.or(refused);
         let freetype = Freetype::unmapped(migratetype);
-        for (chunk, fate) in chunks.iter().zip(fates) {
+        for (chunk, fate) in chunks.iter().zip(&mut fates) {
+            if *fate == Fate::Ordinary {
+                self.add_to_direct_map(&[*chunk], |_, _| *fate = Fate::Lost);
+            }
             match fate {
                 Fate::Sealed => {
                     self.counts.flip_to_unmapped.add(u64::from(chunk.pages() / BLOCK_PAGES));
                     self.report_pooled(self.map.frames(*chunk));
                 }
-                Fate::Ordinary => self.add_to_direct_map(*chunk),
-                Fate::LeftOpen => self.withhold(*chunk, false),
+                Fate::Ordinary | Fate::Mapped => {}
+                Fate::Lost => self.withhold(*chunk, false),
             }
         }
         let mut zone = self.zone();
         for (chunk, fate) in chunks.iter().zip(fates) {
-            if fate == Fate::Ordinary {
+            if matches!(fate, Fate::Ordinary | Fate::Mapped) {
                 zone.insert(&self.map, *chunk);
                 continue;
             }
@@ -227,17 +242,25 @@ impl<P: Platform> PageAllocator<'_, P> {
         // Nobody else uses pages of these blocks.
         frames().for_each(|frames| self.mermap.forget(frames));
         if slips!(self.platform, MapBeforeRelease) {
-            batch.all().iter().for_each(|chunk| self.add_to_direct_map(*chunk));
+            self.add_to_direct_map(batch.all(), |_, _| ());
         }
         let fates = self.release(batch.all(), failure);
-        let mut back = 0;
+        let mut released = Batch::EMPTY;
         for (chunk, fate) in batch.all().iter().zip(fates) {
-            if fate == Fate::Sealed {
-                refused.push(*chunk);
+            if fate == Fate::Sealed { refused.push(*chunk) } else { released.push(*chunk) }
+        }
+        let mut fates = [Fate::Ordinary; BATCH];
+        self.add_to_direct_map(released.all(), |number, error| {
+            failure.note(Err(UseError::Gate(error)));
+            fates[number] = Fate::Lost;
+        });
+        let mut back = 0;
+        for (chunk, fate) in released.all().iter().zip(fates) {
+            if fate == Fate::Lost {
+                self.withhold(*chunk, false);
                 continue;
             }
             back += 1;
-            self.add_to_direct_map(*chunk);
             self.counts.flip_to_mapped.add(u64::from(chunk.pages() / BLOCK_PAGES));
             // That they are zero was known of secret pages: the next owner writes freely.
             self.map.set_known(self.map.frames(*chunk), false);
@@ -253,21 +276,32 @@ impl<P: Platform> PageAllocator<'_, P> {
     }
 
     /// Clears the directory entries of pageblocks, then has every CPU forget them. Never under the
-    /// zone lock: another CPU might be waiting for it with interrupts off.
-    fn remove_from_direct_map(&self, chunks: &[Chunk]) {
+    /// zone lock: another CPU might be waiting for it with interrupts off. How many of them, from the
+    /// first on, are gone; and what kept the others, which are mapped as before.
+    fn remove_from_direct_map(&self, chunks: &[Chunk]) -> (usize, Option<GateError>) {
         if planted!(self.platform, FlushBeforeUnmap) {
             self.flush_direct_map();
         }
-        for chunk in chunks {
+        let mut ops = [NO_OP; BATCH];
+        for (chunk, op) in chunks.iter().zip(&mut ops) {
             if self.config.on_free != OnFree::Leave {
                 self.map.set_known(self.map.frames(*chunk), false);
             }
-            if !planted!(self.platform, LeaveDirectMapAlias) {
-                let run = self.direct_map_run(*chunk);
-                space::write(self.platform, run, self.platform.read_entry(run.at), Entry::EMPTY);
+            let run = self.direct_map_run(*chunk);
+            let old = self.platform.read_entry(run.at);
+            if planted!(self.platform, ForgedTableWrite) {
+                // A bit that the processor ignores: records and tables still agree.
+                let write = space::entry_write(self.platform, run, old, Entry(old.0 | IGNORED));
+                forge!(self.platform, Event::EntryWrite(write));
             }
-            if self.config.prezero && planted!(self.platform, OpenEarly) {
-                // So that zeroing overlaps with the shootdown; what is refused is zeroed later.
+            *op = space::op(self.platform, run, old, Entry::EMPTY);
+        }
+        let count = if planted!(self.platform, LeaveDirectMapAlias) { 0 } else { chunks.len() };
+        let refused = self.platform.write_tables(&ops[..count]).err();
+        let gone = refused.map_or(chunks.len(), |error| (error.index as usize).min(chunks.len()));
+        if self.config.prezero && planted!(self.platform, OpenEarly) {
+            // So that zeroing overlaps with the shootdown; what is refused is zeroed later.
+            for chunk in &chunks[..gone] {
                 let _ = self.zero_unknown(self.map.frames(*chunk), Purpose::Flip);
             }
         }
@@ -278,6 +312,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         } else if !planted!(self.platform, FlushBeforeUnmap) {
             self.flush_direct_map();
         }
+        (gone, refused)
     }
 
     /// The entries are global, so that a CR3 load would not do.
@@ -287,21 +322,29 @@ impl<P: Platform> PageAllocator<'_, P> {
         }
         let reload_only = planted!(self.platform, Cr3FlipFlush);
         let flush = if reload_only { Flush::NonGlobal } else { Flush::Everything };
-        let cpus = if planted!(self.platform, LocalOnlyFlipFlush) {
+        let mut cpus = if planted!(self.platform, LocalOnlyFlipFlush) {
             CpuSet::only(self.platform.cpu())
         } else {
             CpuSet::first(self.platform.cpus())
         };
+        if planted!(self.platform, ForgedFlush) {
+            forge!(self.platform, Event::Flush(flush));
+            cpus = CpuSet(cpus.0 & !CpuSet::only(self.platform.cpu()).0);
+        }
         self.shootdown(flush, cpus);
     }
 
-    /// Writes the directory entries of pageblocks. Nothing is flushed: what is not present is not
-    /// cached.
-    fn add_to_direct_map(&self, chunk: Chunk) {
-        let run = self.direct_map_run(chunk);
-        let start = self.map.frames(chunk).start();
-        let entry = Entry::new(start, Entry::DATA | Entry::GLOBAL | Entry::PAGE_SIZE);
-        space::write(self.platform, run, self.platform.read_entry(run.at), entry);
+    /// Writes the directory entries of pageblocks, at most [`BATCH`] chunks of them; `refused` is told
+    /// which the host refused. Nothing is flushed: what is not present is not cached.
+    fn add_to_direct_map(&self, chunks: &[Chunk], refused: impl FnMut(usize, GateError)) {
+        let mut ops = [NO_OP; BATCH];
+        for (chunk, op) in chunks.iter().zip(&mut ops) {
+            let run = self.direct_map_run(*chunk);
+            let start = self.map.frames(*chunk).start();
+            let entry = Entry::new(start, Entry::DATA | Entry::GLOBAL | Entry::PAGE_SIZE);
+            *op = space::op(self.platform, run, self.platform.read_entry(run.at), entry);
+        }
+        each(&ops[..chunks.len()], |ops| self.platform.write_tables(ops), refused);
     }
 
     /// The directory entries of pageblocks in the direct map.
@@ -348,7 +391,7 @@ impl<P: Platform> PageAllocator<'_, P> {
         let mut refused = refused;
         gate_each(self.platform, &ops[..opened], |number, error| {
             refused.get_or_insert(error);
-            fates[number] = Fate::LeftOpen;
+            fates[number] = Fate::Lost;
         });
         (fates, refused)
     }

@@ -14,7 +14,7 @@ mod window;
 
 use crate::lock::{IrqGuard, IrqLock};
 use crate::meta::MemMap;
-use crate::platform::{CpuSet, InterruptsOff, Platform, planted, slips};
+use crate::platform::{CpuSet, GateError, InterruptsOff, Platform, planted, slips};
 use crate::space::{self, Run};
 use core::array;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
@@ -85,6 +85,8 @@ pub enum MermapError {
     /// This CPU's reserve is in use. It serves one mapping at a time, and interrupts are off until
     /// that is gone, so only its own user can meet this.
     ReserveInUse,
+    /// The host refused to write the entries, under direct paging.
+    Refused(GateError),
 }
 
 /// Mappings that were not taken down, for each CPU.
@@ -188,8 +190,9 @@ impl<'a, P: Platform> Mermap<'a, P> {
             // At most 511 pages.
             (Part::Small(slot), window.small_run(cpu, first, frames.count() as u32))
         };
+        let entry = self.map_run(&mut window, part, run, frames, flags)?;
         window.counts.mapped += 1;
-        Ok(self.map_run(cpu, part, run, frames, flags, None))
+        Ok(Mapping { mermap: self, cpu, part, run, frames, entry, _off: None })
     }
 
     /// Maps one frame through this CPU's reserve, which has an address and a slot of its own and
@@ -197,8 +200,9 @@ impl<'a, P: Platform> Mermap<'a, P> {
     /// stay off until the mapping is gone.
     ///
     /// # Errors
-    /// Only for what can never be mapped, before [`Self::prepare`], or
-    /// [`MermapError::ReserveInUse`] for a second mapping while one is held.
+    /// Only for what can never be mapped, before [`Self::prepare`],
+    /// [`MermapError::ReserveInUse`] for a second mapping while one is held, or
+    /// [`MermapError::Refused`].
     pub fn get_reserved(
         &self,
         frame: Gfn,
@@ -215,8 +219,10 @@ impl<'a, P: Platform> Mermap<'a, P> {
         let stale = window.take_reserve()?;
         let run = window.small_run(cpu, PAGES, 1);
         let run = self.clean(&mut window, run, stale);
+        let part = Part::Reserve;
+        let entry = self.map_run(&mut window, part, run, frames, flags)?;
         window.counts.mapped_reserved += 1;
-        Ok(self.map_run(cpu, Part::Reserve, run, frames, flags, Some(off)))
+        Ok(Mapping { mermap: self, cpu, part, run, frames, entry, _off: Some(off) })
     }
 
     /// Ends the use of the windows: from now on nothing can be mapped until the next
@@ -325,21 +331,29 @@ impl<'a, P: Platform> Mermap<'a, P> {
         self.generations[cpu].store(generation, Release);
     }
 
-    /// Writes the entries of a mapping whose place is taken.
+    /// Writes the entries of a mapping whose place is taken: the first. A place that cannot be used is
+    /// given back.
+    ///
+    /// # Errors
+    /// [`MermapError::Refused`].
     fn map_run(
         &self,
-        cpu: usize,
+        window: &mut Window,
         part: Part,
         run: Run,
         frames: FrameRange,
         flags: u64,
-        off: Option<InterruptsOff<'a, P>>,
-    ) -> Mapping<'_, 'a, P> {
+    ) -> Result<Entry, MermapError> {
         let global = if planted!(self.platform, GlobalWindow) { Entry::GLOBAL } else { 0 };
         let large = if run.level == Level::Pd { Entry::PAGE_SIZE } else { 0 };
         let entry = Entry::new(frames.start(), flags | large | global);
-        space::write(self.platform, run, Entry::EMPTY, entry);
-        Mapping { mermap: self, cpu, part, run, frames, entry, _off: off }
+        match space::write(self.platform, run, Entry::EMPTY, entry) {
+            Ok(()) => Ok(entry),
+            Err(error) => {
+                window.put(part);
+                Err(MermapError::Refused(error))
+            }
+        }
     }
 
     /// Takes a mapping down. The pageblock remembers the window from now on: until here something
@@ -351,7 +365,8 @@ impl<'a, P: Platform> Mermap<'a, P> {
         if run.count > 1 && slips!(self.platform, WindowEntryLeft) {
             run.count -= 1;
         }
-        space::write(self.platform, run, mapping.entry, Entry::EMPTY);
+        let cleared = space::write(self.platform, run, mapping.entry, Entry::EMPTY);
+        space::must(cleared, "clear the entries of a window");
         let generation = self.generations[cpu].load(Relaxed);
         for part in mapping.frames.by_block() {
             self.map.part(part).0.set_window(cpu, generation);

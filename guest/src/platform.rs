@@ -6,6 +6,7 @@
 
 use core::marker::PhantomData;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::{EntryWrite, Flush, Life};
 use lacuna_abi::gate::{OpKind, Status};
 use lacuna_abi::paging::{Entry, Level};
@@ -96,12 +97,34 @@ pub trait Platform {
 
     /// Writes a run of entries of one table, the first at `at`, each by one aligned 64-bit store,
     /// and records it. The platform fills in [`EntryWrite::grant`].
-    fn write_entries(&self, at: Gpa, write: &EntryWrite);
+    ///
+    /// # Errors
+    /// [`GateError`], only under direct paging: the host refused the write, and nothing was written.
+    fn write_entries(&self, at: Gpa, write: &EntryWrite) -> Result<(), GateError>;
 
     /// Fills the table of `level` at `table`, a page of the table pool that no root reaches: entry
     /// `i` becomes `first.nth_of_run(level, i)`, for all of them. Records that, so that the host
     /// knows what is linked when the table is.
-    fn fill_table(&self, table: Gpa, level: Level, first: Entry);
+    ///
+    /// # Errors
+    /// As [`Self::write_entries`].
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) -> Result<(), GateError>;
+
+    /// Carries out these operations in order: under direct paging in as few calls as that takes.
+    ///
+    /// # Errors
+    /// [`GateError`] names the first that the host refused; those before it are done.
+    #[inline(always)]
+    fn write_tables(&self, ops: &[TableOp]) -> Result<(), GateError> {
+        for (index, op) in (0..).zip(ops) {
+            let done = match *op {
+                TableOp::Write { at, ref write } => self.write_entries(at, write),
+                TableOp::Fill(fill) => self.fill_table(fill.table, fill.level, fill.first),
+            };
+            done.map_err(|error| GateError { index, ..error })?;
+        }
+        Ok(())
+    }
 
     /// Records, then executes a local invalidation.
     fn flush(&self, flush: Flush);
@@ -136,6 +159,12 @@ pub trait Platform {
     /// Stores a word at `va`, a multiple of 8. No access that precedes is made after it.
     fn store(&self, va: Gva, value: u64);
 
+    /// Records an event that did not happen: for faults.
+    #[cfg(feature = "faults")]
+    fn forge(&self, event: lacuna_abi::event::Event) {
+        let _ = event;
+    }
+
     /// Whether this fault is planted.
     #[cfg(feature = "faults")]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool;
@@ -153,11 +182,21 @@ pub trait Platform {
 pub(crate) fn gate_each<P: Platform>(
     platform: &P,
     ops: &[(OpKind, FrameRange)],
+    refused: impl FnMut(usize, GateError),
+) {
+    each(ops, |ops| platform.gate(ops), refused);
+}
+
+/// The same of any operations, which `call` asks for.
+#[inline(always)]
+pub(crate) fn each<T>(
+    ops: &[T],
+    call: impl Fn(&[T]) -> Result<(), GateError>,
     mut refused: impl FnMut(usize, GateError),
 ) {
     let mut next = 0;
     while next < ops.len()
-        && let Err(error) = platform.gate(&ops[next..])
+        && let Err(error) = call(&ops[next..])
     {
         next += (error.index as usize).min(ops.len() - next - 1);
         refused(next, error);
@@ -195,7 +234,20 @@ macro_rules! slips {
         false
     }};
 }
-pub(crate) use {planted, slips};
+/// Records an event that did not happen; without the feature `faults` nothing can.
+#[cfg(feature = "faults")]
+macro_rules! forge {
+    ($platform:expr, $event:expr) => {
+        $crate::platform::Platform::forge($platform, $event)
+    };
+}
+#[cfg(not(feature = "faults"))]
+macro_rules! forge {
+    ($platform:expr, $event:expr) => {{
+        let _ = (&$platform, $event);
+    }};
+}
+pub(crate) use {forge, planted, slips};
 
 /// Interrupts are off on this CPU while this lives. It stays there, and so does whatever holds it:
 /// dropped elsewhere it would turn on the interrupts of another CPU.

@@ -4,8 +4,10 @@
 //! Room is made before a number is taken: a CPU that waits for the host never owes it a number.
 //! While it may owe one, its ring says so: the host lets it run on before it judges.
 
+use crate::platform::GateError;
 use crate::sync::AtomicU64;
 use core::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use lacuna_abi::direct::{CALL_OPS, TableOp};
 use lacuna_abi::event::{
     EntryWrite, Event, INTENT_WORDS, Intent, RECORD_WORDS, RING_BUSY_WORD, RING_HEAD_WORD,
     RING_INTENT_WORD, RING_RECORDS, RING_TAIL_WORD, Record,
@@ -76,6 +78,55 @@ pub fn write_entries(ring: &impl Ring, write: &EntryWrite, mut store: impl FnMut
     push(ring, &Record { seq, cpu: ring.cpu(), site: ring.site(), event });
     ring.control(RING_INTENT_WORD).store(0, Release);
     set_busy(ring, false);
+}
+
+/// Has `call` carry out operations on tables by gate calls, with as many of them at once as fit in a call,
+/// and records what was done. Numbers are taken when a call has returned: a CPU that waits for the
+/// gate must not hold one. From before the call until its records are there the ring says that they are
+/// owed, and its intent announces the next write that is to be recorded. Interrupts are off.
+///
+/// # Errors
+/// [`GateError`] names the first operation that the host refused; those before it are done.
+pub fn write_directly(
+    ring: &impl Ring,
+    ops: &[TableOp],
+    call: impl Fn(&[TableOp]) -> Result<(), GateError>,
+) -> Result<(), GateError> {
+    let mut first = 0;
+    for ops in ops.chunks(CALL_OPS) {
+        make_room(ring, ops.len() as u64);
+        set_busy(ring, true);
+        announce_next(ring, ops);
+        let called = call(ops);
+        let done =
+            called.map_or_else(|error| (error.index as usize).min(ops.len()), |()| ops.len());
+        for (index, op) in ops.iter().enumerate().take(done) {
+            announce_next(ring, &ops[index..]);
+            let event = match *op {
+                TableOp::Write { write, .. } => Event::EntryWrite(write),
+                TableOp::Fill(fill) => Event::TableFill(fill),
+            };
+            let seq = next_number(ring);
+            push(ring, &Record { seq, cpu: ring.cpu(), site: ring.site(), event });
+        }
+        ring.control(RING_INTENT_WORD).store(0, Release);
+        set_busy(ring, false);
+        called.map_err(|error| GateError { index: error.index + first, ..error })?;
+        // Below the number of operations.
+        first += ops.len() as u32;
+    }
+    Ok(())
+}
+
+/// Publishes the first write among these operations as the intent; it has no number yet.
+fn announce_next(ring: &impl Ring, ops: &[TableOp]) {
+    let write = ops.iter().find_map(|op| match op {
+        TableOp::Write { write, .. } => Some(*write),
+        TableOp::Fill(_) => None,
+    });
+    if let Some(write) = write {
+        set_intent(ring, &Intent { write, seq: 0 });
+    }
 }
 
 /// Waits for the host until there is room for so many records, at most as many as the ring holds: until

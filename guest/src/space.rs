@@ -1,7 +1,8 @@
 //! The tables of the address space, as far as this crate writes to them: runs of leaf entries.
 
-use crate::platform::Platform;
+use crate::platform::{AddressSpace, GateError, Platform};
 use lacuna_abi::addr::{Gpa, Gva};
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::layout::Region;
 use lacuna_abi::paging::{Entry, Level};
@@ -32,13 +33,47 @@ pub(crate) fn locate<P: Platform>(
     walk::locate(&read, platform.space().root, va, level)
 }
 
+/// The write of a run of entries from `old` to `new`, counted on as `Entry::nth_of_run` does.
+#[inline(always)]
+pub(crate) fn entry_write<P: Platform>(
+    platform: &P,
+    run: Run,
+    old: Entry,
+    new: Entry,
+) -> EntryWrite {
+    let AddressSpace { root, pcid } = platform.space();
+    let Run { va, level, count, .. } = run;
+    EntryWrite { root, pcid, va, level, count, old, new, grant: 0 }
+}
+
 /// Writes a run of entries: from `old` to `new`, counted on as `Entry::nth_of_run` does.
 /// Part of its caller, whose name a report of the write then bears.
+///
+/// # Errors
+/// The host refused it, and nothing was written.
 #[inline(always)]
-pub(crate) fn write<P: Platform>(platform: &P, run: Run, old: Entry, new: Entry) {
-    let space = platform.space();
-    let Run { at, va, level, count } = run;
-    let write =
-        EntryWrite { root: space.root, pcid: space.pcid, va, level, count, old, new, grant: 0 };
-    platform.write_entries(at, &write);
+pub(crate) fn write<P: Platform>(
+    platform: &P,
+    run: Run,
+    old: Entry,
+    new: Entry,
+) -> Result<(), GateError> {
+    platform.write_entries(run.at, &entry_write(platform, run, old, new))
+}
+
+/// The same as an operation, one of several.
+pub(crate) fn op<P: Platform>(platform: &P, run: Run, old: Entry, new: Entry) -> TableOp {
+    TableOp::Write { at: run.at, write: entry_write(platform, run, old, new) }
+}
+
+/// A write that can only be refused if this guest's own records of its tables are wrong: to go on
+/// with them is not safe.
+///
+/// # Panics
+/// If it was.
+#[track_caller]
+pub(crate) fn must(written: Result<(), GateError>, what: &str) {
+    if let Err(error) = written {
+        panic!("the host refused to {what}: {error:?}");
+    }
 }

@@ -3,7 +3,7 @@
 use crate::ABI_VERSION;
 use crate::addr::Gpa;
 use crate::layout::{
-    CPU_AREA, IMAGE, INPUT, Layout, METADATA, POOL, Region, SCRATCH, SHARED, direct_map,
+    CPU_AREA, IMAGE, INPUT, Layout, METADATA, POOL, Region, SCRATCH, SHARED, TABLE_COPY, direct_map,
 };
 use crate::words_struct;
 
@@ -27,6 +27,10 @@ pub const FEATURE_SCRUB: u64 = 1 << 5;
 /// Shootdown interrupts are sent by gate call ([`crate::gate::Call::Interrupt`]), not through the
 /// CPU's own interrupt controller.
 pub const FEATURE_GATE_SHOOTDOWN: u64 = 1 << 6;
+/// Direct paging: the table pool is not mapped. Entries are read in the copy of the tables and written
+/// by gate call ([`crate::direct`]); what was written is recorded all the same, when the call has
+/// returned.
+pub const FEATURE_DIRECT_PAGING: u64 = 1 << 7;
 /// Everything that this version knows.
 pub const FEATURES: u64 = FEATURE_PREZERO
     | FEATURE_FLIP
@@ -34,7 +38,8 @@ pub const FEATURES: u64 = FEATURE_PREZERO
     | FEATURE_CHECK_ZERO
     | FEATURE_ZERO_ON_FREE
     | FEATURE_SCRUB
-    | FEATURE_GATE_SHOOTDOWN;
+    | FEATURE_GATE_SHOOTDOWN
+    | FEATURE_DIRECT_PAGING;
 
 /// [`BootInfo::min_free`] that leaves the choice to the guest.
 pub const MIN_FREE_BY_SIZE: u64 = u64::MAX;
@@ -95,6 +100,10 @@ words_struct! {
         scratch_gpa,
         /// Bytes of the workload memory.
         scratch_len,
+        /// Physical address of the copy of the tables.
+        table_copy_gpa,
+        /// Bytes of the copy of the tables.
+        table_copy_len,
         /// Physical address of the zone.
         zone_gpa,
         /// Bytes of the zone.
@@ -143,6 +152,8 @@ impl BootInfo {
             metadata_len: layout.metadata.len,
             scratch_gpa: layout.scratch.gpa.0,
             scratch_len: layout.scratch.len,
+            table_copy_gpa: layout.table_copy.gpa.0,
+            table_copy_len: layout.table_copy.len,
             zone_gpa: layout.zone.gpa.0,
             zone_len: layout.zone.len,
             ..Self::default()
@@ -179,6 +190,7 @@ impl BootInfo {
             cpu_areas: region(self.cpu_areas_gpa, CPU_AREA, self.cpu_areas_len),
             metadata: region(self.metadata_gpa, METADATA, self.metadata_len),
             scratch: region(self.scratch_gpa, SCRATCH, self.scratch_len),
+            table_copy: region(self.table_copy_gpa, TABLE_COPY, self.table_copy_len),
             zone: region(self.zone_gpa, direct_map(Gpa(self.zone_gpa)), self.zone_len),
         }
     }

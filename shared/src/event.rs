@@ -81,6 +81,71 @@ pub enum Event {
     Observed(Observation),
     /// Written by the host only: it carried out this operation.
     Host(HostAct, FrameRange),
+    /// Written by the host only: what it saw this CPU do, whatever the guest says of it.
+    Seen(Sighting),
+}
+
+/// What the host itself sees a CPU do, by one of the mediations that need no honest guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sighting {
+    /// Entries were stored.
+    Stores(EntryStores),
+    /// A table that no root reaches was filled.
+    Fill(TableFill),
+    /// As [`Event::Flush`].
+    Flush(Flush),
+    /// As [`Event::Control`].
+    Control {
+        /// Which.
+        register: ControlRegister,
+        /// What it held.
+        old: u64,
+        /// What it holds from here on.
+        new: u64,
+    },
+    /// As [`Event::RootLoad`].
+    RootLoad {
+        /// Physical address of the root.
+        root: Gpa,
+        /// Process-context identifier.
+        pcid: u16,
+        /// Bit 63 of the operand was set.
+        no_flush: bool,
+    },
+}
+
+/// Consecutive words of a page of the table pool that were stored, wherever the page is linked: word
+/// `i` went from `old.nth_of_run(level, i)` to `new.nth_of_run(level, i)`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct EntryStores {
+    /// Place of the first.
+    pub at: Gpa,
+    /// Level that a run of several steps by.
+    pub level: Level,
+    /// Number of words, at least 1; the run does not leave its page.
+    pub count: u32,
+    /// The first before.
+    pub old: Entry,
+    /// The first after.
+    pub new: Entry,
+    /// As [`EntryWrite::grant`].
+    pub grant: u64,
+}
+
+impl EntryStores {
+    /// Whether the run lies within one page and starts at a word.
+    #[must_use]
+    pub const fn is_well_formed(&self) -> bool {
+        self.at.is_aligned(8)
+            && self.count >= 1
+            && self.index() + self.count as u64 <= PAGE_SIZE / 8
+    }
+
+    /// Place of the first in its page, in words.
+    #[must_use]
+    pub const fn index(&self) -> u64 {
+        self.at.0 % PAGE_SIZE / 8
+    }
 }
 
 /// Entries written: entry `i` of the run went from `old.nth_of_run(i)` to `new.nth_of_run(i)`.
@@ -238,6 +303,9 @@ named_enum! {
         Quiesced = "quiesced",
         /// An open was refused; its number had been taken.
         Refused = "refused",
+        /// A write to tables was refused, under direct paging: the frames that it would have mapped, or
+        /// the table.
+        WriteRefused = "write-refused",
     }
 }
 

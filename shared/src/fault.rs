@@ -41,6 +41,10 @@ named_enum! {
         SkipZero = "skip-zero",
         /// Released to the mapped side unscrubbed.
         SkipScrubOnRemap = "skip-scrub-on-remap",
+        /// A flush of the direct map is reported and not done on the CPU that flips.
+        ForgedFlush = "forged-flush",
+        /// A table write is reported that was not done.
+        ForgedTableWrite = "forged-table-write",
     }
 }
 
@@ -62,6 +66,18 @@ impl Fault {
             Self::TableFreeStale => "stale-table",
             Self::SkipSeal => "second-stage-open",
             Self::SkipZero | Self::SkipScrubOnRemap => "residue",
+            Self::ForgedFlush | Self::ForgedTableWrite => "trace-honesty",
+        }
+    }
+
+    /// The mediations under which it must be found: whoever believes what the guest reports does not
+    /// find a lie that leaves no trace.
+    #[must_use]
+    pub const fn modes(self) -> &'static [&'static str] {
+        match self {
+            Self::ForgedFlush => &["step"],
+            Self::ForgedTableWrite => &["tables", "step"],
+            _ => &["trace", "tables", "step"],
         }
     }
 

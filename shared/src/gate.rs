@@ -60,6 +60,9 @@ pub enum Call {
     Unanswered = 14,
     /// This CPU waits for another: the host may give its time to others. Has no result.
     Yield = 15,
+    /// Writes to page tables, under direct paging: a list of [`crate::direct::TableOp`]s, carried out
+    /// in order; the first that is refused ends the list.
+    Tables = 16,
 }
 
 impl Call {
@@ -82,6 +85,7 @@ impl Call {
             13 => Self::Interrupt,
             14 => Self::Unanswered,
             15 => Self::Yield,
+            16 => Self::Tables,
             _ => return None,
         })
     }
@@ -109,6 +113,9 @@ pub enum Status {
     BadRoot = 7,
     /// The call is not possible now.
     BadState = 8,
+    /// Under direct paging: what was asked would break a rule, or asks for a frame of which one is
+    /// broken.
+    Refused = 9,
 }
 
 impl Status {
@@ -125,6 +132,7 @@ impl Status {
             6 => Self::TooManyOpens,
             7 => Self::BadRoot,
             8 => Self::BadState,
+            9 => Self::Refused,
             _ => return None,
         })
     }

@@ -13,8 +13,10 @@ use crate::event::{RING_BYTES, RING_RECORDS};
 pub const DIRECT_MAP: Gva = Gva(0xffff_8880_0000_0000);
 /// Start of the mermap region: one window per CPU, [`WINDOW_STRIDE`] apart.
 pub const MERMAP: Gva = Gva(0xffff_9100_0000_0000);
-/// Where the table pool is mapped.
+/// Where the table pool is mapped, unless under direct paging.
 pub const POOL: Gva = Gva(0xffff_c000_0000_0000);
+/// Where the copy of the tables is mapped, read-only, under direct paging.
+pub const TABLE_COPY: Gva = Gva(0xffff_c400_0000_0000);
 /// Where boot information, call pages and event rings are mapped.
 pub const SHARED: Gva = Gva(0xffff_c800_0000_0000);
 /// Where the input region is mapped, read-only.
@@ -271,6 +273,9 @@ pub struct Layout {
     pub metadata: Region,
     /// Workload memory.
     pub scratch: Region,
+    /// What the table pool holds, for the guest to read: kept by the host under direct paging,
+    /// otherwise not mapped and never touched.
+    pub table_copy: Region,
     /// What the allocator hands out; `va` is its place in the direct map.
     pub zone: Region,
 }
@@ -315,7 +320,8 @@ impl Layout {
         let image = place(IMAGE, needs.image);
         let metadata_len = frames * PAGE_META_BYTES + blocks * BLOCK_META_BYTES;
         let low = needs.image + needs.input + needs.scratch + metadata_len;
-        let pool = place(POOL, pool_pages(zone_len, low, cpus) * PAGE_SIZE);
+        let pool_len = pool_pages(zone_len, low, cpus) * PAGE_SIZE;
+        let pool = place(POOL, pool_len);
         let layout = Self {
             cpus: needs.cpus,
             image,
@@ -325,12 +331,19 @@ impl Layout {
             cpu_areas: place(CPU_AREA, cpus * CPU_BYTES),
             metadata: place(METADATA, metadata_len),
             scratch: place(SCRATCH, needs.scratch),
+            table_copy: place(TABLE_COPY, pool_len),
             zone: Region { gpa: ZONE_START, va: direct_map(ZONE_START), len: zone_len },
         };
         if next > LOW_END {
             return Err(LayoutError::Low);
         }
         Ok(layout)
+    }
+
+    /// One past the last address of the regions below the zone.
+    #[must_use]
+    pub const fn low_end(&self) -> Gpa {
+        self.table_copy.end()
     }
 
     /// The zone's frames.
@@ -363,7 +376,7 @@ impl Layout {
 
     /// The regions, named, in order of physical address; empty ones included.
     #[must_use]
-    pub const fn regions(&self) -> [(&'static str, Region); 8] {
+    pub const fn regions(&self) -> [(&'static str, Region); 9] {
         [
             ("image", self.image),
             ("table pool", self.pool),
@@ -372,6 +385,7 @@ impl Layout {
             ("per-CPU areas", self.cpu_areas),
             ("metadata", self.metadata),
             ("scratch", self.scratch),
+            ("copy of the tables", self.table_copy),
             ("zone", self.zone),
         ]
     }
@@ -451,7 +465,8 @@ mod tests {
             for pair in regions.windows(2) {
                 assert!(pair[0].1.end() <= pair[1].1.gpa, "{pair:?}");
             }
-            assert!(layout.scratch.end() <= LOW_END);
+            assert!(layout.low_end() <= LOW_END);
+            assert_eq!(layout.table_copy.len, layout.pool.len);
             assert!(regions.iter().all(|(_, r)| r.gpa.is_aligned(BLOCK_SIZE)));
         }
     }

@@ -13,6 +13,7 @@ extern crate std;
 pub mod addr;
 pub mod boot;
 pub mod counter;
+pub mod direct;
 pub mod event;
 pub mod fault;
 pub mod gate;
@@ -25,7 +26,7 @@ pub mod words;
 pub mod workload;
 
 /// Version of everything in this crate. The VMM refuses an image built for another one.
-pub const ABI_VERSION: u64 = 2;
+pub const ABI_VERSION: u64 = 3;
 
 /// Most virtual CPUs that one guest may have: per-CPU windows, rings and stacks are laid out for
 /// this many.

@@ -5,7 +5,7 @@ use super::matrix::{SEALS, Twin};
 use super::witness::{Seen, Witness};
 use super::{Check, EVENTS, ensure};
 use lacuna::audit::{AuditResult, Finding};
-use lacuna::config::{Config, MachineKind, Overrides};
+use lacuna::config::{Config, MachineKind, Mediation, Overrides};
 use lacuna::gate::Observer;
 use lacuna::image::{Image, ORDINARY, WITH_FAULTS};
 use lacuna::run::{End, Host, Machine, Plan};
@@ -32,8 +32,14 @@ impl Observer for Recorder {
 }
 
 /// Runs the configuration with this image and these bits in the boot information.
-fn run(config: &str, machine: MachineKind, image: &[u8], bits: u64) -> Result<Ran, Failed> {
-    let overrides = Overrides { machine: Some(machine), ..Overrides::default() };
+fn run(
+    config: &str,
+    (machine, mediation): (MachineKind, Mediation),
+    image: &[u8],
+    bits: u64,
+) -> Result<Ran, Failed> {
+    let (machine, mediate) = (Some(machine), Some(mediation));
+    let overrides = Overrides { machine, mediate, ..Overrides::default() };
     let config = Config::from_text(Path::new("slip.toml"), config, &overrides)?;
     let (mut plan, _) = Plan::new(&config)?;
     plan.image = Image::parse(image)?;
@@ -90,7 +96,19 @@ fn config(slip: Slip, cpus: u8, seal: &str) -> String {
 /// The twin without the slip is clean; with it, the rule finds it, in frames and on CPUs for which
 /// the events show the same.
 pub fn is_found(slip: Slip, machine: MachineKind, cpus: u8, seal: &str) -> Check {
+    is_found_under(Mediation::Trace, slip, machine, cpus, seal)
+}
+
+/// The same where the host itself sees what this mediation says.
+pub fn is_found_under(
+    mediation: Mediation,
+    slip: Slip,
+    machine: MachineKind,
+    cpus: u8,
+    seal: &str,
+) -> Check {
     let config = config(slip, cpus, seal);
+    let machine = (machine, mediation);
     is_clean(&run(&config, machine, WITH_FAULTS, 0)?)?;
     let ran = run(&config, machine, WITH_FAULTS, slip.bit())?;
     let found: Vec<&Finding> =
@@ -124,6 +142,7 @@ pub fn is_found(slip: Slip, machine: MachineKind, cpus: u8, seal: &str) -> Check
 /// not.
 pub fn the_ordinary_image_does_not_listen(machine: MachineKind) -> Check {
     let config = config(Slip::SealOneFrameShort, 1, "guard");
+    let machine = (machine, Mediation::Trace);
     is_clean(&run(&config, machine, ORDINARY, u64::MAX)?)?;
     let listens = run(&config, machine, WITH_FAULTS, u64::MAX)?;
     ensure(!listens.result.findings.is_empty(), "the image with faults does not listen either")

@@ -3,7 +3,7 @@
 
 use super::{Check, ensure};
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
-use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record, mapped_frames};
+use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record, Sighting, mapped_frames};
 use lacuna_abi::layout::{MERMAP, WINDOW_STRIDE, direct_map};
 use lacuna_abi::paging::{Entry, Level};
 use libtest_mimic::Failed;
@@ -57,18 +57,21 @@ impl Witness {
             "direct-map-alias" => {
                 seen.in_direct_map(seen.frame)
                     && self.is_secret(seen)
-                    && self.maps(seen, direct_map(seen.frame.gpa())) != Some(false)
+                    && (self.is_refused(seen)
+                        || self.maps(seen, direct_map(seen.frame.gpa())) != Some(false))
             }
             "foreign-alias" => {
                 self.is_secret(seen)
-                    && seen.va.is_some_and(|va| self.maps(seen, va) == Some(true))
+                    && (self.is_refused(seen)
+                        || seen.va.is_some_and(|va| self.maps(seen, va) == Some(true)))
                     && seen.window().is_some_and(|owner| !self.is_open(seen, owner))
             }
             "global-window" => {
                 let written = seen.va.and_then(|va| self.last_write(seen, va));
                 self.is_secret(seen)
                     && seen.window().is_some_and(|owner| seen.cpu.is_none_or(|cpu| cpu == owner))
-                    && written.is_some_and(|(_, write)| write.new.has(Entry::GLOBAL))
+                    && (self.is_refused(seen)
+                        || written.is_some_and(|(_, write)| write.new.has(Entry::GLOBAL)))
             }
             "stale-direct-map" => {
                 self.became_secret(seen.frame)
@@ -101,6 +104,18 @@ impl Witness {
     /// What the host had last done with the frame.
     fn act(&self, seen: &Seen) -> Option<HostAct> {
         self.before(seen).find_map(|record| host_act(record, seen.frame))
+    }
+
+    /// Whether the next that the host did is to refuse the finding's CPU a write to tables about the
+    /// frame.
+    fn is_refused(&self, seen: &Seen) -> bool {
+        let mut after = self.0.iter().filter(|record| record.seq > seen.seq);
+        let next = after.find(|record| matches!(record.event, Event::Host(..)));
+        next.is_some_and(|record| {
+            let about = matches!(record.event, Event::Host(HostAct::WriteRefused, frames)
+                if frames.contains(seen.frame));
+            about && seen.cpu == Some(record.cpu)
+        })
     }
 
     /// Secret at the finding: the host says so before, or completes the call that it is about.
@@ -206,6 +221,34 @@ impl Witness {
         })
     }
 
+    /// Whether the CPU reports this event, and was not seen to do it: a flush comes after its record, a
+    /// store before.
+    pub fn is_forged(&self, cpu: u8, seq: u64) -> bool {
+        let own = |record: &&Record| record.cpu == cpu;
+        let Some(at) = self.0.iter().position(|record| record.seq == seq && record.cpu == cpu)
+        else {
+            return false;
+        };
+        match self.0[at].event {
+            Event::Flush(reported) => {
+                let next = self.0[at + 1..].iter().find(own);
+                !next.is_some_and(|next| match next.event {
+                    Event::Seen(Sighting::Flush(flush)) => flush == reported,
+                    Event::Seen(Sighting::Control { .. }) => reported == Flush::Everything,
+                    _ => false,
+                })
+            }
+            Event::EntryWrite(reported) => {
+                let before = self.0[..at].iter().rev().find(own);
+                !before.is_some_and(|before| {
+                    matches!(before.event, Event::Seen(Sighting::Stores(stores))
+                        if stores.new == reported.new)
+                })
+            }
+            _ => false,
+        }
+    }
+
     /// Whether the frame is the last of a range that the host did this with.
     pub fn ends_a_range(&self, frame: Gfn, wanted: HostAct) -> bool {
         self.0.iter().any(|record| {
@@ -217,7 +260,7 @@ impl Witness {
 
 fn host_act(record: &Record, frame: Gfn) -> Option<HostAct> {
     match record.event {
-        Event::Host(HostAct::Quiesced | HostAct::Refused, _) => None,
+        Event::Host(HostAct::Quiesced | HostAct::Refused | HostAct::WriteRefused, _) => None,
         Event::Host(act, frames) if FrameRange::contains(frames, frame) => Some(act),
         _ => None,
     }

@@ -7,6 +7,7 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 use lacuna_abi::addr::FrameRange;
 use lacuna_abi::counter::Counters;
+use lacuna_abi::direct::{TableOp, TableWriter};
 use lacuna_abi::gate::{
     ARGS_WORD, COUNT_WORD, Call, CpuRegistration, LOG_BYTES, OpKind, OpWriter, STATUS_WORD, Status,
 };
@@ -57,6 +58,20 @@ pub(crate) fn operations(ops: &[(OpKind, FrameRange)]) -> Result<(), GateError> 
             .map_err(|error| GateError { index: error.index + first as u32, ..error })?;
     }
     Ok(())
+}
+
+/// Has the host carry out operations on page tables, no more than fit in a call, for the code at
+/// `site`. Interrupts are off.
+///
+/// # Errors
+/// The first operation that the host refused.
+pub(crate) fn tables(site: u32, ops: &[TableOp]) -> Result<(), GateError> {
+    let page = call_page(cpu::number());
+    let mut writer = TableWriter::new(|word, value| page[word].store(value, Relaxed), site);
+    for op in ops {
+        assert!(writer.push(op).is_ok(), "{} operations do not fit in a call", ops.len());
+    }
+    call(Call::Tables)
 }
 
 /// Tells the host that the allocator is ready.

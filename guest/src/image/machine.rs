@@ -5,11 +5,12 @@ use crate::{cpu, gate, memory, ring, shared};
 use core::fmt;
 use core::sync::atomic::Ordering::Relaxed;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva};
-use lacuna_abi::boot::{BootInfo, FEATURE_GATE_SHOOTDOWN};
+use lacuna_abi::boot::{BootInfo, FEATURE_DIRECT_PAGING, FEATURE_GATE_SHOOTDOWN};
 use lacuna_abi::counter::Counters;
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::{EntryWrite, Event, Flush, Life, TableFill};
 use lacuna_abi::gate::{Call, OpKind};
-use lacuna_abi::layout::Region;
+use lacuna_abi::layout::{POOL, Region, TABLE_COPY};
 use lacuna_abi::paging::{Entry, Level};
 use lacuna_guest::platform::{AddressSpace, CpuSet, GateError, Platform};
 use lacuna_guest::programs::Services;
@@ -18,6 +19,8 @@ use lacuna_guest::programs::Services;
 pub(crate) struct Machine {
     cpus: usize,
     pool: Region,
+    /// The host writes entries.
+    direct: bool,
     wire: Wire,
     #[cfg(feature = "faults")]
     faults: u64,
@@ -30,6 +33,7 @@ impl Machine {
         Self {
             cpus: layout.cpus,
             pool: layout.pool,
+            direct: info.features & FEATURE_DIRECT_PAGING != 0,
             wire: Wire { through_gate: info.features & FEATURE_GATE_SHOOTDOWN != 0 },
             #[cfg(feature = "faults")]
             faults: info.faults,
@@ -70,18 +74,44 @@ impl Platform for Machine {
     }
 
     fn read_entry(&self, at: Gpa) -> Entry {
-        memory::read_entry(self.pool.gpa, self.pool.len, at)
+        let view = if self.direct { TABLE_COPY } else { POOL };
+        memory::read_entry(&Region { va: view, ..self.pool }, at)
     }
 
     // Parts of their callers, which the sites of records then name.
     #[inline(always)]
-    fn write_entries(&self, at: Gpa, write: &EntryWrite) {
-        ring::write_entries(cpu::here(), &self.pool, at, write);
+    fn write_entries(&self, at: Gpa, write: &EntryWrite) -> Result<(), GateError> {
+        let site = cpu::here();
+        if self.direct {
+            return ring::write_directly(site, &[TableOp::Write { at, write: *write }]);
+        }
+        ring::write_entries(site, &self.pool, at, write);
+        Ok(())
     }
 
     #[inline(always)]
-    fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
-        ring::fill_table(cpu::here(), &self.pool, &TableFill { table, level, first });
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) -> Result<(), GateError> {
+        let (site, fill) = (cpu::here(), TableFill { table, level, first });
+        if self.direct {
+            return ring::write_directly(site, &[TableOp::Fill(fill)]);
+        }
+        ring::fill_table(site, &self.pool, &fill);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn write_tables(&self, ops: &[TableOp]) -> Result<(), GateError> {
+        let site = cpu::here();
+        if self.direct {
+            return ring::write_directly(site, ops);
+        }
+        for op in ops {
+            match op {
+                TableOp::Write { at, write } => ring::write_entries(site, &self.pool, *at, write),
+                TableOp::Fill(fill) => ring::fill_table(site, &self.pool, fill),
+            }
+        }
+        Ok(())
     }
 
     #[inline(always)]
@@ -117,6 +147,12 @@ impl Platform for Machine {
 
     fn store(&self, va: Gva, value: u64) {
         memory::store(va, value);
+    }
+
+    #[cfg(feature = "faults")]
+    #[inline(always)]
+    fn forge(&self, event: Event) {
+        ring::record(cpu::here(), event);
     }
 
     // Functions of their own, so that tests see by their names whether an image asks.

@@ -6,7 +6,7 @@ use core::sync::atomic::Ordering::{Acquire, Release};
 use core::sync::atomic::compiler_fence;
 use lacuna_abi::addr::{Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::event::TableFill;
-use lacuna_abi::layout::{DIRECT_MAP, INPUT, MERMAP, POOL, SCRATCH};
+use lacuna_abi::layout::{DIRECT_MAP, INPUT, MERMAP, Region, SCRATCH};
 use lacuna_abi::paging::{Entry, Level};
 
 /// Whether `bytes` from `va` lie in one of the root slots that hold no Rust object: the direct
@@ -69,18 +69,18 @@ pub(crate) fn copy(to: Gva, from: Gva, bytes: u64) {
     unsafe { copy_words_then_bytes(to.0 as *mut u8, from.0 as *const u8, bytes as usize) };
 }
 
-/// The entry at `at` in the table pool of `len` bytes from `start`.
+/// The entry at `at` in the table pool, which is seen at the region's virtual place: itself or a copy.
 #[inline]
-pub(crate) fn read_entry(start: Gpa, len: u64, at: Gpa) -> Entry {
-    let va = entry_place(start, len, at);
+pub(crate) fn read_entry(pool: &Region, at: Gpa) -> Entry {
+    let va = entry_place(pool, at);
     // SAFETY: as `load`; only `write_entry` writes there.
     Entry(unsafe { (va.0 as *const u64).read_volatile() })
 }
 
 /// Writes the entry at `at` by one aligned store.
 #[inline]
-pub(crate) fn write_entry(start: Gpa, len: u64, at: Gpa, entry: Entry) {
-    let va = entry_place(start, len, at);
+pub(crate) fn write_entry(pool: &Region, at: Gpa, entry: Entry) {
+    let va = entry_place(pool, at);
     // SAFETY: as `load`. What the entry maps is the business of the allocator and the mermap: they
     // map zone frames only, in which no Rust object lies.
     unsafe { (va.0 as *mut u64).write_volatile(entry.0) };
@@ -89,9 +89,9 @@ pub(crate) fn write_entry(start: Gpa, len: u64, at: Gpa, entry: Entry) {
 /// Fills the whole table that `fill` names. Eight entries a turn: an interpreted ring 0 makes every
 /// instruction count.
 #[inline]
-pub(crate) fn fill_table(start: Gpa, len: u64, fill: &TableFill) {
-    let first = entry_place(start, len, fill.table);
-    let last = entry_place(start, len, fill.table.wrapping_add(PAGE_SIZE - 8));
+pub(crate) fn fill_table(pool: &Region, fill: &TableFill) {
+    let first = entry_place(pool, fill.table);
+    let last = entry_place(pool, fill.table.wrapping_add(PAGE_SIZE - 8));
     let mut place = first.0 as *mut u64;
     let mut entry = fill.first.0;
     let step = fill.entry(1).0.wrapping_sub(entry);
@@ -106,9 +106,9 @@ pub(crate) fn fill_table(start: Gpa, len: u64, fill: &TableFill) {
     }
 }
 
-fn entry_place(start: Gpa, len: u64, at: Gpa) -> Gva {
-    match at.offset_from(start) {
-        Some(offset) if offset < len && at.is_aligned(8) => POOL.wrapping_add(offset),
+fn entry_place(pool: &Region, at: Gpa) -> Gva {
+    match at.offset_from(pool.gpa) {
+        Some(offset) if offset < pool.len && at.is_aligned(8) => pool.va.wrapping_add(offset),
         _ => panic!("no table entry can be at {at}"),
     }
 }

@@ -6,7 +6,7 @@ use crate::machine::Machine;
 use crate::{cpu, descriptors, gate};
 use core::arch::asm;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
-use lacuna_abi::event::EntryWrite;
+use lacuna_abi::event::{EntryWrite, Flush};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::{WINDOW_LARGE_OFFSET, WINDOW_LARGE_SLOTS, window};
 use lacuna_abi::paging::{Entry, Level};
@@ -85,8 +85,10 @@ fn rewrite(machine: &Machine, va: Gva, level: Level, new: Entry) {
     let old = machine.read_entry(at);
     let (root, pcid) = (space.root, space.pcid);
     let write = EntryWrite { root, pcid, va, level, count: 1, old, new, grant: 0 };
-    machine.write_entries(at, &write);
-    cpu::invalidate_page(va);
+    if let Err(error) = machine.write_entries(at, &write) {
+        panic!("the host refused to replace the entry for {va}: {error:?}");
+    }
+    machine.flush(Flush::Pages { va, count: 1, level });
 }
 
 /// Not inlined, so that reports name it.

@@ -127,11 +127,11 @@ impl Platform for Machine {
         no_mapping_changes!()
     }
 
-    fn write_entries(&self, _: Gpa, _: &EntryWrite) {
+    fn write_entries(&self, _: Gpa, _: &EntryWrite) -> Result<(), GateError> {
         no_mapping_changes!()
     }
 
-    fn fill_table(&self, _: Gpa, _: Level, _: Entry) {
+    fn fill_table(&self, _: Gpa, _: Level, _: Entry) -> Result<(), GateError> {
         no_mapping_changes!()
     }
 

@@ -3,6 +3,7 @@
 
 use super::memory::{Contents, Tables};
 use super::tables::TableState;
+use crate::platform::GateError;
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::event::{EntryWrite, Flush, Life, mapped_frames};
@@ -63,6 +64,7 @@ pub(crate) struct State {
     pub(crate) input: Vec<u64>,
     pub(crate) interrupts_off: [bool; MAX_CPUS],
     pub(crate) refuse: Option<(usize, Status)>,
+    pub(crate) refuse_write: Option<usize>,
     pub(crate) recording: bool,
     pub(crate) seen: Vec<Seen>,
     pub(crate) violations: Vec<String>,
@@ -98,6 +100,7 @@ impl State {
             input: Vec::new(),
             interrupts_off: [false; MAX_CPUS],
             refuse: None,
+            refuse_write: None,
             recording: true,
             seen: Vec::new(),
             violations: Vec::new(),
@@ -142,6 +145,20 @@ impl State {
 
     pub(crate) fn read_entry(&self, at: Gpa) -> Option<Entry> {
         self.layout.pool.contains(at).then(|| self.tables.get(&at.0).copied().unwrap_or_default())
+    }
+
+    /// Refuses the write that a test said.
+    pub(crate) fn admit_write(&mut self) -> Result<(), GateError> {
+        match self.refuse_write {
+            Some(0) => {
+                self.refuse_write = None;
+                Err(GateError { status: Status::Refused, index: 0 })
+            }
+            left => {
+                self.refuse_write = left.map(|left| left - 1);
+                Ok(())
+            }
+        }
     }
 
     pub(crate) fn write_entries(&mut self, cpu: usize, at: Gpa, write: &EntryWrite) {

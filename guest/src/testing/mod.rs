@@ -108,6 +108,11 @@ impl Mock {
         self.state().refuse = Some((nth, Status::BadState));
     }
 
+    /// The `nth` write to tables from now on, counted from 0, is refused.
+    pub(crate) fn refuse_write(&self, nth: usize) {
+        self.state().refuse_write = Some(nth);
+    }
+
     /// Everything that happened since the last call.
     pub(crate) fn seen(&self) -> Vec<Seen> {
         std::mem::take(&mut self.state().seen)
@@ -181,12 +186,18 @@ impl Platform for Mock {
         self.state().read_entry(at).unwrap_or_else(|| panic!("no table at {at}"))
     }
 
-    fn write_entries(&self, at: Gpa, write: &EntryWrite) {
-        self.state().write_entries(CPU.get(), at, write);
+    fn write_entries(&self, at: Gpa, write: &EntryWrite) -> Result<(), GateError> {
+        let mut state = self.state();
+        state.admit_write()?;
+        state.write_entries(CPU.get(), at, write);
+        Ok(())
     }
 
-    fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
-        self.state().fill_table(&TableFill { table, level, first });
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) -> Result<(), GateError> {
+        let mut state = self.state();
+        state.admit_write()?;
+        state.fill_table(&TableFill { table, level, first });
+        Ok(())
     }
 
     fn flush(&self, flush: Flush) {

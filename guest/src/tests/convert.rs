@@ -133,7 +133,7 @@ fn the_test_machine_notices_a_page_that_is_gone_in_between() {
     // What the manual recommends where frame or rights change: clear, flush, write.
     let new = Entry::EMPTY;
     let clear = EntryWrite { root, pcid: 0, va, level: Level::Pd, count: 1, old, new, grant: 0 };
-    mock.write_entries(at, &clear);
+    mock.write_entries(at, &clear).unwrap();
 }
 
 #[test]

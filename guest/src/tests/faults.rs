@@ -147,5 +147,7 @@ fn pages_that_are_not_scrubbed_are_residue_when_they_are_released() {
 
 #[test]
 fn every_fault_that_can_be_planted_is_tried_here() {
-    assert_eq!(Fault::ALL.len(), 16);
+    // What only the records lie about is the business of whoever sees for itself.
+    let tried = Fault::ALL.iter().filter(|fault| fault.modes().contains(&"trace"));
+    assert_eq!(tried.count(), 16);
 }

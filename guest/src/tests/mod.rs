@@ -18,6 +18,7 @@ mod moving;
 mod page_alloc;
 mod programs;
 mod refusals;
+mod refused_writes;
 mod ring;
 mod secret;
 mod selftests;

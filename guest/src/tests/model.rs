@@ -99,7 +99,8 @@ fn two_cpus_at_once_never_share_a_page() {
 #[test]
 fn twin_no_planted_fault_passes_random_histories() {
     use lacuna_abi::fault::Fault;
-    for fault in Fault::ALL.iter().copied() {
+    // Lies of the records alone change no history.
+    for fault in Fault::ALL.iter().copied().filter(|fault| fault.modes().contains(&"trace")) {
         let found = (0..40).any(|seed| {
             let mut random = Random(seed);
             let bytes: Vec<u8> = (0..600).map(|_| random.below(256) as u8).collect();

@@ -1,11 +1,14 @@
 //! The guest's side of a ring: room before a number, and while a number is held the ring says so.
 
-use crate::ring::{Ring, make_room, observe, record, write_entries};
+use crate::platform::GateError;
+use crate::ring::{Ring, make_room, observe, record, write_directly, write_entries};
 use lacuna_abi::addr::{Gpa, Gva};
+use lacuna_abi::direct::{CALL_OPS, TableOp};
 use lacuna_abi::event::{
     EntryWrite, Event, Flush, INTENT_WORDS, Intent, RECORD_WORDS, RING_BUSY_WORD, RING_HEAD_WORD,
-    RING_INTENT_WORD, RING_RECORDS, RING_TAIL_WORD, Record,
+    RING_INTENT_WORD, RING_RECORDS, RING_TAIL_WORD, Record, TableFill,
 };
+use lacuna_abi::gate::Status;
 use lacuna_abi::observe::{Case, Change, Means, Observation, Seen};
 use lacuna_abi::paging::{Entry, Level};
 use std::cell::{Cell, RefCell};
@@ -167,4 +170,49 @@ fn what_is_observed_has_a_number_from_before_the_look() {
     assert!(!ring.is_busy());
     let event = Event::Observed(seen);
     assert_eq!(ring.published(0), Record { seq: 1, cpu: 3, site: 9, event });
+}
+
+#[test]
+fn direct_writes_are_recorded_when_the_host_has_made_them_and_no_number_is_held_meanwhile() {
+    let (a, table) = (Entry(0x5000 | Entry::DATA), Gpa(0x7000));
+    let fill = TableFill { table, level: Level::Pt, first: a };
+    let writes = [(Entry::EMPTY, a), (a, Entry::EMPTY)].map(|(old, new)| write(old, new));
+    let op = |write| TableOp::Write { at: table, write };
+    let ops = [TableOp::Fill(fill), op(writes[0]), op(writes[1])];
+    for done in 0..=3_usize {
+        let ring = Watched::new();
+        let refusal = GateError { status: Status::Refused, index: done as u32 };
+        let called = write_directly(&ring, &ops, |called| {
+            assert_eq!(called, ops);
+            assert!(ring.is_busy() && ring.busy_at_numbers.borrow().is_empty());
+            let intent = ring.intent().unwrap();
+            assert_eq!((intent.seq, intent.write), (0, writes[0]));
+            if done < 3 { Err(refusal) } else { Ok(()) }
+        });
+        assert_eq!(called.err(), (done < 3).then_some(refusal));
+        assert!(!ring.is_busy() && ring.intent().is_none());
+        let events =
+            [Event::TableFill(fill), Event::EntryWrite(writes[0]), Event::EntryWrite(writes[1])];
+        for (index, event) in events.into_iter().enumerate().take(done) {
+            let seq = index as u64 + 1;
+            assert_eq!(ring.published(index), Record { seq, cpu: 3, site: 9, event });
+        }
+        assert_eq!(ring.busy_at_numbers.borrow().len(), done, "one number for each");
+    }
+}
+
+#[test]
+fn more_direct_writes_than_fit_in_a_call_take_several() {
+    let ring = Watched::new();
+    let write = write(Entry::EMPTY, Entry(0x5000 | Entry::DATA));
+    let ops = std::vec![TableOp::Write { at: Gpa(0x7000), write }; 2 * CALL_OPS + 1];
+    let calls = RefCell::new(Vec::new());
+    let refuse_last = |ops: &[TableOp]| {
+        calls.borrow_mut().push(ops.len());
+        let refusal = GateError { status: Status::Refused, index: 0 };
+        if ops.len() == 1 { Err(refusal) } else { Ok(()) }
+    };
+    let refused = write_directly(&ring, &ops, refuse_last).unwrap_err();
+    assert_eq!(refused.index as usize, 2 * CALL_OPS);
+    assert_eq!(*calls.borrow(), [CALL_OPS, CALL_OPS, 1]);
 }

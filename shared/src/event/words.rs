@@ -1,8 +1,8 @@
 //! Events as words: what rings, intents and recordings hold.
 
 use super::{
-    BadRecord, ControlRegister, EntryWrite, Event, Flush, HostAct, INTENT_WORDS, Intent, Life,
-    RECORD_WORDS, Record, TableFill,
+    BadRecord, ControlRegister, EntryStores, EntryWrite, Event, Flush, HostAct, INTENT_WORDS,
+    Intent, Life, RECORD_WORDS, Record, Sighting, TableFill,
 };
 use crate::addr::{FrameRange, Gpa, Gva};
 use crate::observe::{Case, Observation, Seen};
@@ -18,6 +18,11 @@ const KIND_HOST: u64 = 6;
 const KIND_FILL: u64 = 7;
 const KIND_CONTROL: u64 = 8;
 const KIND_OBSERVED: u64 = 9;
+const KIND_SEEN_STORES: u64 = 10;
+const KIND_SEEN_FILL: u64 = 11;
+const KIND_SEEN_FLUSH: u64 = 12;
+const KIND_SEEN_CONTROL: u64 = 13;
+const KIND_SEEN_ROOT: u64 = 14;
 const PCID_MASK: u64 = 0xfff;
 
 const fn head(kind: u64, level: u8, flavour: u64, cpu: u8, count: u32) -> u64 {
@@ -33,6 +38,37 @@ const fn check(seq: u64, head: u64) -> u64 {
 const fn last_word(seq: u64, head: u64, site: u32) -> u64 {
     let check = check(seq, head);
     (check ^ check >> 32) & 0xffff_ffff | (site as u64) << 32
+}
+
+/// A head, and the words behind it: root and PCID, address, old, new, grant.
+type Words = (u64, [u64; 5]);
+
+fn fill_words(kind: u64, cpu: u8, fill: &TableFill) -> Words {
+    let TableFill { table, level, first } = *fill;
+    (head(kind, level.number(), 0, cpu, 0), [0, table.0, 0, first.0, 0])
+}
+
+fn root_words(kind: u64, cpu: u8, (root, pcid, no_flush): (Gpa, u16, bool)) -> Words {
+    (head(kind, 0, u64::from(no_flush), cpu, 0), [root.0 | u64::from(pcid), 0, 0, 0, 0])
+}
+
+fn control_words(kind: u64, cpu: u8, (register, old, new): (ControlRegister, u64, u64)) -> Words {
+    (head(kind, 0, register as u64, cpu, 0), [0, 0, old, new, 0])
+}
+
+fn flush_words(kind: u64, cpu: u8, flush: &Flush) -> Words {
+    match *flush {
+        Flush::Pages { va, count, level } => {
+            (head(kind, level.number(), 0, cpu, count), [0, va.0, 0, 0, 0])
+        }
+        Flush::NonGlobal => (head(kind, 0, 1, cpu, 0), [0; 5]),
+        Flush::Everything => (head(kind, 0, 2, cpu, 0), [0; 5]),
+        Flush::PageOfPcid { va, pcid } => {
+            (head(kind, 0, 3, cpu, 0), [u64::from(pcid), va.0, 0, 0, 0])
+        }
+        Flush::Pcid(pcid) => (head(kind, 0, 4, cpu, 0), [u64::from(pcid), 0, 0, 0, 0]),
+        Flush::AllPcids => (head(kind, 0, 5, cpu, 0), [0; 5]),
+    }
 }
 
 impl Intent {
@@ -67,37 +103,22 @@ impl Intent {
 }
 
 impl Record {
-    /// The record's words: number, head, root and PCID, address, old, new, grant, check and site.
+    /// The head, and all words but number, head and check.
     #[inline]
-    #[must_use]
-    pub fn to_words(&self) -> [u64; RECORD_WORDS] {
-        let (head, rest) = match self.event {
+    fn payload(&self) -> Words {
+        match self.event {
             Event::EntryWrite(w) => (
                 head(KIND_ENTRY, w.level.number(), 0, self.cpu, w.count),
                 [w.root.0 | u64::from(w.pcid), w.va.0, w.old.0, w.new.0, w.grant],
             ),
-            Event::TableFill(TableFill { table, level, first }) => {
-                (head(KIND_FILL, level.number(), 0, self.cpu, 0), [0, table.0, 0, first.0, 0])
-            }
-            Event::Flush(Flush::Pages { va, count, level }) => {
-                (head(KIND_FLUSH, level.number(), 0, self.cpu, count), [0, va.0, 0, 0, 0])
-            }
-            Event::Flush(Flush::NonGlobal) => (head(KIND_FLUSH, 0, 1, self.cpu, 0), [0; 5]),
-            Event::Flush(Flush::Everything) => (head(KIND_FLUSH, 0, 2, self.cpu, 0), [0; 5]),
-            Event::Flush(Flush::PageOfPcid { va, pcid }) => {
-                (head(KIND_FLUSH, 0, 3, self.cpu, 0), [u64::from(pcid), va.0, 0, 0, 0])
-            }
-            Event::Flush(Flush::Pcid(pcid)) => {
-                (head(KIND_FLUSH, 0, 4, self.cpu, 0), [u64::from(pcid), 0, 0, 0, 0])
-            }
-            Event::Flush(Flush::AllPcids) => (head(KIND_FLUSH, 0, 5, self.cpu, 0), [0; 5]),
+            Event::TableFill(fill) => fill_words(KIND_FILL, self.cpu, &fill),
+            Event::Flush(flush) => flush_words(KIND_FLUSH, self.cpu, &flush),
             Event::Control { register, old, new } => {
-                (head(KIND_CONTROL, 0, register as u64, self.cpu, 0), [0, 0, old, new, 0])
+                control_words(KIND_CONTROL, self.cpu, (register, old, new))
             }
-            Event::RootLoad { root, pcid, no_flush } => (
-                head(KIND_ROOT, 0, u64::from(no_flush), self.cpu, 0),
-                [root.0 | u64::from(pcid), 0, 0, 0, 0],
-            ),
+            Event::RootLoad { root, pcid, no_flush } => {
+                root_words(KIND_ROOT, self.cpu, (root, pcid, no_flush))
+            }
             Event::Life(life, frames) => (
                 head(KIND_LIFE, 0, life as u64, self.cpu, 0),
                 [0, frames.start().gpa().0, frames.count(), 0, 0],
@@ -113,11 +134,37 @@ impl Record {
                 };
                 (head(KIND_OBSERVED, 0, flavour, self.cpu, case.number()), [0, va.0, reached, 0, 0])
             }
+            Event::Seen(sighting) => self.seen(&sighting),
             Event::Host(act, frames) => (
                 head(KIND_HOST, 0, act as u64, self.cpu, 0),
                 [0, frames.start().gpa().0, frames.count(), 0, 0],
             ),
-        };
+        }
+    }
+
+    /// The same of what the host saw.
+    fn seen(&self, sighting: &Sighting) -> Words {
+        match *sighting {
+            Sighting::Stores(EntryStores { at, level, count, old, new, grant }) => (
+                head(KIND_SEEN_STORES, level.number(), 0, self.cpu, count),
+                [0, at.0, old.0, new.0, grant],
+            ),
+            Sighting::Fill(fill) => fill_words(KIND_SEEN_FILL, self.cpu, &fill),
+            Sighting::Flush(flush) => flush_words(KIND_SEEN_FLUSH, self.cpu, &flush),
+            Sighting::Control { register, old, new } => {
+                control_words(KIND_SEEN_CONTROL, self.cpu, (register, old, new))
+            }
+            Sighting::RootLoad { root, pcid, no_flush } => {
+                root_words(KIND_SEEN_ROOT, self.cpu, (root, pcid, no_flush))
+            }
+        }
+    }
+
+    /// The record's words: number, head, root and PCID, address, old, new, grant, check and site.
+    #[inline]
+    #[must_use]
+    pub fn to_words(&self) -> [u64; RECORD_WORDS] {
+        let (head, rest) = self.payload();
         let [root, va, old, new, grant] = rest;
         [self.seq, head, root, va, old, new, grant, last_word(self.seq, head, self.site)]
     }
@@ -166,31 +213,42 @@ impl Record {
                 }
                 Event::EntryWrite(write)
             }
-            (KIND_FILL, 0) => {
+            (KIND_SEEN_STORES, 0) => {
+                let (level, [old, new]) = (level()?, [old, new].map(Entry));
+                let stores = EntryStores { at: Gpa(va), level, count, old, new, grant };
+                if !stores.is_well_formed() {
+                    return Err(BadRecord::Malformed);
+                }
+                Event::Seen(Sighting::Stores(stores))
+            }
+            (KIND_FILL | KIND_SEEN_FILL, 0) => {
                 let fill = TableFill { table: Gpa(va), level: level()?, first: Entry(new) };
                 if !fill.is_well_formed() {
                     return Err(BadRecord::Malformed);
                 }
-                Event::TableFill(fill)
-            }
-            (KIND_FLUSH, 0) => {
-                let level = level()?;
-                if count == 0 || u64::from(count) > 1 << 20 || level > Level::Pd {
-                    return Err(BadRecord::Malformed);
+                if u64::from(kind) == KIND_FILL {
+                    Event::TableFill(fill)
+                } else {
+                    Event::Seen(Sighting::Fill(fill))
                 }
-                Event::Flush(Flush::Pages { va: Gva(va), count, level })
             }
-            (KIND_FLUSH, 1) => Event::Flush(Flush::NonGlobal),
-            (KIND_FLUSH, 2) => Event::Flush(Flush::Everything),
-            (KIND_FLUSH, 3) => Event::Flush(Flush::PageOfPcid { va: Gva(va), pcid }),
-            (KIND_FLUSH, 4) => Event::Flush(Flush::Pcid(pcid)),
-            (KIND_FLUSH, 5) => Event::Flush(Flush::AllPcids),
-            (KIND_CONTROL, _) => {
+            (KIND_FLUSH, _) => Event::Flush(flush(flavour, level, count, (va, pcid))?),
+            (KIND_SEEN_FLUSH, _) => {
+                Event::Seen(Sighting::Flush(flush(flavour, level, count, (va, pcid))?))
+            }
+            (KIND_CONTROL | KIND_SEEN_CONTROL, _) => {
                 let register =
                     ControlRegister::from_number(flavour.into()).ok_or(BadRecord::Unknown)?;
-                Event::Control { register, old, new }
+                if u64::from(kind) == KIND_CONTROL {
+                    Event::Control { register, old, new }
+                } else {
+                    Event::Seen(Sighting::Control { register, old, new })
+                }
             }
             (KIND_ROOT, 0 | 1) => Event::RootLoad { root, pcid, no_flush: flavour == 1 },
+            (KIND_SEEN_ROOT, 0 | 1) => {
+                Event::Seen(Sighting::RootLoad { root, pcid, no_flush: flavour == 1 })
+            }
             (KIND_LIFE, _) => {
                 let life = Life::from_number(flavour.into()).ok_or(BadRecord::Unknown)?;
                 Event::Life(life, frames()?)
@@ -213,6 +271,30 @@ impl Record {
         };
         Ok(Self { seq, cpu, site, event })
     }
+}
+
+/// The flush of this flavour.
+fn flush(
+    flavour: u8,
+    level: impl Fn() -> Result<Level, BadRecord>,
+    count: u32,
+    (va, pcid): (u64, u16),
+) -> Result<Flush, BadRecord> {
+    Ok(match flavour {
+        0 => {
+            let level = level()?;
+            if count == 0 || u64::from(count) > 1 << 20 || level > Level::Pd {
+                return Err(BadRecord::Malformed);
+            }
+            Flush::Pages { va: Gva(va), count, level }
+        }
+        1 => Flush::NonGlobal,
+        2 => Flush::Everything,
+        3 => Flush::PageOfPcid { va: Gva(va), pcid },
+        4 => Flush::Pcid(pcid),
+        5 => Flush::AllPcids,
+        _ => return Err(BadRecord::Unknown),
+    })
 }
 
 #[cfg(test)]

@@ -24,7 +24,9 @@ impl Audit {
     /// # Errors
     /// The status with which the call must be refused; then nothing has changed:
     /// [`Status::NotInZone`], [`Status::NotSecret`], [`Status::StillOpen`],
-    /// [`Status::TooManyOpens`]; [`Status::BadState`] for a CPU that does not run.
+    /// [`Status::TooManyOpens`]; [`Status::BadState`] for a CPU that does not run. Under direct paging
+    /// [`Status::Refused`] for an open of frames that are mapped where they must not be, or of which a
+    /// translation of the direct map may be cached.
     pub fn arrival(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) -> Result<(), Status> {
         let result = self.judge_arrival(cpu, op, seq, world);
         self.tell(&Moment::Call(cpu, op), world);
@@ -45,10 +47,11 @@ impl Audit {
         let kept = self.tlb.went_on(cpu, seq.saturating_add(1));
         self.note_dropped(kept);
         let zone = self.frames.zone();
+        let mut well = true;
         if op.kind != OpKind::Release
             && let Some(named) = op.frames.intersection(zone)
         {
-            self.judge_stale_direct_map(named, seq);
+            well = self.judge_stale_direct_map(named, seq);
         }
         if !zone.contains_range(op.frames) {
             return Err(Status::NotInZone);
@@ -61,7 +64,10 @@ impl Audit {
             }
             OpKind::Open => {
                 let secret = self.frames.secret_in(op.frames);
-                self.snapshot(op.frames, secret, cpu, seq);
+                well &= self.snapshot(op.frames, secret, cpu, seq);
+                if self.is_direct() && !well && secret == op.frames.count() {
+                    return Err(Status::Refused);
+                }
                 self.open(cpu, (op.frames, secret), seq, world)
             }
             OpKind::Release => {
@@ -100,8 +106,9 @@ impl Audit {
         self.history.push(&Record { seq, cpu, site: 0, event: Event::Host(act, frames) });
     }
 
-    /// `stale-direct-map`: judged before the state of the frames is looked at.
-    fn judge_stale_direct_map(&mut self, named: FrameRange, seq: u64) {
+    /// `stale-direct-map`: judged before the state of the frames is looked at. Whether all is well.
+    fn judge_stale_direct_map(&mut self, named: FrameRange, seq: u64) -> bool {
+        let mut well = true;
         self.ledger.checked(Rule::StaleDirectMap, named.count());
         let layout = &self.config.layout;
         let direct = |duty: &Duty| layout.place_of(duty.va) == Place::DirectMap;
@@ -123,23 +130,28 @@ impl Audit {
             if let Some(cpu) = members(duty.cpus).next() {
                 let finding = stale_finding(Rule::StaleDirectMap, &duty, cpu, seq, detail);
                 self.ledger.violation(Finding { frame: Some(stale.start()), ..finding });
+                well = false;
             }
         }
+        well
     }
 
-    /// The alias rules for the frames named, `secret` of which are secret, through the index.
+    /// The alias rules for the frames named, `secret` of which are secret, through the index. Whether all
+    /// is well.
     #[inline]
-    fn snapshot(&mut self, named: FrameRange, secret: u64, cpu: u8, seq: u64) {
+    fn snapshot(&mut self, named: FrameRange, secret: u64, cpu: u8, seq: u64) -> bool {
         self.ledger.checked(Rule::DirectMapAlias, secret);
         self.ledger.checked(Rule::ForeignAlias, secret);
         if self.index.maps_nothing_of(named) {
-            return;
+            return true;
         }
         let layout = &self.config.layout;
+        let mut well = true;
         for mapping in self.index.of_frames(named) {
             let at = Sight { mapping: &mapping, cpu: Some(cpu), seq };
-            judge_alias(&mut self.ledger, &self.frames, layout, &at);
+            well &= judge_alias(&mut self.ledger, &self.frames, layout, &at);
         }
+        well
     }
 
     fn open(

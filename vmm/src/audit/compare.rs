@@ -12,6 +12,9 @@ use lacuna_abi::layout::DIRECT_MAP;
 use lacuna_abi::paging::{Entry, Level};
 use lacuna_abi::walk::{EVERYTHING, child_address, locate};
 
+/// Bits that a walk sets in a present entry.
+const BY_ITSELF: u64 = Entry::ACCESSED | Entry::DIRTY;
+
 /// An entry that is not what the records say.
 #[derive(Clone, Copy, Debug)]
 struct Difference {
@@ -52,8 +55,9 @@ impl Index {
         totals
     }
 
-    /// Where memory differs from the copy, and pages that cannot be read.
-    fn differences(&self, world: &impl World) -> (Vec<Difference>, Vec<Gfn>) {
+    /// Where memory differs from the copy, and pages that cannot be read. Under direct paging (`exact`)
+    /// in any bit that the processor does not set by itself.
+    fn differences(&self, world: &impl World, exact: bool) -> (Vec<Difference>, Vec<Gfn>) {
         let (mut different, mut unreadable) = (Vec::new(), Vec::new());
         let mut words: TableWords = [0; PAGE_WORDS];
         for (table, page) in self.tables.all() {
@@ -66,7 +70,11 @@ impl Index {
             }
             for (index, word) in (0..).zip(words) {
                 let (known, found) = (page.entry(index), Entry(word));
-                let differs = |level| meaning(known, level) != meaning(found, level);
+                let differs = |level| {
+                    let by_itself = if found.is_present() { BY_ITSELF } else { 0 };
+                    meaning(known, level) != meaning(found, level)
+                        || (exact && (known.0 ^ found.0) & !by_itself != 0)
+                };
                 if known != found && self.tables.roles(table).any(|id| differs(id.level())) {
                     different.push(Difference { table, index, found });
                 }
@@ -111,9 +119,11 @@ impl Audit {
     /// `trace-honesty`: what the records say of every table is what it holds. The copy follows
     /// memory from here on, so that one difference is found once.
     pub(super) fn compare_tables(&mut self, seq: u64, world: &impl World) {
-        let intents = self.running().filter_map(|cpu| world.intent(cpu));
+        let direct = self.is_direct();
+        // What the host writes itself it has written, whatever is announced.
+        let intents = self.running().filter(|_| !direct).filter_map(|cpu| world.intent(cpu));
         let intents: Vec<_> = intents.filter(EntryWrite::is_well_formed).collect();
-        let (mut different, unreadable) = self.index.differences(world);
+        let (mut different, unreadable) = self.index.differences(world, direct);
         for table in unreadable {
             self.ledger.inconclusive(format!("the table at {table} cannot be read"));
         }
@@ -148,7 +158,7 @@ impl Audit {
             return;
         }
         let mut followed = true;
-        if different.iter().any(|difference| self.index.links_something(difference)) {
+        if !direct && different.iter().any(|difference| self.index.links_something(difference)) {
             for (root, _) in self.roots.clone() {
                 followed &= self.compare_root(root, &intents, seq, world);
             }
@@ -158,7 +168,9 @@ impl Audit {
             let places: Vec<_> = self.index.at_every_place(difference).collect();
             for (root, va, level, known, found) in places {
                 let same = known.zip(found).is_some_and(|(known, found)| known.says_as(&found));
-                if !same && (known, found) != (None, None) {
+                if direct {
+                    self.changed_by_nobody(root, va, difference, seq);
+                } else if !same && (known, found) != (None, None) {
                     self.lie(root, (va, known, found), seq);
                 } else if (known, found) == (None, None) && level > Level::Pt {
                     self.lie_about_link(root, va, difference, seq);
@@ -175,6 +187,7 @@ impl Audit {
             let mut change = Change::new(&self.config.layout, &source, 0, &mut walked);
             self.index.store(table, (index, 1), |_| found, &mut change);
         }
+        self.keep_dropped();
         walked.tables.iter().for_each(|table| self.fills.remove(table.frame));
         self.judge_walked(&walked, None, seq);
     }
@@ -250,6 +263,20 @@ impl Audit {
         let finding = Finding::new(Rule::TraceHonesty, seq, detail);
         let frame = found.or(known).map(|mapping| mapping.frame);
         let (va, root) = (Some(va), Some(root));
+        self.ledger.violation(Finding { frame, va, root, ..finding });
+    }
+
+    /// Reports that an entry is not what the host wrote.
+    fn changed_by_nobody(&mut self, root: Gpa, va: Gva, difference: &Difference, seq: u64) {
+        let Difference { table, index, found } = *difference;
+        let at = table.gpa().wrapping_add(8 * index);
+        let detail = format!(
+            "the entry at {at} holds {:#x}, which the host did not write; under direct paging nobody \
+             else can",
+            found.0
+        );
+        let finding = Finding::new(Rule::TraceHonesty, seq, detail);
+        let (frame, va, root) = (Some(table), Some(va), Some(root));
         self.ledger.violation(Finding { frame, va, root, ..finding });
     }
 

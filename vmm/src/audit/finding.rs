@@ -206,8 +206,11 @@ impl Ledger {
     /// all findings.
     pub(super) fn tell(&mut self, tell: impl Fn(&Finding, &[Finding]) -> Vec<Step>) {
         while self.told < self.findings.len() {
-            let story = tell(&self.findings[self.told], &self.findings);
-            self.findings[self.told].story = story;
+            // A finding may bring its own.
+            if self.findings[self.told].story.is_empty() {
+                let story = tell(&self.findings[self.told], &self.findings);
+                self.findings[self.told].story = story;
+            }
             self.told += 1;
         }
     }

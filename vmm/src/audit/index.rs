@@ -8,6 +8,7 @@ use super::aliases::Aliases;
 pub(super) use super::found::{Mapping, Rights, Run, Site, TableAt, Walked};
 use super::recent::Recent;
 use super::tables::{Place, TableId, Tables};
+use super::world::TableWords;
 use lacuna_abi::addr::{BLOCK_FRAMES, FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::layout::Layout;
@@ -41,6 +42,8 @@ pub(super) struct Index {
     pub(super) full: bool,
     /// Tables that the store under way has taken from their last place.
     pub(super) emptied: Vec<TableId>,
+    /// Tables that were unlinked, with what they held, where that has to be known.
+    pub(super) dropped: Option<Vec<(Gfn, Box<TableWords>)>>,
     /// Entries that map frames of the zone and are not XD by themselves.
     pub(super) zone_executable: u64,
     zone: FrameRange,
@@ -58,10 +61,21 @@ impl Index {
             room,
             full: false,
             emptied: Vec::new(),
+            dropped: None,
             zone_executable: 0,
             zone: layout.zone_frames(),
             recent: Recent::default(),
         }
+    }
+
+    /// Whether what unlinked tables held is kept for whoever takes it.
+    pub(super) fn keep_dropped(&mut self, keep: bool) {
+        self.dropped = keep.then(Vec::new);
+    }
+
+    /// Tables that were unlinked since this was last asked.
+    pub(super) fn take_dropped(&mut self) -> Vec<(Gfn, Box<TableWords>)> {
+        self.dropped.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Tables that one walk may read: no more can exist.

@@ -209,7 +209,11 @@ impl Index {
     /// Forgets the tables that were unlinked and not linked again by the same store.
     fn forget_emptied(&mut self) {
         while let Some(id) = self.emptied.pop() {
-            self.tables.forget_unlinked(id);
+            if let Some(page) = self.tables.forget_unlinked(id)
+                && let Some(dropped) = &mut self.dropped
+            {
+                dropped.push((self.tables.frame(id), Box::new(*page.words())));
+            }
         }
     }
 

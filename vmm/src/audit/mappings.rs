@@ -28,6 +28,7 @@ impl Audit {
 
     /// Judges leaves that were found or written.
     pub(super) fn judge_leaves(&mut self, leaves: &[Run], cpu: Option<u8>, seq: u64) {
+        let direct = self.is_direct();
         let Self { ledger, frames, index, config, .. } = self;
         for run in leaves {
             if judge_run(ledger, frames, index, &config.layout, run) {
@@ -35,7 +36,7 @@ impl Audit {
             }
             for mapping in run.entries() {
                 let at = Sight { mapping: &mapping, cpu, seq };
-                judge_mapping(ledger, frames, index, &config.layout, &at);
+                judge_mapping(ledger, frames, index, (&config.layout, direct), &at);
             }
         }
     }
@@ -106,11 +107,11 @@ pub(super) fn judge_mapping(
     ledger: &mut Ledger,
     frames: &Frames,
     index: &Index,
-    layout: &Layout,
+    (layout, direct): (&Layout, bool),
     at: &Sight<'_>,
 ) {
     judge_alias(ledger, frames, layout, at);
-    judge_table_alias(ledger, layout, at);
+    judge_table_alias(ledger, layout, direct, at);
     judge_user(ledger, layout, at);
     judge_write_execute(ledger, index, at);
 }
@@ -131,7 +132,13 @@ impl Sight<'_> {
 
 /// `direct-map-alias`, `foreign-alias` and `global-window`: one finding for each mapping, which
 /// names the first frame that must not be mapped there.
-pub(super) fn judge_alias(ledger: &mut Ledger, frames: &Frames, layout: &Layout, at: &Sight<'_>) {
+/// Whether all is well.
+pub(super) fn judge_alias(
+    ledger: &mut Ledger,
+    frames: &Frames,
+    layout: &Layout,
+    at: &Sight<'_>,
+) -> bool {
     let mapping = at.mapping;
     let mapped = mapping.frames();
     let secret = frames.secret_in(mapped);
@@ -139,7 +146,7 @@ pub(super) fn judge_alias(ledger: &mut Ledger, frames: &Frames, layout: &Layout,
     let rule = alias_rule(place);
     ledger.checked(rule, 1);
     if secret == 0 {
-        return;
+        return true;
     }
     let stranger = |frame: Gfn| match place {
         Place::Window(owner) => {
@@ -147,7 +154,8 @@ pub(super) fn judge_alias(ledger: &mut Ledger, frames: &Frames, layout: &Layout,
         }
         Place::DirectMap | Place::Pool | Place::Other => true,
     };
-    if let Some(frame) = frames.find_secret(mapped, stranger) {
+    let found = frames.find_secret(mapped, stranger);
+    if let Some(frame) = found {
         let (place, right) = describe(place);
         let detail = format!(
             "mapped in {place} by an entry of level {} that maps {secret} secret frame(s); {right}",
@@ -163,17 +171,18 @@ pub(super) fn judge_alias(ledger: &mut Ledger, frames: &Frames, layout: &Layout,
         let frame = frames.find_secret(mapped, |_| true);
         ledger.violation(at.finding(Rule::GlobalWindow, frame, detail));
     }
+    found.is_none() && !mapping.global
 }
 
 /// The rule that a secret frame breaks that is mapped there.
-const fn alias_rule(place: Place) -> Rule {
+pub(super) const fn alias_rule(place: Place) -> Rule {
     match place {
         Place::DirectMap => Rule::DirectMapAlias,
         Place::Window(_) | Place::Pool | Place::Other => Rule::ForeignAlias,
     }
 }
 
-fn describe(place: Place) -> (String, &'static str) {
+pub(super) fn describe(place: Place) -> (String, &'static str) {
     match place {
         Place::DirectMap => (
             "the direct map".to_owned(),
@@ -188,12 +197,18 @@ fn describe(place: Place) -> (String, &'static str) {
 }
 
 /// No frame of the table pool is writable but by the pool's own mapping.
-fn judge_table_alias(ledger: &mut Ledger, layout: &Layout, at: &Sight<'_>) {
+/// Under direct paging there is no such mapping, and it may not be mapped at all.
+fn judge_table_alias(ledger: &mut Ledger, layout: &Layout, direct: bool, at: &Sight<'_>) {
     let mapping = at.mapping;
     let Some(pool) = layout.pool.frames() else { return };
     let Some(tables) = mapping.frames().intersection(pool) else { return };
     ledger.checked(Rule::TableAlias, 1);
     let offset = (tables.start().0 - mapping.frame.0) * PAGE_SIZE;
+    if direct {
+        let detail = "a table is mapped here; under direct paging nothing may map it".to_owned();
+        ledger.violation(at.finding(Rule::TableAlias, Some(tables.start()), detail));
+        return;
+    }
     let own_place = layout.pool.va_of(tables.start().gpa());
     if mapping.rights.writable && mapping.va.wrapping_add(offset) != own_place {
         let detail = format!("a table is writable here; only {own_place} may map it writable");

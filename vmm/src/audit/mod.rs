@@ -16,8 +16,10 @@
 //! | `tlb` | what may still be cached, and where |
 //! | `mappings` | rules about one mapping |
 //! | `writes`, `plain`, `revokes`, `elsewhere`, `remaps`, `fills` | entry-write records; what tables hold when they are linked |
+//! | `direct` | direct paging: writes that are asked for, before they are made |
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
+//! | `mediation`, `honesty` | what the host sees itself; what the guest says of the same |
 //! | `quiesce`, `compare` | the complete check; records against tables |
 //! | `probe` | frames that are touched on purpose |
 //! | `observed` | accesses that the guest observed, against what may be cached |
@@ -27,16 +29,19 @@
 mod aliases;
 mod arrival;
 mod compare;
+mod direct;
 mod elsewhere;
 mod fills;
 mod finding;
 mod found;
 mod frames;
 mod history;
+mod honesty;
 mod index;
 mod life;
 mod links;
 mod mappings;
+mod mediation;
 mod observed;
 mod plain;
 mod probe;
@@ -54,6 +59,7 @@ mod writes;
 
 pub use finding::{AuditResult, Finding, Revoke, Rule, Step, Tally, What};
 pub use frames::Frames;
+pub use mediation::Mediation;
 pub use observed::CaseTally;
 pub use probe::{Probe, ProbeKind, ProbeTally, Touched};
 pub use tlb::Profile;
@@ -62,8 +68,9 @@ pub use world::{AuditConfig, ControlPolicy, CpuState, Denial, TableWords, World}
 use fills::Fills;
 use finding::Ledger;
 use history::History;
+use honesty::Honesty;
 use index::{Index, Walked};
-use lacuna_abi::addr::{Gfn, Gpa, PAGE_SIZE};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, PAGE_SIZE};
 use lacuna_abi::event::{Event, Record};
 use lacuna_abi::gate::{CpuRegistration, Status};
 use lacuna_abi::walk::EVERYTHING;
@@ -89,12 +96,16 @@ pub struct Audit {
     /// Descriptor tables of each CPU, once it has registered them.
     registrations: Vec<Option<CpuRegistration>>,
     roots: Vec<(Gpa, u16)>,
+    /// Under direct paging: frames of the kernel's text.
+    text: Vec<FrameRange>,
     ledger: Ledger,
     history: History,
     last_seq: u64,
     link_work: usize,
     probes: ProbeTally,
     observations: Observations,
+    mediation: Mediation,
+    honesty: Honesty,
     /// What the last record mapped and linked; empty between two records, kept for its room.
     walked: Walked,
 }
@@ -109,12 +120,15 @@ impl Audit {
             fills: Fills::default(),
             registrations: vec![None; config.layout.cpus],
             roots: Vec::new(),
+            text: Vec::new(),
             ledger: Ledger::new(config.max_findings),
             history: History::default(),
             last_seq: 0,
             link_work: 0,
             probes: ProbeTally::default(),
             observations: Observations::default(),
+            mediation: Mediation::Trace,
+            honesty: Honesty::new(config.layout.cpus, config.boot_root),
             walked: Walked::default(),
             config,
         };
@@ -130,7 +144,8 @@ impl Audit {
     ///
     /// # Errors
     /// [`Status::BadRoot`] if it lies outside the table pool, has another PCID already, or if there
-    /// are [`MAX_ROOTS`].
+    /// are [`MAX_ROOTS`]; under direct paging also if what it maps would break a rule, and
+    /// [`Status::BadState`] if that takes more work than is left until the next complete check.
     pub fn register_root(
         &mut self,
         root: Gpa,
@@ -145,12 +160,19 @@ impl Audit {
             return Err(Status::BadRoot);
         }
         let first = self.roots.is_empty();
+        if self.is_direct() && !first {
+            self.admit_root(root, world)?;
+        }
         self.roots.push((root, pcid));
         let mut walked = Walked::default();
-        let source = |table: Gfn, into: &mut TableWords| world.read_table(table, into);
+        let Self { index, fills, mediation, config, .. } = self;
+        let source = |table: Gfn, into: &mut TableWords| match mediation {
+            Mediation::Trace => world.read_table(table, into),
+            _ => fills.loose(table, into, *mediation, &config.layout, world),
+        };
         // Nothing is known of when its entries were granted.
-        let mut change = Change::new(&self.config.layout, &source, 0, &mut walked);
-        self.index.add_root(root, &mut change);
+        let mut change = Change::new(&config.layout, &source, 0, &mut walked);
+        index.add_root(root, &mut change);
         // Before the first root no CPU has walked anything.
         if !first {
             self.judge_links(None, &walked, self.last_seq);
@@ -179,6 +201,7 @@ impl Audit {
         globals.iter().for_each(|leaves| self.oblige(leaves, self.last_seq));
         self.roots.retain(|(registered, _)| *registered != root);
         self.index.remove_root(root, &self.config.layout);
+        self.keep_dropped();
         Ok(())
     }
 
@@ -218,7 +241,8 @@ impl Audit {
             self.ledger.inconclusive(reason);
         }
         self.last_seq = self.last_seq.max(seq);
-        if !matches!(event, Event::Host(..)) {
+        let is_reported = self.mediation.sees(event);
+        if !is_reported && !matches!(event, Event::Host(..) | Event::Seen(_)) {
             self.history.push(record);
         }
         if !self.tlb.is_running(cpu) {
@@ -227,6 +251,16 @@ impl Audit {
         }
         let kept = self.tlb.went_on(cpu, seq);
         self.note_dropped(kept);
+        match event {
+            _ if is_reported => self.reported(record),
+            Event::Seen(sighting) => self.sighted(record, sighting, world),
+            _ => self.judge_event(cpu, event, seq, world),
+        }
+        self.tell(&Moment::Record(record), world);
+    }
+
+    /// Judges what a CPU did, whoever says so.
+    fn judge_event(&mut self, cpu: u8, event: &Event, seq: u64, world: &impl World) {
         match *event {
             Event::EntryWrite(ref write) => self.entry_write(cpu, write, seq, world),
             Event::TableFill(ref fill) => self.table_fill(cpu, fill, seq),
@@ -243,9 +277,8 @@ impl Audit {
             }
             Event::Life(life, frames) => self.life(cpu, life, frames, seq),
             Event::Observed(observation) => self.observed(cpu, &observation, seq),
-            Event::ShootdownAck(_) | Event::Host(..) => {}
+            Event::ShootdownAck(_) | Event::Host(..) | Event::Seen(_) => {}
         }
-        self.tell(&Moment::Record(record), world);
     }
 
     /// Bytes of a secret input were found where they must not be: in `frame`, or in no frame at
@@ -301,6 +334,11 @@ impl Audit {
             self.ledger.inconclusive(reason);
         }
         used_up
+    }
+
+    /// Whether the host itself writes to the tables.
+    pub(crate) const fn is_direct(&self) -> bool {
+        matches!(self.mediation, Mediation::Tables)
     }
 
     fn is_registered(&self, root: Gpa) -> bool {

@@ -3,7 +3,6 @@
 //! over the entries.
 
 use super::Audit;
-use super::finding::Rule;
 use super::index::{Index, Mapping, Run, Site, is_table};
 use super::links::{count_into, meaning, translates_on};
 use super::mappings::judge_run;
@@ -84,7 +83,7 @@ impl Audit {
             return false;
         }
         let Some(since) = self.index.plain(write, site) else { return false };
-        self.ledger.checked(Rule::TraceHonesty, 1);
+        self.count_claim();
         let granted = (Some(site), Grants::All(since));
         if write.new.is_present() {
             self.judge_remap(write, granted, seq);

@@ -16,6 +16,7 @@ impl Audit {
     /// writes that a standing intent announces.
     pub fn quiesce(&mut self, seq: u64, world: &impl World) {
         self.link_work = 0;
+        self.judge_unreported(seq, world);
         self.compare_tables(seq, world);
         self.judge_all_mappings(seq);
         self.judge_second_stage(seq, world);
@@ -36,7 +37,9 @@ impl Audit {
     fn judge_all_mappings(&mut self, seq: u64) {
         let totals = self.index.totals();
         self.ledger.checked(Rule::TraceHonesty, totals.leaves);
-        self.ledger.checked(Rule::TableAlias, totals.of_pool);
+        // Under direct paging any leaf that maps the pool would be one too many.
+        let of_pool = if self.is_direct() { totals.leaves } else { totals.of_pool };
+        self.ledger.checked(Rule::TableAlias, of_pool);
         self.ledger.checked(Rule::UserAccess, totals.of_guest);
         self.ledger.checked(Rule::WriteExecute, totals.leaves);
         let mut direct = totals.in_direct_map;
@@ -101,17 +104,11 @@ impl Audit {
             return;
         };
         let policy = &self.config.control;
-        let root = Gpa(state.cr3 & Entry::ADDRESS);
         let mut judged = vec![
             wrong_bits("CR0", state.cr0, policy.cr0_set, policy.cr0_clear),
             wrong_bits("CR4", state.cr4, policy.cr4_set, policy.cr4_clear),
             wrong_bits("IA32_EFER", state.efer, policy.efer_set, policy.efer_clear),
-            if !self.is_registered(root) {
-                Some(format!("CR3 is {:#x}, which is no registered root", state.cr3))
-            } else {
-                (!self.tlb.may_run_in(cpu, root))
-                    .then(|| format!("CR3 is {:#x}, which no record says was loaded", state.cr3))
-            },
+            self.wrong_root(cpu, state.cr3),
         ];
         match self.registrations.get(usize::from(cpu)).copied().flatten() {
             Some(r) => judged.extend([
@@ -120,17 +117,45 @@ impl Audit {
             ]),
             None => self.ledger.not_checked(Rule::ControlState, 2),
         }
-        for (topic, wrong) in (0..).zip(judged) {
-            self.ledger.checked(Rule::ControlState, 1);
-            if let Some(detail) = wrong {
-                let finding = Finding::new(Rule::ControlState, seq, detail);
-                // One finding for each register of each CPU, however often it is found.
-                let topic = u64::from(cpu) << 8 | topic;
-                self.ledger.violation_about(topic, Finding { cpu: Some(cpu), ..finding });
-            }
+        (0..).zip(judged).for_each(|judged| self.note_control(cpu, judged, seq));
+    }
+
+    /// `control-state` of a CPU that comes out of the guest, of what its ring 0 can change in between:
+    /// CR0 with its WP, and CR3. Of one whose registers are not known now nothing is said.
+    pub fn sample(&mut self, cpu: u8, seq: u64, world: &impl World) {
+        let Some(state) = world.cpu_state(cpu).filter(|_| self.tlb.is_running(cpu)) else { return };
+        let policy = &self.config.control;
+        let cr0 = wrong_bits("CR0", state.cr0, policy.cr0_set, policy.cr0_clear);
+        let cr3 = self.wrong_root(cpu, state.cr3);
+        for judged in [(CR0, cr0), (CR3, cr3)] {
+            self.note_control(cpu, judged, seq);
+        }
+        self.tell(&Moment::Quiesce, world);
+    }
+
+    fn wrong_root(&self, cpu: u8, cr3: u64) -> Option<String> {
+        let root = Gpa(cr3 & Entry::ADDRESS);
+        if !self.is_registered(root) {
+            return Some(format!("CR3 is {cr3:#x}, which is no registered root"));
+        }
+        let loaded = self.tlb.may_run_in(cpu, root);
+        (!loaded).then(|| format!("CR3 is {cr3:#x}, which no record says was loaded"))
+    }
+
+    fn note_control(&mut self, cpu: u8, (topic, wrong): (u64, Option<String>), seq: u64) {
+        self.ledger.checked(Rule::ControlState, 1);
+        if let Some(detail) = wrong {
+            let finding = Finding::new(Rule::ControlState, seq, detail);
+            // One finding for each register of each CPU, however often it is found.
+            let topic = u64::from(cpu) << 8 | topic;
+            self.ledger.violation_about(topic, Finding { cpu: Some(cpu), ..finding });
         }
     }
 }
+
+/// Topics of findings about these registers: their places among those that a complete check judges.
+const CR0: u64 = 0;
+const CR3: u64 = 3;
 
 fn wrong_bits(name: &str, value: u64, set: u64, clear: u64) -> Option<String> {
     let (missing, extra) = (set & !value, clear & value);

@@ -370,12 +370,8 @@ impl Tables {
         Some(place)
     }
 
-    /// Forgets the copy of a page that no root reaches any more.
-    pub(super) fn forget_unlinked(&mut self, id: TableId) {
-        if let Some(slot) = self.pages.get_mut(id.slot())
-            && slot.as_ref().is_some_and(|page| page.used == 0)
-        {
-            *slot = None;
-        }
+    /// Forgets the copy of a page that no root reaches any more: what it held.
+    pub(super) fn forget_unlinked(&mut self, id: TableId) -> Option<Box<Page>> {
+        self.pages.get_mut(id.slot())?.take_if(|page| page.used == 0)
     }
 }

@@ -35,7 +35,8 @@ impl Audit {
             self.judge_pcid(cpu, write, pcid, seq);
         }
         let write = &EntryWrite { pcid, ..*write };
-        if self.is_link_work_used_up() {
+        // What the host wrote itself was admitted, and its copy must follow it.
+        if !self.is_direct() && self.is_link_work_used_up() {
             return;
         }
         // A remap carries the number that it took before its store.
@@ -77,15 +78,16 @@ impl Audit {
         }
         let mut walked = std::mem::take(&mut self.walked);
         walked.clear();
-        let Self { index, fills, config, .. } = self;
+        let Self { index, fills, config, mediation, .. } = self;
         let source = |table: Gfn, into: &mut TableWords| {
-            fills.table(table, into) || world.read_table(table, into)
+            fills.loose(table, into, *mediation, &config.layout, world)
         };
         let mut change = Change::new(&config.layout, &source, since, &mut walked);
         match site {
             Some(site) => index.apply(write, site.id, &mut change),
             None => self.judge_stray(cpu, write, seq, &mut walked),
         }
+        self.keep_dropped();
         if !walked.tables.is_empty() {
             self.link_work += walked.tables.len() + walked.leaves.len();
             if let Some(table) = stale {
@@ -125,7 +127,7 @@ impl Audit {
             // A root that leads there will be found by `table-alias`.
             return;
         }
-        self.ledger.checked(Rule::TraceHonesty, 1);
+        self.count_claim();
         if let Some((frame, root, va)) = self.index.table_at(FrameRange::single(table)) {
             let detail = "the record says that a table was filled that a root reaches; entries of \
                           such a table must be recorded one by one"
@@ -187,7 +189,7 @@ impl Audit {
         site: Option<Site>,
         seq: u64,
     ) -> Vec<u64> {
-        self.ledger.checked(Rule::TraceHonesty, 1);
+        self.count_claim();
         let tables = &self.index.tables;
         let page = site.and_then(|site| tables.page(site.id));
         let (first, _) = entries_of(write);
@@ -222,7 +224,7 @@ impl Audit {
     }
 
     /// What is written into such a table may be cached where it is no longer mapped.
-    fn note_written(&mut self, table: Gfn, entries: &Entries, since: u64, seq: u64) {
+    pub(super) fn note_written(&mut self, table: Gfn, entries: &Entries, since: u64, seq: u64) {
         for level in self.tlb.stale_levels(table) {
             if level == entries.level {
                 self.note_written_as(table, (level, entries), since, seq);
@@ -279,13 +281,13 @@ impl Audit {
 
 /// A run of entries that were written, of a table of this level: the first ones, before and after.
 #[derive(Clone, Copy, Debug)]
-struct Entries {
-    level: Level,
-    first: u64,
-    count: u32,
+pub(super) struct Entries {
+    pub level: Level,
+    pub first: u64,
+    pub count: u32,
     /// `None` if it is not known.
-    old: Option<Entry>,
-    new: Entry,
+    pub old: Option<Entry>,
+    pub new: Entry,
 }
 
 impl Entries {
@@ -331,7 +333,7 @@ pub(super) fn stale_finding(rule: Rule, duty: &Duty, cpu: u8, seq: u64, detail: 
 
 /// Whether the run lies in one table and everything that it maps can exist.
 #[inline]
-fn is_sound(write: &EntryWrite) -> bool {
+pub(super) fn is_sound(write: &EntryWrite) -> bool {
     let exists = |entry: Entry| {
         leaf(entry, write.level).is_none()
             || mapped_frames(entry, write.level, write.count).is_some()

@@ -2,7 +2,7 @@
 
 use super::BenchError;
 use super::sample::{Sample, float};
-use crate::config::{Config, MachineKind, Overrides, Seal};
+use crate::config::{Config, MachineKind, Mediation, Overrides, Seal};
 use crate::run::{End, Host, Machine, Plan};
 use crate::sim::Schedule;
 use crate::trace::{self, Secret, Selection};
@@ -32,6 +32,8 @@ pub(super) struct Kind {
     pub(super) seal: bool,
     pub(super) cpus: u8,
     pub(super) memory_mib: u64,
+    /// How the host learns of table writes.
+    pub(super) mediation: Mediation,
 }
 
 /// How the guest's allocator behaves.
@@ -182,7 +184,8 @@ impl Lab {
 impl Kind {
     /// A guest with one CPU and a seal.
     pub(super) const fn new(work: Work, policy: Policy) -> Self {
-        Self { work, policy, seal: true, cpus: 1, memory_mib: 128 }
+        let mediation = Mediation::Trace;
+        Self { work, policy, seal: true, cpus: 1, memory_mib: 128, mediation }
     }
 
     /// Whether its pages are in the direct map: it makes no gate calls.
@@ -214,7 +217,8 @@ fn plan(kind: &Kind, rounds: u64) -> Result<Plan, BenchError> {
         kind.policy.sections(),
     );
     let seal = if kind.seal { Seal::Auto } else { Seal::Off };
-    let overrides = Overrides { seal: Some(seal), ..Overrides::default() };
+    let mediate = Some(kind.mediation);
+    let overrides = Overrides { seal: Some(seal), mediate, ..Overrides::default() };
     let config = Config::from_text(Path::new("bench"), &text, &overrides)?;
     let (mut plan, _) = Plan::new(&config)?;
     if kind.work == Work::Replay {

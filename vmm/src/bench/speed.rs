@@ -4,7 +4,7 @@ use super::guest::{Effort, Kind, Lab, Policy, Work};
 use super::line::{counts_head, counts_row};
 use super::sample::{Counts, Sample, float, median};
 use super::{BenchError, columns};
-use crate::config::MachineKind;
+use crate::config::{MachineKind, Mediation};
 use crate::sim::Schedule;
 use lacuna_abi::addr::BLOCK_FRAMES;
 use lacuna_abi::workload::Bench;
@@ -45,6 +45,7 @@ pub(super) fn speed(quick: bool) -> Result<Vec<Speed>, BenchError> {
         let kind = |bench, kib| Kind {
             cpus,
             memory_mib: 256,
+            mediation: Mediation::Trace,
             ..Kind::new(Work::Rounds(bench, 0), Policy::Pool { kib })
         };
         let share = u64::from(cpus);

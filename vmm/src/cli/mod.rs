@@ -199,6 +199,8 @@ pub enum Bench {
     Boot,
     /// Invalidations.
     Flush,
+    /// Ways to learn of table writes.
+    Mediate,
     /// The audit by itself.
     Audit,
 }
@@ -206,12 +208,12 @@ pub enum Bench {
 impl Bench {
     /// Everything that can be measured.
     pub const ALL: &'static [Self] =
-        &[Self::Alloc, Self::Zero, Self::Flip, Self::Boot, Self::Flush, Self::Audit];
+        &[Self::Alloc, Self::Zero, Self::Flip, Self::Boot, Self::Flush, Self::Mediate, Self::Audit];
 
     /// Whether simulated machines can be measured; the others measure a processor.
     #[must_use]
     pub const fn takes_sim(self) -> bool {
-        matches!(self, Self::Alloc | Self::Zero | Self::Flip)
+        matches!(self, Self::Alloc | Self::Zero | Self::Flip | Self::Mediate)
     }
 
     /// The name on the command line.
@@ -223,6 +225,7 @@ impl Bench {
             Self::Flip => "flip",
             Self::Boot => "boot",
             Self::Flush => "flush",
+            Self::Mediate => "mediate",
             Self::Audit => "audit",
         }
     }
@@ -236,6 +239,9 @@ impl Bench {
             Self::Flip => "pageblocks that leave the direct map and come back, several at a time",
             Self::Boot => {
                 "time until the allocator is ready, and memory, for guests of several sizes"
+            }
+            Self::Mediate => {
+                "guests whose table writes the host makes, against those that only report"
             }
             Self::Flush => "runs of INVLPG against a CR3 load, in a guest",
             Self::Audit => "what judging a guest's events and tables costs, without a machine",

@@ -1,7 +1,7 @@
 //! `lacuna doctor` and `lacuna bench`.
 
 use super::{Bench, BenchArgs, DoctorArgs, ExitStatus, print};
-use crate::bench::{self, Alloc, AuditCost, BenchError, Boot, Flip, Flush, Lab, Zero};
+use crate::bench::{self, Alloc, AuditCost, BenchError, Boot, Flip, Flush, Lab, Mediate, Zero};
 use crate::config::MachineKind;
 use crate::doctor::{Doctor, ThisHost, open_kvm};
 use serde::Serialize;
@@ -35,6 +35,7 @@ pub fn bench(args: &BenchArgs) -> ExitStatus {
     let measured = match bench {
         Bench::Alloc => bench::alloc(&lab).map(|alloc| written(args, &alloc, Alloc::to_text)),
         Bench::Zero => bench::zero(&lab).map(|zero| written(args, &zero, Zero::to_text)),
+        Bench::Mediate => bench::mediate(&lab).map(|cost| written(args, &cost, Mediate::to_text)),
         Bench::Flip => bench::flip(&lab).map(|flip| written(args, &flip, Flip::to_text)),
         Bench::Audit => {
             bench::audit(args.quick).map(|cost| written(args, &cost, AuditCost::to_text))

@@ -11,20 +11,16 @@ use std::path::{Path, PathBuf};
 pub(super) fn refuse_what_is_missing(overrides: &Overrides) -> Result<(), ConfigError> {
     let refuse = |flag, what: String, remedy: &str| Err(ConfigError::flag(flag, what, remedy));
     match overrides {
-        Overrides { mediate: Some(mode), .. } if *mode != Mediation::Trace => refuse(
-            "--mediate",
-            format!("this version has no mediation \"{}\"", mode.name()),
-            "use --mediate trace",
-        ),
-        Overrides { step_from: Some(_), .. } => refuse(
-            "--step-from",
-            "it belongs to --mediate step, which this version does not have".into(),
-            "leave it out",
-        ),
-        Overrides { step_to: Some(_), .. } => refuse(
+        Overrides { step_from: Some(_), mediate, .. } if *mediate != Some(Mediation::Step) => {
+            refuse("--step-from", "it belongs to --mediate step".into(), "add --mediate step")
+        }
+        Overrides { step_to: Some(_), mediate, .. } if *mediate != Some(Mediation::Step) => {
+            refuse("--step-to", "it belongs to --mediate step".into(), "add --mediate step")
+        }
+        Overrides { step_from: Some(from), step_to: Some(to), .. } if from > to => refuse(
             "--step-to",
-            "it belongs to --mediate step, which this version does not have".into(),
-            "leave it out",
+            format!("event {to} comes before event {from}"),
+            "give --step-to the larger number",
         ),
         Overrides { record: true, out: None, .. } => {
             refuse("--record", "a recording needs a folder to lie in".into(), "add --out DIR")
@@ -37,7 +33,14 @@ pub(super) fn refuse_what_is_missing(overrides: &Overrides) -> Result<(), Config
 pub(super) fn refuse_what_a_simulation_lacks(
     guest: &Guest,
     workload: &Workload,
+    overrides: &Overrides,
 ) -> Result<(), ConfigError> {
+    for (flag, number) in [("--step-from", overrides.step_from), ("--step-to", overrides.step_to)] {
+        if number.is_some() {
+            let what = "a simulated machine sees all of a run, at no cost".to_owned();
+            return Err(ConfigError::flag(flag, what, "leave it out"));
+        }
+    }
     let what = match workload {
         _ if guest.image.is_some() => {
             "a simulated machine runs no image ([guest] image)".to_owned()

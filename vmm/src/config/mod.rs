@@ -38,6 +38,8 @@ pub struct Config {
     pub machine: MachineKind,
     /// How the host learns of table writes.
     pub mediation: Mediation,
+    /// Which part of a run is stepped.
+    pub steps: Steps,
     /// The guest.
     pub guest: Guest,
     /// Its allocator.
@@ -55,6 +57,20 @@ pub struct Config {
     pub inject: Vec<Fault>,
     /// Where results go.
     pub output: Output,
+}
+
+/// The event numbers between which a guest is stepped, both included.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct Steps {
+    /// First.
+    pub from: u64,
+    /// Last.
+    pub to: u64,
+}
+
+impl Steps {
+    /// From the start to the end of a run.
+    pub const ALL: Self = Self { from: 0, to: u64::MAX };
 }
 
 /// Section `[guest]`.

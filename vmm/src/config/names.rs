@@ -1,5 +1,6 @@
 //! Settings that are one of a few names, and how named values are serialised.
 
+pub use crate::audit::Mediation;
 use crate::audit::{Profile, Rule};
 use lacuna_abi::fault::Fault;
 use lacuna_abi::named_enum;
@@ -15,20 +16,6 @@ named_enum! {
         Kvm = "kvm",
         /// A software MMU in this process.
         Sim = "sim",
-    }
-}
-
-named_enum! {
-    /// How the host learns of table writes.
-    #[derive(Serialize, Deserialize)]
-    #[serde(rename_all = "lowercase")]
-    pub enum Mediation {
-        /// From event rings that the guest writes.
-        Trace = "trace",
-        /// By carrying them out itself.
-        Tables = "tables",
-        /// By single-stepping the guest.
-        Step = "step",
     }
 }
 

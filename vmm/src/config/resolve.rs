@@ -9,8 +9,8 @@ use super::raw::{self, Number, Raw};
 use super::source::Source;
 use super::{
     Allocator, Audit, Config, Expect, GuardChoice, Guest, Limits, MachineKind, Mediation, OnFree,
-    Output, Overrides, ProfileChoice, ReportFormat, Seal, SecondStage, Shootdown, Workload, flags,
-    input,
+    Output, Overrides, ProfileChoice, ReportFormat, Seal, SecondStage, Shootdown, Steps, Workload,
+    flags, input,
 };
 use crate::audit::Rule;
 use std::ops::{Range, RangeInclusive};
@@ -40,13 +40,22 @@ pub(super) fn resolve(
     second_stage.seal = overrides.seal.unwrap_or(second_stage.seal);
     let workload = resolver.workload(&raw.workload, overrides.input.as_deref())?;
     resolver.check_vcpus(&workload, raw.guest.vcpus.as_ref(), guest.vcpus)?;
+    let mediation = overrides.mediate.unwrap_or(Mediation::Trace);
+    if mediation == Mediation::Step {
+        // A step would lose what the controller delivers; the VMM delivers by itself.
+        guest.shootdown = Shootdown::Gate;
+    }
     if machine == MachineKind::Sim {
-        flags::refuse_what_a_simulation_lacks(&guest, &workload)?;
+        flags::refuse_what_a_simulation_lacks(&guest, &workload, overrides)?;
     }
     Ok(Config {
         file: source.file().to_owned(),
         machine,
-        mediation: overrides.mediate.unwrap_or(Mediation::Trace),
+        mediation,
+        steps: Steps {
+            from: overrides.step_from.unwrap_or(0),
+            to: overrides.step_to.unwrap_or(u64::MAX),
+        },
         guest,
         allocator,
         workload,

@@ -4,8 +4,10 @@
 mod file;
 mod ring;
 mod sequencer;
+mod sightings;
 mod waiting;
 
 pub use file::{EVENTS_MAGIC, EventFile, read_events};
 pub use ring::{Drained, RingReader};
 pub use sequencer::{Sequencer, Standing};
+pub use sightings::Sightings;

@@ -96,7 +96,7 @@ impl RingReader {
             *word = place.load(Acquire);
         }
         match Record::from_words(&words) {
-            Ok(Record { event: Event::Host(..), .. }) => Err(format!(
+            Ok(Record { event: Event::Host(..) | Event::Seen(_), .. }) => Err(format!(
                 "record {index} in CPU {}'s event ring claims to be the host's",
                 self.cpu
             )),
@@ -118,7 +118,7 @@ impl RingReader {
 mod tests {
     use super::*;
     use lacuna_abi::addr::{FrameRange, Gfn};
-    use lacuna_abi::event::{Flush, HostAct, RECORD_BYTES};
+    use lacuna_abi::event::{Flush, HostAct, RECORD_BYTES, Sighting};
     use lacuna_abi::layout::{Layout, Needs};
 
     fn memory() -> Memory {
@@ -162,6 +162,9 @@ mod tests {
         assert!(reader.drain(&memory).unwrap().lost[0].contains("Torn"));
         let forged = Event::Host(HostAct::Sealed, FrameRange::single(Gfn(4 << 18)));
         put(&memory, &reader, 2, &Record { seq: 3, cpu: 0, site: 0, event: forged });
+        assert!(reader.drain(&memory).unwrap().lost[0].contains("claims to be the host's"));
+        let forged = Event::Seen(Sighting::Flush(Flush::Everything));
+        put(&memory, &reader, 3, &Record { seq: 4, cpu: 0, site: 0, event: forged });
         assert!(reader.drain(&memory).unwrap().lost[0].contains("claims to be the host's"));
         memory.store(reader.word(RING_HEAD_WORD), u64::MAX).unwrap();
         assert!(reader.drain(&memory).unwrap().lost[0].contains("jumped"));

@@ -1,7 +1,7 @@
 //! Puts records in the order of their numbers and notices what is missing.
 
 use super::waiting::Waiting;
-use lacuna_abi::event::{Event, Intent, Record};
+use lacuna_abi::event::{Event, Intent, Record, Sighting};
 
 /// Largest number that is taken for one: no run gets there, a hostile guest's may.
 const MAX_NUMBER: u64 = u64::MAX / 2;
@@ -64,10 +64,13 @@ impl Sequencer {
     /// # Errors
     /// What is wrong with its number; the record is then left out.
     pub fn push(&mut self, record: Record, given: u64) -> Result<(), String> {
-        if let Event::EntryWrite(write) = &record.event
-            && write.grant != 0
-        {
-            self.place(write.grant, given, Slot::Covered)?;
+        let grant = match &record.event {
+            Event::EntryWrite(write) => write.grant,
+            Event::Seen(Sighting::Stores(stores)) => stores.grant,
+            _ => 0,
+        };
+        if grant != 0 {
+            self.place(grant, given, Slot::Covered)?;
         }
         self.place(record.seq, given, Slot::Record(record))
     }
@@ -160,7 +163,7 @@ impl Sequencer {
 mod tests {
     use super::*;
     use lacuna_abi::addr::{Gpa, Gva};
-    use lacuna_abi::event::{EntryWrite, Flush};
+    use lacuna_abi::event::{EntryStores, EntryWrite, Flush};
     use lacuna_abi::paging::{Entry, Level};
 
     fn record(seq: u64) -> Record {
@@ -269,6 +272,16 @@ mod tests {
         );
         push(&mut sequencer, record(2));
         assert_eq!(settle(&mut sequencer, 3), (vec![2, 3], vec![]));
+    }
+
+    #[test]
+    fn so_does_one_that_was_seen() {
+        let mut sequencer = Sequencer::default();
+        let EntryWrite { level, count, old, new, grant, .. } = write(1);
+        let stores = EntryStores { at: Gpa(0), level, count, old, new, grant };
+        let event = Event::Seen(Sighting::Stores(stores));
+        push(&mut sequencer, Record { seq: 2, cpu: 0, site: 0, event });
+        assert_eq!(settle(&mut sequencer, 2), (vec![2], vec![]));
     }
 
     #[test]

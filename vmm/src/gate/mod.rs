@@ -4,6 +4,7 @@
 //! have to stand still. Whatever a guest asks, the answer is a status or a finding; only the host's
 //! own failures are errors.
 
+mod direct;
 mod leaks;
 mod operations;
 mod order;
@@ -19,8 +20,8 @@ mod world;
 pub use probes::ProbeSummary;
 pub use types::{GateCounters, GateFailure, GateSetup, Observer, Prober, Served, Vcpus};
 
-use crate::audit::{AuditConfig, ControlPolicy};
-use crate::events::{RingReader, Sequencer, Standing};
+use crate::audit::{AuditConfig, ControlPolicy, Mediation};
+use crate::events::{RingReader, Sequencer, Sightings, Standing};
 use crate::leak::LeakScanner;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
@@ -30,6 +31,7 @@ use crate::stop::Stop;
 use crate::ticks::Ticks;
 use lacuna_abi::addr::{Gpa, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::{EntryWrite, Record};
 use lacuna_abi::gate::{
     ARGS_WORD, Call, CpuRegistration, ExceptionReport, Op, PAGE_WORDS, STATUS_WORD, Status,
@@ -60,11 +62,15 @@ pub struct Gate {
     audit: Judged,
     rings: Vec<RingReader>,
     sequencer: Sequencer,
+    sightings: Arc<Sightings>,
     /// Room for records that are judged.
     settled: Vec<Record>,
     /// Room for the words of a list of operations, and for what they say.
     list: Vec<u64>,
     ops: Vec<Op>,
+    table_ops: Vec<TableOp>,
+    /// Events were left unjudged, because the run was told to stop.
+    broken_off: bool,
     intents: Vec<Option<EntryWrite>>,
     cpus: Vec<Option<Registers>>,
     registered: Vec<bool>,
@@ -92,6 +98,7 @@ impl Gate {
         let GateSetup {
             memory,
             stage,
+            mediation,
             boot_root,
             profile,
             quiesce_every,
@@ -131,7 +138,11 @@ impl Gate {
             });
             recorder
         });
-        let audit = Judged::new(config, recorder, &world);
+        let mut audit = Judged::new(config, recorder, &world);
+        if mediation != Mediation::Trace {
+            audit.mediate(mediation, &world);
+        }
+        let sightings = Arc::new(Sightings::new(Arc::clone(&memory)));
         let rings = (0..=u8::MAX).take(layout.cpus).map(|cpu| RingReader::new(&memory, cpu));
         let rings = rings.collect();
         Self {
@@ -140,9 +151,12 @@ impl Gate {
             audit,
             rings,
             sequencer: Sequencer::default(),
+            sightings,
             settled: Vec::new(),
             list: Vec::new(),
             ops: Vec::new(),
+            table_ops: Vec::new(),
+            broken_off: false,
             intents,
             cpus,
             registered: vec![false; layout.cpus],
@@ -174,15 +188,20 @@ impl Gate {
     ) -> Result<Served, GateFailure> {
         self.counters.calls += 1;
         let standing = match call {
-            // The ring is full in the middle of a write: its record follows.
-            Call::Drain => Some(Standing::Owed),
+            // The ring is full in the middle of a write: its record follows. Under direct paging so
+            // does that of the write that is asked for.
+            Call::Drain | Call::Tables => Some(Standing::Owed),
             // The write was interrupted for good.
             Call::Exception | Call::Panic => Some(Standing::Final),
             _ => None,
         };
         let in_write = self.drain(cpu, standing)?;
-        if call == Call::Ops {
-            let (status, index) = self.operations(cpu, vcpus)?;
+        self.sample(cpu, vcpus);
+        if matches!(call, Call::Ops | Call::Tables) {
+            let (status, index) = match call {
+                Call::Ops => self.operations(cpu, vcpus)?,
+                _ => self.table_ops(cpu)?,
+            };
             return self.served(cpu, (status, index), in_write, vcpus);
         }
         let page = self.call_page(cpu, call)?;
@@ -203,7 +222,7 @@ impl Gate {
                 Status::Ok
             }
             // A list was carried out above.
-            Call::Yield | Call::Ops => Status::Ok,
+            Call::Yield | Call::Ops | Call::Tables => Status::Ok,
             Call::InputDone => self.input_done()?,
             Call::Log => self.log(&page),
             Call::Checkpoint => {
@@ -245,6 +264,35 @@ impl Gate {
             }
         };
         self.served(cpu, (status, 0), in_write, vcpus)
+    }
+
+    /// The CPU came out without a call: under direct paging its registers are looked at.
+    ///
+    /// # Errors
+    /// [`GateFailure::Memory`].
+    pub fn look(&mut self, cpu: u8, vcpus: &dyn Vcpus) -> Result<(), GateFailure> {
+        if self.audit.is_direct() {
+            // A root that it loaded has a record.
+            self.drain(cpu, Some(Standing::Owed))?;
+            self.sample(cpu, vcpus);
+        }
+        Ok(())
+    }
+
+    /// Under direct paging, `control-state` of the CPU that makes a call: ring 0 changes CR3 and WP
+    /// without the host. What cannot be read is left to the complete check.
+    fn sample(&mut self, cpu: u8, vcpus: &dyn Vcpus) {
+        if !self.audit.is_direct() {
+            return;
+        }
+        let (Ok(registers), Ok(seq)) = (vcpus.registers(cpu), self.memory.last_event_number())
+        else {
+            return;
+        };
+        if let Some(place) = self.cpus.get_mut(usize::from(cpu)) {
+            *place = Some(registers);
+        }
+        self.with_audit(|audit, world| audit.sample(cpu, seq, world));
     }
 
     /// Answers a call, and checks everything if that is due.

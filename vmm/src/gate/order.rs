@@ -3,6 +3,7 @@
 
 use super::world::LiveWorld;
 use super::{Gate, GateFailure, Scope, Vcpus};
+use crate::audit::Mediation;
 use crate::events::Standing;
 use lacuna_abi::addr::FrameRange;
 use lacuna_abi::event::{Event, HostAct, Intent, Record};
@@ -64,8 +65,21 @@ impl Gate {
                 }
             }
         }
-        self.judge(last, &intents)?;
+        let complete = self.sequencer.missing(last) == 0;
+        let judged = self.judge(last, &intents)?;
+        if self.audit.mediation() != Mediation::Trace && standing.is_none() && complete && judged {
+            self.audit.came(caller, last);
+        }
         Ok(!intents.is_empty())
+    }
+
+    /// Has all events judged that there are, so that what was seen takes up no more room; `caller` may
+    /// be in the middle of anything.
+    ///
+    /// # Errors
+    /// [`GateFailure::Memory`].
+    pub fn take_sightings(&mut self, caller: u8) -> Result<(), GateFailure> {
+        self.drain(caller, Some(Standing::Owed)).map(|_in_write| ())
     }
 
     /// Checks everything. All vCPUs stand still meanwhile, and are left so unless the guest runs on.
@@ -167,6 +181,12 @@ impl Gate {
                 }
             }
         }
+        let given = self.memory.last_event_number()?;
+        for record in self.sightings.take() {
+            if let Err(why) = self.sequencer.push(record, given) {
+                self.audit.inconclusive(why);
+            }
+        }
         Ok(())
     }
 
@@ -205,9 +225,11 @@ impl Gate {
             {
                 // What follows is the end of the run; what is left is not judged.
                 self.audit.inconclusive("the run was stopped while events were judged".into());
+                self.broken_off = true;
                 return false;
             }
-            self.counters.events += u64::from(!matches!(record.event, Event::Host(..)));
+            self.counters.events +=
+                u64::from(!matches!(record.event, Event::Host(..) | Event::Seen(_)));
             self.event(record);
             for observer in &mut self.observers {
                 observer.event(record);
@@ -225,7 +247,7 @@ impl Gate {
     }
 
     /// Takes a number for something that the host does, and records it.
-    fn host_record(
+    pub(super) fn host_record(
         &mut self,
         cpu: u8,
         act: HostAct,

@@ -2,6 +2,7 @@
 
 use super::{Gate, GateFailure};
 use crate::printable::steers;
+use lacuna_abi::direct::read_table_ops;
 use lacuna_abi::gate::{ARGS_WORD, COUNT_WORD, Call, LOG_BYTES, PAGE_WORDS, read_ops};
 use lacuna_abi::layout::call_page_offset;
 use std::sync::atomic::Ordering::Acquire;
@@ -13,6 +14,7 @@ impl Gate {
         let words = match call {
             // A list is read by itself.
             Call::Ops
+            | Call::Tables
             | Call::Drain
             | Call::Yield
             | Call::Checkpoint
@@ -27,9 +29,26 @@ impl Gate {
     /// held. Whether it makes sense. Only as much of the page is copied as the list takes: most are
     /// short, and copying all of the page takes longer than what they ask for.
     pub(super) fn read_list(&mut self, cpu: u8) -> Result<bool, GateFailure> {
+        self.ops.clear();
+        Ok(self.copy_list(cpu)? && read_ops(&self.list, |op| self.ops.push(op)).is_ok())
+    }
+}
+
+impl Gate {
+    /// Reads the list of writes to tables in the call page, likewise: in place of what
+    /// `self.table_ops` held. The site of the code that asks; `None` if the list makes no sense.
+    pub(super) fn read_table_list(&mut self, cpu: u8) -> Result<Option<u32>, GateFailure> {
+        self.table_ops.clear();
+        if !self.copy_list(cpu)? {
+            return Ok(None);
+        }
+        Ok(read_table_ops(&self.list, |op| self.table_ops.push(op)).ok())
+    }
+
+    /// Copies as much of the call page as its count says; false if the page has no such count.
+    fn copy_list(&mut self, cpu: u8) -> Result<bool, GateFailure> {
         let page = self.memory.layout().shared.gpa.wrapping_add(call_page_offset(cpu.into()));
         let count = self.memory.load(page.wrapping_add(8 * COUNT_WORD as u64))?;
-        self.ops.clear();
         let Some(end) = usize::try_from(count).ok().filter(|end| *end <= PAGE_WORDS) else {
             return Ok(false);
         };
@@ -38,7 +57,7 @@ impl Gate {
         self.list.extend(words.iter().map(|word| word.load(Acquire)));
         // The guest may have changed it since.
         self.list[COUNT_WORD] = count;
-        Ok(read_ops(&self.list, |op| self.ops.push(op)).is_ok())
+        Ok(true)
     }
 }
 

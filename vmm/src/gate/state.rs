@@ -2,6 +2,7 @@
 
 use super::{Gate, GateCounters};
 use crate::audit::{Audit, AuditResult, CaseTally};
+use crate::events::Sightings;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
 use crate::recording::Recorder;
@@ -36,6 +37,12 @@ impl Gate {
     /// What the guest observed of each case of the program `probe`.
     pub fn observations(&self) -> impl Iterator<Item = (Case, CaseTally)> {
         self.audit.observations()
+    }
+
+    /// Where whoever sees what CPUs do puts it.
+    #[must_use]
+    pub fn sightings(&self) -> Arc<Sightings> {
+        Arc::clone(&self.sightings)
     }
 
     /// Notes why the run cannot be called passed.

@@ -1,6 +1,6 @@
 //! What goes into a gate and what comes out of it.
 
-use crate::audit::{Probe, ProbeKind, Profile, Touched};
+use crate::audit::{Mediation, Probe, ProbeKind, Profile, Touched};
 use crate::leak::LeakScanner;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
@@ -140,6 +140,10 @@ pub struct GateCounters {
     pub opens: u64,
     /// Release operations on one range each.
     pub releases: u64,
+    /// Entries written for the guest, under direct paging.
+    pub table_writes: u64,
+    /// Writes to tables that were refused.
+    pub table_refusals: u64,
     /// Events taken from the rings.
     pub events: u64,
     /// Points at which everything was checked.
@@ -152,6 +156,8 @@ pub struct GateSetup {
     pub memory: Arc<Memory>,
     /// What closes frames.
     pub stage: Box<dyn SecondStage>,
+    /// What the host sees for itself, from the start.
+    pub mediation: Mediation,
     /// Root that every CPU starts with; CPU 0 runs from the start.
     pub boot_root: Gpa,
     /// How the CPUs invalidate translations.

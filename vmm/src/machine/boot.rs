@@ -6,7 +6,7 @@
 use crate::image::Image;
 use crate::machine::memory::{Memory, MemoryError};
 use lacuna_abi::addr::{BLOCK_SIZE, Gpa, Gva, PAGE_SIZE};
-use lacuna_abi::boot::BootInfo;
+use lacuna_abi::boot::{BootInfo, FEATURE_DIRECT_PAGING};
 use lacuna_abi::layout::{
     BOOT_INFO_OFFSET, CPU_BYTES, CPU_PARTS, Layout, SHARED, WINDOW_LARGE_OFFSET, cpu_area,
     direct_map, window,
@@ -106,12 +106,16 @@ pub fn prepare(memory: &Memory, image: &Image, info: BootInfo) -> Result<BootInf
     let layout = *memory.layout();
     let mut tables = Tables::new(memory)?;
     map_image(&mut tables, image, &layout)?;
-    map_regions(&mut tables, &layout)?;
+    let direct = info.features & FEATURE_DIRECT_PAGING != 0;
+    map_regions(&mut tables, &layout, direct)?;
     for cpu in 0..layout.cpus {
         map_cpu(&mut tables, &layout, cpu)?;
     }
     for segment in &image.segments {
         memory.write(layout.image.gpa_of(segment.va), &segment.bytes)?;
+    }
+    if direct {
+        memory.copy_tables(tables.used)?;
     }
     let info = BootInfo { root: tables.root.0, pool_used: tables.used, ..info };
     let at = layout.shared.gpa.wrapping_add(BOOT_INFO_OFFSET);
@@ -128,12 +132,19 @@ fn map_image(tables: &mut Tables<'_>, image: &Image, layout: &Layout) -> Result<
     Ok(())
 }
 
-fn map_regions(tables: &mut Tables<'_>, layout: &Layout) -> Result<(), BootError> {
+fn map_regions(tables: &mut Tables<'_>, layout: &Layout, direct: bool) -> Result<(), BootError> {
     let data = Entry::DATA | Entry::GLOBAL;
     let zone = layout.zone;
     tables.map(direct_map(zone.gpa), zone.gpa, zone.len, Level::Pd, data)?;
-    for region in [layout.pool, layout.metadata, layout.scratch] {
+    for region in [layout.metadata, layout.scratch] {
         tables.map(region.va, region.gpa, region.len, Level::Pd, data)?;
+    }
+    // Under direct paging the guest sees a copy of the pool, and no page of it.
+    let Layout { pool, table_copy: copy, .. } = *layout;
+    if direct {
+        tables.map(copy.va, copy.gpa, copy.len, Level::Pd, Entry::READ_ONLY | Entry::GLOBAL)?;
+    } else {
+        tables.map(pool.va, pool.gpa, pool.len, Level::Pd, data)?;
     }
     let input = layout.input;
     tables.map(input.va, input.gpa, input.len, Level::Pd, Entry::READ_ONLY | Entry::GLOBAL)?;
@@ -164,17 +175,22 @@ const _: () = assert!(BLOCK_SIZE == Level::Pd.span());
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lacuna_abi::layout::{MAIN_STACK, MAX_MEMORY_MIB, METADATA, Needs, POOL};
+    use lacuna_abi::layout::{MAIN_STACK, MAX_MEMORY_MIB, METADATA, Needs, POOL, TABLE_COPY};
     use lacuna_abi::walk::{EVERYTHING, Leaf, Visit, translate, visit};
     use std::collections::HashSet;
 
     fn booted(memory_mib: u64, cpus: usize) -> (Memory, BootInfo, Image) {
+        booted_with(memory_mib, cpus, 0)
+    }
+
+    fn booted_with(memory_mib: u64, cpus: usize, features: u64) -> (Memory, BootInfo, Image) {
         let image = Image::parse(crate::image::ORDINARY).unwrap();
         let needs =
             Needs { image: image.len(), memory_mib, cpus, input: 100_000, scratch: 3 << 20 };
         let layout = Layout::new(&needs).unwrap();
         let memory = Memory::new(layout).unwrap();
-        let info = prepare(&memory, &image, BootInfo::for_layout(&layout)).unwrap();
+        let info = BootInfo { features, ..BootInfo::for_layout(&layout) };
+        let info = prepare(&memory, &image, info).unwrap();
         (memory, info, image)
     }
 
@@ -239,6 +255,28 @@ mod tests {
         assert!(!translate(&memory, Gpa(info.root), SHARED).unwrap().writable);
         assert!(translate(&memory, Gpa(info.root), POOL).unwrap().writable);
         assert!(translate(&memory, Gpa(info.root), METADATA).unwrap().writable);
+    }
+
+    #[test]
+    fn under_direct_paging_no_frame_of_the_pool_is_mapped_and_a_copy_is_read_only() {
+        for (features, of_pool, of_copy) in [(0, true, false), (FEATURE_DIRECT_PAGING, false, true)]
+        {
+            let (memory, info, _) = booted_with(64, 2, features);
+            let Layout { pool, table_copy, .. } = *memory.layout();
+            let leaves = leaves(&memory, &info);
+            let of = |region: &lacuna_abi::layout::Region| {
+                let mut of = leaves.iter().filter(|leaf| region.contains(leaf.frame().gpa()));
+                of.next().map(|leaf| (leaf.va, leaf.writable))
+            };
+            assert_eq!(of(&pool), of_pool.then_some((POOL, true)));
+            assert_eq!(of(&table_copy), of_copy.then_some((TABLE_COPY, false)));
+            if of_copy {
+                let words = |at: Gpa| (0..512 * info.pool_used).map(move |word| at.0 + 8 * word);
+                let same =
+                    |(copy, word)| memory.load(Gpa(copy)).ok() == memory.load(Gpa(word)).ok();
+                assert!(words(table_copy.gpa).zip(words(pool.gpa)).all(same));
+            }
+        }
     }
 
     #[test]

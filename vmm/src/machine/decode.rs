@@ -252,23 +252,7 @@ impl<T: Tables> View<'_, T> {
     }
 
     fn value(&self, register: Register) -> Option<u64> {
-        Some(match register {
-            Register::CS | Register::DS | Register::ES | Register::SS => 0,
-            Register::FS => self.registers.fs_base,
-            Register::GS => self.registers.gs_base,
-            Register::RIP => self.registers.rip,
-            _ if register.is_gpr() => {
-                let full = register.full_register();
-                let value = self.registers.general.get(full.number())?;
-                match register.size() {
-                    8 => *value,
-                    4 => *value & 0xffff_ffff,
-                    2 => *value & 0xffff,
-                    _ => return None,
-                }
-            }
-            _ => return None,
-        })
+        self.registers.value(register)
     }
 }
 

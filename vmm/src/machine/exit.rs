@@ -54,6 +54,10 @@ pub enum Exit {
     },
     /// `KVM_RUN` returned `EFAULT` and nothing else.
     Fault,
+    /// A step is over.
+    Stepped,
+    /// Stepping has lost track of the vCPU.
+    Lost,
     /// A signal or `immediate_exit` interrupted the run.
     Interrupted,
     /// The guest asks for a reset or shutdown.
@@ -108,6 +112,8 @@ pub enum Action {
     UnknownGate(u32),
     /// Run again.
     Resume,
+    /// Say where the vCPU was lost, and end.
+    Lost,
     /// The guest touched a sealed frame; the exit says where and how.
     Sealed(Gpa, AccessKind),
     /// Perhaps a sealed frame: decode the instruction and walk the tables.
@@ -185,7 +191,8 @@ pub fn decide(exit: &Exit, denied: impl Fn(Gfn) -> bool) -> Action {
         Exit::InternalError { suberror } => Action::Decode(Trouble::Emulation(suberror)),
         Exit::Shutdown => Action::TripleFault,
         Exit::Halt => Action::GuestError(GuestFault::Halted),
-        Exit::Interrupted => Action::Resume,
+        Exit::Interrupted | Exit::Stepped => Action::Resume,
+        Exit::Lost => Action::Lost,
         Exit::SystemEvent { kind } => Action::GuestError(GuestFault::SystemEvent(kind)),
         Exit::FailEntry { reason } => Action::HostError(HostFault::FailEntry(reason)),
         Exit::Error(number) => Action::HostError(HostFault::Run(number)),
@@ -253,6 +260,8 @@ mod tests {
     #[test]
     fn the_rest_ends_or_resumes() {
         assert_eq!(decided(Exit::Interrupted), Action::Resume);
+        assert_eq!(decided(Exit::Stepped), Action::Resume);
+        assert_eq!(decided(Exit::Lost), Action::Lost);
         assert_eq!(decided(Exit::Shutdown), Action::TripleFault);
         assert_eq!(decided(Exit::Halt), Action::GuestError(GuestFault::Halted));
         let fail = decided(Exit::FailEntry { reason: 7 });

@@ -9,12 +9,14 @@ use crate::doctor::{self, HostError};
 use crate::machine::exit::Exit;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
+use crate::machine::step::Steppable;
 use crate::second_stage::Slots;
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment,
-    kvm_sregs, kvm_userspace_memory_region,
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
+    kvm_guest_debug, kvm_guest_debug_arch, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::layout::{CPU_DATA, MAIN_STACK};
 use std::io;
@@ -88,7 +90,7 @@ impl Vm {
         let regions = [
             (IMAGE_SLOT, layout.image.gpa, layout.image.end()),
             (POOL_SLOT, layout.pool.gpa, layout.pool.end()),
-            (LOW_SLOT, layout.shared.gpa, layout.scratch.end()),
+            (LOW_SLOT, layout.shared.gpa, layout.low_end()),
         ];
         for (slot, start, end) in regions {
             let region =
@@ -261,6 +263,59 @@ impl Interrupts {
     }
 }
 
+/// What has a vCPU come out behind each instruction.
+const SINGLE_STEP: kvm_guest_debug = kvm_guest_debug {
+    control: KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP,
+    pad: 0,
+    arch: kvm_guest_debug_arch { debugreg: [0; 8] },
+};
+
+impl Steppable for Vcpu {
+    fn step(&mut self) -> Exit {
+        // Some hosts forget it at an exit that is no debug exit.
+        if let Err(error) = self.fd.set_guest_debug(&SINGLE_STEP) {
+            return Exit::Error(error.errno());
+        }
+        self.run()
+    }
+
+    fn complete(&mut self) {
+        Self::complete(self);
+    }
+
+    fn stepped(&self) -> Registers {
+        let all = self.fd.sync_regs();
+        Registers::from_kvm(&all.regs, &all.sregs)
+    }
+
+    fn put(&mut self, registers: &Registers) -> Result<(), KvmError> {
+        let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] =
+            registers.general;
+        let (rip, rflags) = (registers.rip, registers.rflags);
+        let regs = kvm_regs {
+            rax,
+            rcx,
+            rdx,
+            rbx,
+            rsp,
+            rbp,
+            rsi,
+            rdi,
+            r8,
+            r9,
+            r10,
+            r11,
+            r12,
+            r13,
+            r14,
+            r15,
+            rip,
+            rflags,
+        };
+        self.fd.set_regs(&regs).what("set the registers")
+    }
+}
+
 /// One virtual CPU.
 pub struct Vcpu {
     fd: VcpuFd,
@@ -295,6 +350,7 @@ impl Vcpu {
                 VcpuExit::MemoryFault { gpa, .. } => Exit::MemoryFault { gpa: Gpa(gpa) },
                 VcpuExit::SystemEvent(kind, _) => Exit::SystemEvent { kind },
                 VcpuExit::Intr => Exit::Interrupted,
+                VcpuExit::Debug(_) => Exit::Stepped,
                 _ => Exit::Unexpected(self.fd.get_kvm_run().exit_reason),
             },
             Err(error) => match error.errno() {
@@ -321,6 +377,17 @@ impl Vcpu {
         let regs = self.fd.get_regs().what("read the registers")?;
         let sregs = self.fd.get_sregs().what("read the system registers")?;
         Ok(Registers::from_kvm(&regs, &sregs))
+    }
+
+    /// Has KVM hand out the registers at every exit, for [`Steppable`].
+    ///
+    /// # Errors
+    /// [`KvmError`] if KVM cannot step.
+    pub fn prepare_to_step(&mut self) -> Result<Registers, KvmError> {
+        self.fd.set_guest_debug(&SINGLE_STEP).what("step a vCPU")?;
+        self.fd.set_sync_valid_reg(SyncReg::Register);
+        self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
+        self.registers()
     }
 
     fn suberror(&mut self) -> u32 {

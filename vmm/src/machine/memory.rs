@@ -59,7 +59,7 @@ impl Memory {
     /// # Errors
     /// [`MemoryError::Create`].
     pub fn new(layout: Layout) -> Result<Self, MemoryError> {
-        let low_len = layout.scratch.end().0;
+        let low_len = layout.low_end().0;
         let failed = |error| MemoryError::Create { mib: (layout.zone.len + low_len) >> 20, error };
         let low_file = sys::memory_file(c"lacuna-low", low_len).map_err(failed)?;
         let zone_file = sys::memory_file(c"lacuna-zone", layout.zone.len).map_err(failed)?;
@@ -220,6 +220,33 @@ impl Memory {
             *word = place.load(Ordering::Relaxed);
         }
         true
+    }
+
+    /// Writes an entry of the table pool by one store, and then the guest's copy of it.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`] outside the pool or if not aligned.
+    pub fn store_entry(&self, at: Gpa, entry: Entry) -> Result<(), MemoryError> {
+        let Layout { pool, table_copy, .. } = self.layout;
+        if !pool.contains(at) {
+            return Err(access(at, &"no table is there"));
+        }
+        self.store(at, entry.0)?;
+        self.store(table_copy.gpa.wrapping_add(at.0 - pool.gpa.0), entry.0)
+    }
+
+    /// Makes the guest's copy of the tables what the first `pages` pages of the table pool hold.
+    ///
+    /// # Errors
+    /// [`MemoryError::Access`] if the pool has fewer.
+    pub fn copy_tables(&self, pages: u64) -> Result<(), MemoryError> {
+        let Layout { pool, table_copy, .. } = self.layout;
+        let count = usize::try_from(pages).unwrap_or(usize::MAX).saturating_mul(PAGE_WORDS);
+        let copies = self.words(table_copy.gpa, count)?;
+        for (copy, word) in copies.iter().zip(self.words(pool.gpa, count)?) {
+            copy.store(word.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     #[inline]
@@ -408,6 +435,21 @@ mod tests {
         assert!(!memory.read_table(layout.image.gpa.frame(), &mut words));
         assert!(!memory.read_table(layout.pool.end().frame(), &mut words));
         assert!(!memory.read_table(Gfn(u64::MAX), &mut words));
+    }
+
+    #[test]
+    fn an_entry_is_written_in_the_pool_and_in_the_copy_and_nowhere_else() {
+        let memory = memory();
+        let Layout { pool, table_copy, .. } = *memory.layout();
+        memory.store(pool.gpa, 5).unwrap();
+        memory.copy_tables(1).unwrap();
+        memory.store_entry(pool.gpa.wrapping_add(16), Entry(7)).unwrap();
+        for at in [pool.gpa, table_copy.gpa] {
+            assert_eq!(memory.load_words::<4>(at).unwrap(), [5, 0, 7, 0]);
+        }
+        for outside in [pool.end(), Gpa(pool.gpa.0 - 8), table_copy.gpa, Gpa(pool.gpa.0 + 4)] {
+            assert!(memory.store_entry(outside, Entry(7)).is_err(), "{outside}");
+        }
     }
 
     #[test]

@@ -8,4 +8,5 @@ pub mod kvm;
 pub mod memory;
 pub mod probe;
 pub mod state;
+pub mod step;
 pub mod sys;

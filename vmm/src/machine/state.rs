@@ -1,5 +1,6 @@
 //! A vCPU's registers as plain data.
 
+use iced_x86::Register;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use lacuna_abi::addr::Gpa;
 use lacuna_abi::paging::Entry;
@@ -24,6 +25,10 @@ pub struct Registers {
     pub cr4: u64,
     /// EFER.
     pub efer: u64,
+    /// Selector in CS.
+    pub cs: u16,
+    /// Selector in SS.
+    pub ss: u16,
     /// Base of FS.
     pub fs_base: u64,
     /// Base of GS.
@@ -41,6 +46,10 @@ pub struct Registers {
 }
 
 impl Registers {
+    /// RCX.
+    pub const RCX: usize = 1;
+    /// RDI.
+    pub const RDI: usize = 7;
     /// RSP.
     pub const RSP: usize = 4;
     /// RBP.
@@ -61,6 +70,8 @@ impl Registers {
             cr3: sregs.cr3,
             cr4: sregs.cr4,
             efer: sregs.efer,
+            cs: sregs.cs.selector,
+            ss: sregs.ss.selector,
             fs_base: sregs.fs.base,
             gs_base: sregs.gs.base,
             tss_base: sregs.tr.base,
@@ -69,6 +80,29 @@ impl Registers {
             gdt_base: sregs.gdt.base,
             gdt_limit: sregs.gdt.limit.into(),
         }
+    }
+
+    /// What a register holds in 64-bit mode, or the base of a segment; `None` for one that is not
+    /// known here.
+    #[must_use]
+    pub fn value(&self, register: Register) -> Option<u64> {
+        Some(match register {
+            Register::CS | Register::DS | Register::ES | Register::SS => 0,
+            Register::FS => self.fs_base,
+            Register::GS => self.gs_base,
+            Register::RIP => self.rip,
+            _ if register.is_gpr() => {
+                let full = register.full_register();
+                let value = self.general.get(full.number())?;
+                match register.size() {
+                    8 => *value,
+                    4 => *value & 0xffff_ffff,
+                    2 => *value & 0xffff,
+                    _ => return None,
+                }
+            }
+            _ => return None,
+        })
     }
 
     /// Physical address of the root.

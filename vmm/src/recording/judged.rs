@@ -3,8 +3,9 @@
 use super::Recorder;
 use super::item::{Answer, Call, Item};
 use super::recorder::Tap;
-use crate::audit::{Audit, AuditConfig, Probe, ProbeKind, Touched, World};
+use crate::audit::{Audit, AuditConfig, Mediation, Probe, ProbeKind, Touched, World};
 use lacuna_abi::addr::{Gfn, Gpa};
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::Record;
 use lacuna_abi::gate::{CpuRegistration, Op, Status};
 use std::cell::RefCell;
@@ -121,6 +122,26 @@ impl Judged {
         call!(self, world, what, arrival(cpu, op, seq), |made: &Result<_, _>| *made)
     }
 
+    /// [`Audit::admit`]
+    ///
+    /// # Errors
+    /// As there.
+    pub fn admit(
+        &mut self,
+        cpu: u8,
+        asked: (u32, &TableOp),
+        seq: u64,
+        world: &impl World,
+    ) -> Result<(), Status> {
+        let what = Call::Admit(cpu, asked.0, *asked.1, seq);
+        call!(self, world, what, admit(cpu, asked, seq), |made: &Result<_, _>| *made)
+    }
+
+    /// [`Audit::sample`]
+    pub fn sample(&mut self, cpu: u8, seq: u64, world: &impl World) {
+        call!(self, world, Call::Sample(cpu, seq), sample(cpu, seq), nothing);
+    }
+
     /// [`Audit::done`]
     pub fn done(&mut self, cpu: u8, op: Op, seq: u64, world: &impl World) {
         call!(self, world, Call::Done(cpu, op, seq), done(cpu, op, seq), nothing);
@@ -129,6 +150,17 @@ impl Judged {
     /// [`Audit::quiesce`]
     pub fn quiesce(&mut self, seq: u64, world: &impl World) {
         call!(self, world, Call::Quiesce(seq), quiesce(seq), nothing);
+    }
+
+    /// [`Audit::mediate`]
+    pub fn mediate(&mut self, mediation: Mediation, world: &impl World) {
+        call!(self, world, Call::Mediate(mediation), mediate(mediation), nothing);
+    }
+
+    /// [`Audit::came`]
+    pub fn came(&mut self, cpu: u8, seq: u64) {
+        self.audit.came(cpu, seq);
+        self.note(|| Call::Came(cpu, seq), Ok(()));
     }
 
     /// [`Audit::choose_probes`]

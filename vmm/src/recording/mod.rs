@@ -43,4 +43,4 @@ pub const FILE: &str = "recording.bin";
 /// First eight bytes of a recording.
 pub const MAGIC: [u8; 8] = *b"LACUNARC";
 /// Version of the format: of the file, and of what the items on it mean.
-pub const FORMAT: u64 = 1;
+pub const FORMAT: u64 = 2;

@@ -181,7 +181,8 @@ impl<R: Read> Recording<R> {
                 (String::new(), Ok(()))
             }
             Call::Event(record) => {
-                counted.events += u64::from(!matches!(record.event, Event::Host(..)));
+                counted.events +=
+                    u64::from(!matches!(record.event, Event::Host(..) | Event::Seen(_)));
                 counted.last = counted.last.max(record.seq);
                 audit.event(&record, &world);
                 (format!("event {}", record.seq), Ok(()))
@@ -204,6 +205,22 @@ impl<R: Read> Recording<R> {
                     audit.inconclusive(format!("operation {seq} was done and never accepted"));
                 }
                 (format!("operation {seq}"), Ok(()))
+            }
+            Call::Admit(cpu, site, op, seq) => {
+                let result = audit.admit(cpu, (site, &op), seq, &world);
+                (format!("a write to tables after event {seq}"), result)
+            }
+            Call::Sample(cpu, seq) => {
+                audit.sample(cpu, seq, &world);
+                (format!("the registers of CPU {cpu} after event {seq}"), Ok(()))
+            }
+            Call::Mediate(mediation) => {
+                audit.mediate(mediation, &world);
+                (format!("the mediation {}", mediation.name()), Ok(()))
+            }
+            Call::Came(cpu, seq) => {
+                audit.came(cpu, seq);
+                (String::new(), Ok(()))
             }
             Call::Quiesce(seq) => {
                 audit.quiesce(seq, &world);

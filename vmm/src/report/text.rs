@@ -66,6 +66,7 @@ const GROUPS: &[(&str, &[&str])] = &[
     ),
     ("checked pages", &["tags_checked", "poison_checked", "zero_checked"]),
     ("gate", &["gate_calls", "gate_refused", "ring_drains", "seals", "opens", "releases"]),
+    ("tables", &["table_writes", "table_writes_refused"]),
     ("events", &["events", "events_lost", "quiesces"]),
     (
         "pages at end",

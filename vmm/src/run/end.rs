@@ -39,6 +39,8 @@ pub enum End {
     Guest(Box<GuestEnd>),
     /// It was told to stop.
     Stopped(Stopped, Box<Place>),
+    /// Stepping lost track of the guest: what it did from there on is not known.
+    Lost(String),
     /// The host failed.
     Host(String),
 }

@@ -20,6 +20,7 @@ pub use plan::{Plan, PlanError, profile};
 pub use report::{Surroundings, beginning, complete, outline, report};
 pub(crate) use report::{judged, touched};
 
+use crate::audit::Mediation;
 use crate::config::MachineKind;
 use crate::doctor::{self, HostError};
 use crate::gate::{Gate, GateFailure, GateSetup, Observer};
@@ -28,6 +29,7 @@ use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
+use crate::machine::step::{Inbox, Stepper};
 use crate::names::Names;
 use crate::recording::Recorder;
 use crate::second_stage::SecondStage;
@@ -190,6 +192,7 @@ impl Machine {
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
+            mediation: plan.mediation,
             boot_root: root,
             profile: plan.profile,
             quiesce_every: plan.quiesce_every,
@@ -260,12 +263,36 @@ impl Machine {
         };
         threads::register_kick().map_err(OpenError::Signal)?;
         probe::attach(probe, &memory, &gate).map_err(OpenError::Thread)?;
-        let crew = Arc::new(Crew::new(vcpus.len()));
+        let (mediation, sightings) = {
+            let gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+            (gate.audit().mediation(), gate.sightings())
+        };
+        let stepped = mediation == Mediation::Step;
+        let inbox = stepped.then(|| Arc::new(Inbox::new(vcpus.len())));
+        let crew = if stepped { Crew::one_at_a_time(vcpus.len()) } else { Crew::new(vcpus.len()) };
+        let crew = Arc::new(crew);
         // vCPU 0 comes last: before it nothing runs.
         for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
+            let mut station = station::Station::from(vcpu);
+            if mediation == Mediation::Tables {
+                station.watch_control();
+            }
+            if let Some(inbox) = &inbox {
+                let (inbox, stop) = (Arc::clone(inbox), Arc::clone(&stop));
+                let (memory, sightings) = (Arc::clone(&memory), Arc::clone(&sightings));
+                let stepper =
+                    |registers| Stepper::new(cpu, registers, memory, sightings, (inbox, stop));
+                if let Err(error) = station.step_with(stepper) {
+                    crew.abandon();
+                    threads.join();
+                    return Err(OpenError::Kvm(error));
+                }
+            }
             let runner = vcpu::Runner {
                 cpu,
-                station: vcpu.into(),
+                station,
+                inbox: inbox.clone(),
+                sightings: Arc::clone(&sightings),
                 crew: Arc::clone(&crew),
                 threads: Arc::clone(&threads),
                 interrupts: interrupts.clone(),
@@ -357,6 +384,7 @@ impl Running {
             running: ended - started,
             in_guest: finished.in_guest,
             exits: finished.exits,
+            steps: finished.steps,
             started,
             simulation: finished.simulation,
         }
@@ -378,6 +406,7 @@ impl Running {
             running: started.elapsed(),
             in_guest: Duration::ZERO,
             exits: 0,
+            steps: 0,
             started,
             simulation: None,
         }
@@ -406,6 +435,8 @@ pub struct Outcome {
     pub in_guest: Duration,
     /// Times that vCPUs left for the VMM.
     pub exits: u64,
+    /// Instructions that were stepped, on all vCPUs.
+    pub steps: u64,
     /// When the first instruction ran.
     pub started: Instant,
     /// What a simulated machine knows of the run.
@@ -429,7 +460,7 @@ impl Outcome {
 impl From<Simulated> for vcpu::Finished {
     fn from(simulated: Simulated) -> Self {
         let Simulated { end, in_guest, calls, statistics } = simulated;
-        Self { end: Some(end), in_guest, exits: calls, simulation: Some(statistics) }
+        Self { end: Some(end), in_guest, exits: calls, steps: 0, simulation: Some(statistics) }
     }
 }
 

@@ -1,14 +1,14 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
-use crate::audit::Profile;
+use crate::audit::{Mediation, Profile};
 use crate::config::{Config, GuardChoice, MachineKind, OnFree, Seal, Shootdown, Workload};
 use crate::doctor::{HostFacts, ThisHost};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
 use crate::trace::{self, Selection, TraceError};
 use lacuna_abi::boot::{
-    FEATURE_CHECK_ZERO, FEATURE_FLIP, FEATURE_GATE_SHOOTDOWN, FEATURE_POISON, FEATURE_PREZERO,
-    FEATURE_SCRUB, FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
+    FEATURE_CHECK_ZERO, FEATURE_DIRECT_PAGING, FEATURE_FLIP, FEATURE_GATE_SHOOTDOWN,
+    FEATURE_POISON, FEATURE_PREZERO, FEATURE_SCRUB, FEATURE_ZERO_ON_FREE, MIN_FREE_BY_SIZE,
 };
 use lacuna_abi::layout::MIN_MEMORY_MIB;
 use lacuna_abi::workload::{
@@ -80,6 +80,8 @@ pub struct Plan {
     pub guard: GuardChoice,
     /// Borders between closed and open memory that `mprotect` may make.
     pub vma_budget: Option<u32>,
+    /// What the host sees for itself.
+    pub mediation: Mediation,
     /// How the CPUs invalidate translations.
     pub profile: Profile,
     /// Events between two complete checks.
@@ -129,6 +131,7 @@ impl Plan {
             (allocator.scrub, FEATURE_SCRUB),
             (allocator.check_zero, FEATURE_CHECK_ZERO),
             (config.guest.shootdown == Shootdown::Gate, FEATURE_GATE_SHOOTDOWN),
+            (config.mediation == Mediation::Tables, FEATURE_DIRECT_PAGING),
         ];
         let features = features.iter().filter(|(on, _)| *on).fold(0, |bits, (_, bit)| bits | bit);
         let plan = Self {
@@ -152,6 +155,7 @@ impl Plan {
             seal: config.second_stage.seal,
             guard: config.second_stage.guard,
             vma_budget: config.second_stage.vma_budget,
+            mediation: config.mediation,
             profile: profile(config),
             quiesce_every: config.audit.quiesce_every,
             probes: config.audit.probes,

@@ -3,7 +3,7 @@
 use super::Outcome;
 use super::end::{End, Place};
 use super::violations::violations;
-use crate::audit::{Audit, CaseTally, ProbeTally, Rule, Tally};
+use crate::audit::{Audit, CaseTally, Mediation, ProbeTally, Rule, Tally};
 use crate::config::{self, Config};
 use crate::gate::ProbeSummary;
 use crate::machine::decode::SealedAccess;
@@ -89,6 +89,10 @@ pub fn outline(config: &Config, outcome: &Outcome, surroundings: Surroundings) -
             ("exits", outcome.exits),
         ] {
             report.counters.insert(name.to_owned(), value);
+        }
+        if gate.audit().mediation() == Mediation::Tables {
+            report.counters.insert("table_writes".to_owned(), counted.table_writes);
+            report.counters.insert("table_writes_refused".to_owned(), counted.table_refusals);
         }
         report.inconclusive = inconclusive;
         if gate.input_is_outstanding() && matches!(outcome.end, End::Exit(0, _)) {
@@ -184,6 +188,7 @@ fn end(report: &mut Report, end: &End, config: &Config, last_line: Option<String
                 place.map_or_else(String::new, |place| format!(", the guest was at {place}"));
             report.inconclusive.push(format!("the run was interrupted{place}"));
         }
+        End::Lost(message) => report.inconclusive.push(message.clone()),
         End::Host(message) => report.inconclusive.push(format!("the host failed: {message}")),
     }
 }

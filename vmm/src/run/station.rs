@@ -7,6 +7,7 @@ use crate::gate::Vcpus;
 use crate::machine::exit::Exit;
 use crate::machine::kvm::{Interrupts, KvmError, Vcpu};
 use crate::machine::state::Registers;
+use crate::machine::step::{Inbox, Stepper};
 use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use std::io;
 use std::time::Instant;
@@ -17,23 +18,60 @@ const CR0_PE: u64 = 1;
 /// A vCPU, and whether it came out of the guest to make a call that is not completed yet.
 pub(super) struct Station {
     vcpu: Vcpu,
+    /// What steps it, if anything does.
+    stepper: Option<Stepper>,
     calling: bool,
     shut_down: bool,
+    /// Under direct paging: CR0 and CR3 when they were last looked at; `None` if nobody asks.
+    control: Option<[u64; 2]>,
 }
 
 impl From<Vcpu> for Station {
     fn from(vcpu: Vcpu) -> Self {
-        Self { vcpu, calling: false, shut_down: false }
+        Self { vcpu, stepper: None, calling: false, shut_down: false, control: None }
     }
 }
 
 impl Station {
     /// Runs the vCPU until it comes out.
     pub(super) fn run(&mut self) -> Exit {
-        let exit = self.vcpu.run();
+        let exit = match &mut self.stepper {
+            Some(stepper) => stepper.run(&mut self.vcpu),
+            None => self.vcpu.run(),
+        };
         self.calling = matches!(exit, Exit::PortOut { .. });
         self.shut_down = exit == Exit::Shutdown;
         exit
+    }
+
+    /// Steps the vCPU from here on.
+    ///
+    /// # Errors
+    /// [`KvmError`] if KVM cannot.
+    pub(super) fn step_with(
+        &mut self,
+        stepper: impl FnOnce(Registers) -> Stepper,
+    ) -> Result<(), KvmError> {
+        self.stepper = Some(stepper(self.vcpu.prepare_to_step()?));
+        Ok(())
+    }
+
+    /// Looks at CR0 and CR3 at every exit from here on.
+    pub(super) const fn watch_control(&mut self) {
+        self.control = Some([0; 2]);
+    }
+
+    /// Whether CR0 or CR3 is not what it was at the last exit, or cannot be read: then the gate is to
+    /// look.
+    pub(super) fn has_new_control(&mut self) -> bool {
+        let Some(known) = &mut self.control else { return false };
+        let now = self.vcpu.registers().map(|registers| [registers.cr0, registers.cr3]);
+        now.map_or(true, |now| std::mem::replace(known, now) != now)
+    }
+
+    /// What steps the vCPU.
+    pub(super) const fn stepper(&self) -> Option<&Stepper> {
+        self.stepper.as_ref()
     }
 
     /// Whether it came out with an OUT, which a call is.
@@ -73,6 +111,8 @@ pub(super) struct Floor<'f> {
     pub(super) station: &'f mut Station,
     pub(super) threads: &'f Threads,
     pub(super) interrupts: &'f Interrupts,
+    /// Where interrupts go that the VMM delivers itself.
+    pub(super) inbox: Option<&'f Inbox>,
 }
 
 impl Vcpus for Floor<'_> {
@@ -114,8 +154,12 @@ impl Vcpus for Floor<'_> {
     }
 
     fn interrupt(&mut self, cpus: u8) -> Result<(), KvmError> {
-        (0..8)
-            .filter(|cpu| cpus & 1 << cpu != 0)
-            .try_for_each(|cpu| self.interrupts.send(cpu, SHOOTDOWN_VECTOR))
+        (0..8).filter(|cpu| cpus & 1 << cpu != 0).try_for_each(|cpu| match self.inbox {
+            Some(inbox) => {
+                inbox.send(cpu);
+                Ok(())
+            }
+            None => self.interrupts.send(cpu, SHOOTDOWN_VECTOR),
+        })
     }
 }

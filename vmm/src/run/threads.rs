@@ -54,6 +54,7 @@ impl Threads {
             let Ok(finished) = thread.join() else { continue };
             all.end = all.end.or(finished.end);
             all.exits += finished.exits;
+            all.steps += finished.steps;
             all.simulation = all.simulation.or(finished.simulation);
             all.in_guest = all.in_guest.max(finished.in_guest);
         }

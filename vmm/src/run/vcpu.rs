@@ -4,6 +4,7 @@ use super::crew::{Crew, Turn};
 use super::end::{End, GuestEnd, Place};
 use super::station::{Floor, Station};
 use super::threads::Threads;
+use crate::events::Sightings;
 use crate::gate::{Gate, GateFailure, Served, Vcpus};
 use crate::image::Image;
 use crate::machine::backtrace::{backtrace, place};
@@ -14,6 +15,7 @@ use crate::machine::exit::{
 use crate::machine::kvm::Interrupts;
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
+use crate::machine::step::{Inbox, Lost, Stepper};
 use crate::sim::Statistics;
 use crate::stop::{Stop, Stopped};
 use lacuna_abi::addr::Gva;
@@ -27,6 +29,8 @@ const DOUBLE_FAULT: u64 = 8;
 const PAGE_FAULT: u64 = 14;
 /// RFLAGS.IF: interrupts on.
 const RFLAGS_IF: u64 = 1 << 9;
+/// Sightings that wait for the audit, after which it is told of them.
+const MANY_SIGHTINGS: usize = 1 << 14;
 /// Yields in a row after which a vCPU that waits for another leaves the processor for a while.
 const RESTLESS: u32 = 4;
 /// For how long, at first and at most: for so long an interrupt for it may have to wait.
@@ -51,6 +55,9 @@ pub(super) struct Runner {
     pub(super) crew: Arc<Crew<Report>>,
     pub(super) threads: Arc<Threads>,
     pub(super) interrupts: Interrupts,
+    /// Interrupts that the VMM delivers itself, where vCPUs are stepped.
+    pub(super) inbox: Option<Arc<Inbox>>,
+    pub(super) sightings: Arc<Sightings>,
     pub(super) gate: Arc<Mutex<Gate>>,
     pub(super) memory: Arc<Memory>,
     pub(super) stop: Arc<Stop>,
@@ -64,6 +71,8 @@ pub(super) struct Finished {
     pub(super) end: Option<End>,
     pub(super) in_guest: Duration,
     pub(super) exits: u64,
+    /// Instructions that were stepped.
+    pub(super) steps: u64,
     /// Of a simulated machine.
     pub(super) simulation: Option<Statistics>,
 }
@@ -83,12 +92,18 @@ impl Runner {
             crew.leave(self.cpu, self.station.is_calling() && !is_yield(&exit));
             // vCPU 0 never sleeps nor ends before the others: it is the one that stops the run.
             let stopped = self.stop.told().filter(|_| self.cpu == 0);
-            if stopped.is_none() && exit == Exit::Interrupted {
+            if self.is_stepped() && (exit == Exit::Interrupted || is_yield(&exit)) {
+                crew.hand_on(self.cpu);
+            }
+            let much = self.sightings.len() >= MANY_SIGHTINGS || self.station.has_new_control();
+            if stopped.is_none() && exit == Exit::Interrupted && !much {
                 continue;
             }
-            if stopped.is_none() && is_yield(&exit) {
+            if stopped.is_none() && is_yield(&exit) && !much {
                 yields = yields.saturating_add(1);
-                rest(yields);
+                if !self.is_stepped() {
+                    rest(yields);
+                }
                 continue;
             }
             yields = 0;
@@ -99,7 +114,12 @@ impl Runner {
                 break;
             }
         }
+        finished.steps = self.station.stepper().map_or(0, Stepper::steps);
         finished
+    }
+
+    const fn is_stepped(&self) -> bool {
+        self.inbox.is_some()
     }
 
     /// What to do while this vCPU has the gate; the end, if it is one, after everything has been
@@ -122,7 +142,7 @@ impl Runner {
         };
         match acted {
             Ok(None) => None,
-            Ok(Some(end @ End::Host(_))) => Some(end),
+            Ok(Some(end @ (End::Host(_) | End::Lost(_)))) => Some(end),
             Ok(Some(end)) => {
                 let done = matches!(end, End::Exit(0, _));
                 let last = gate.finish(self.cpu, &mut self.floor(turn), done);
@@ -139,6 +159,7 @@ impl Runner {
             station: &mut self.station,
             threads: &self.threads,
             interrupts: &self.interrupts,
+            inbox: self.inbox.as_deref(),
         }
     }
 
@@ -150,7 +171,14 @@ impl Runner {
         turn: &Turn<'_, Report>,
     ) -> Result<Option<End>, GateFailure> {
         Ok(match action {
-            Action::Resume => None,
+            Action::Resume => {
+                if self.is_stepped() {
+                    gate.take_sightings(self.cpu)?;
+                }
+                gate.look(self.cpu, &self.floor(turn))?;
+                None
+            }
+            Action::Lost => Some(End::Lost(self.lost())),
             Action::Gate(call) => match gate.serve(call, self.cpu, &mut self.floor(turn))? {
                 Served::Resume => None,
                 Served::Exit(status, counters) => Some(End::Exit(status, counters)),
@@ -188,6 +216,20 @@ impl Runner {
                 }
             })),
         })
+    }
+
+    /// Where stepping lost track.
+    fn lost(&self) -> String {
+        let Some(Lost { rip, instruction, why }) = self.station.stepper().and_then(Stepper::lost)
+        else {
+            return "stepping lost track of a vCPU".to_owned();
+        };
+        let function = self.image.symbolise(*rip).unwrap_or_else(|| "no known function".into());
+        format!(
+            "stepping lost track of vCPU {} at {rip:#x} in {function}, at the instruction \
+             \"{instruction}\": {why}; what the guest did from there on is not known",
+            self.cpu
+        )
     }
 
     fn stopped(&mut self, stopped: Stopped) -> End {

@@ -9,7 +9,7 @@ use crate::audit::ControlPolicy;
 use crate::machine::kvm::CR4;
 use crate::machine::sys::here_in_code;
 use lacuna_abi::addr::{Gpa, Gva};
-use lacuna_abi::event::{ControlRegister, Event, Flush};
+use lacuna_abi::event::{ControlRegister, Event, Flush, Sighting};
 use lacuna_abi::observe::{Access, Means, Observation};
 use lacuna_abi::paging::Level;
 use lacuna_guest::platform::Platform;
@@ -26,7 +26,9 @@ impl SimMachine {
         let (without, with) = (CR4, CR4 | ControlPolicy::CR4_PCIDE);
         let (old, new) = if set { (without, with) } else { (with, without) };
         let register = ControlRegister::Cr4;
-        self.record(here_in_code(), Event::Control { register, old, new });
+        let site = here_in_code();
+        self.record(site, Event::Control { register, old, new });
+        self.see(site, Sighting::Control { register, old, new });
         if let Some((_, cpu)) = self.enter().filter(|_| !set) {
             cpu.mmu().invalidate(&Invalidation::Everything);
         }
@@ -93,7 +95,9 @@ impl Attempts for SimMachine {
             Means::Cr3 => Flush::NonGlobal,
             Means::Cr3NoFlush => {
                 let root = self.space.root;
-                self.record(here_in_code(), Event::RootLoad { root, pcid, no_flush: true });
+                let (site, no_flush) = (here_in_code(), true);
+                self.record(site, Event::RootLoad { root, pcid, no_flush });
+                self.see(site, Sighting::RootLoad { root, pcid, no_flush });
                 return;
             }
             Means::InvpcidAddress => Flush::PageOfPcid { va, pcid },

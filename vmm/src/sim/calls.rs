@@ -12,6 +12,7 @@ use crate::machine::decode::SealedAccess;
 use crate::run::{End, GuestEnd, Place};
 use lacuna_abi::addr::{FrameRange, Gva, PAGE_SIZE};
 use lacuna_abi::counter::Counters;
+use lacuna_abi::direct::{TableOp, TableWriter};
 use lacuna_abi::event::{RECORD_WORDS, RING_BYTES};
 use lacuna_abi::gate::{
     ARGS_WORD, COUNT_WORD, Call, CpuRegistration, LOG_BYTES, OpKind, OpWriter, PAGE_WORDS,
@@ -146,6 +147,19 @@ impl SimMachine {
         }
     }
 
+    /// Has the host take what it has seen, in the middle of whatever this CPU does.
+    pub(super) fn make_room(&self, number: usize) {
+        let registers = || self.registers();
+        let floor = FloorPlan { cpus: &self.cpus, registers: &registers };
+        // Below MAX_CPUS, 8.
+        let take = |_: &mut dyn Vcpus| self.lock_gate().take_sightings(number as u8);
+        match self.turns.with_gate(number, &floor, take) {
+            Err(Over) => self.halt(),
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => self.end(number, failure.into()),
+        }
+    }
+
     /// Has the host send the shootdown interrupt.
     pub(super) fn interrupt_through_gate(&self, cpus: CpuSet) {
         let number = cpu::number();
@@ -188,6 +202,21 @@ impl SimMachine {
                 .map_err(|error| GateError { index: error.index + first as u32, ..error })?;
         }
         Ok(())
+    }
+
+    /// Has the host carry out operations on page tables, no more than fit in a call.
+    pub(super) fn table_ops(
+        &self,
+        number: usize,
+        site: u32,
+        ops: &[TableOp],
+    ) -> Result<(), GateError> {
+        let page = self.call_page(number);
+        let mut writer = TableWriter::new(|word, value| page[word].store(value, Relaxed), site);
+        for op in ops {
+            assert!(writer.push(op).is_ok(), "{} operations do not fit in a call", ops.len());
+        }
+        self.call(number, Call::Tables)
     }
 
     /// Tells the host that the allocator is ready. A simulated CPU has no descriptor tables.

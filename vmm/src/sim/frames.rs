@@ -117,7 +117,9 @@ impl Observer for Secrecy {
         let secret = match act {
             HostAct::Sealed | HostAct::HeldOpen => true,
             HostAct::Released => false,
-            HostAct::Opened | HostAct::Quiesced | HostAct::Refused => return,
+            HostAct::Opened | HostAct::Quiesced | HostAct::Refused | HostAct::WriteRefused => {
+                return;
+            }
         };
         self.0.set_secret(frames, secret);
     }

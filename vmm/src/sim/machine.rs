@@ -10,6 +10,7 @@ use super::platform::Wire;
 use super::ram::Ram;
 use super::random::Random;
 use super::schedule::{Schedule, Turns};
+use crate::events::Sightings;
 use crate::gate::Gate;
 use crate::machine::kvm::{CR0, CR4, EFER};
 use crate::machine::state::Registers;
@@ -18,6 +19,7 @@ use crate::stop::Stop;
 use crate::ticks::Ticks;
 use lacuna_abi::addr::{Gpa, Gva};
 use lacuna_abi::event::Event;
+use lacuna_abi::layout::Layout;
 use lacuna_guest::platform::{AddressSpace, CpuSet};
 use lacuna_guest::ring;
 use lacuna_guest::shootdown::Shootdowns;
@@ -45,10 +47,14 @@ pub struct SimMachine {
     pub(super) shootdowns: Shootdowns,
     /// Shootdown interrupts go through the host.
     pub(super) through_gate: bool,
+    /// The host writes entries: direct paging.
+    pub(super) direct: bool,
     /// CPU 1 has turned its interrupts off for good (program `crash`).
     pub(super) stuck: AtomicBool,
     pub(super) space: AddressSpace,
     pub(super) faults: u64,
+    /// Where it puts what it sees, if it is to see anything.
+    pub(super) sightings: Option<Arc<Sightings>>,
     stop: Arc<Stop>,
     over: AtomicBool,
     end: Mutex<Option<(usize, End)>>,
@@ -62,14 +68,27 @@ pub(super) struct Parts {
     pub(super) root: Gpa,
     pub(super) faults: u64,
     pub(super) through_gate: bool,
+    pub(super) direct: bool,
     pub(super) seed: u64,
     pub(super) schedule: Schedule,
     pub(super) stop: Arc<Stop>,
+    pub(super) sightings: Option<Arc<Sightings>>,
 }
 
 impl SimMachine {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { ram, gate, root, faults, through_gate, seed, schedule, stop } = parts;
+        let Parts {
+            ram,
+            gate,
+            root,
+            faults,
+            through_gate,
+            direct,
+            seed,
+            schedule,
+            stop,
+            sightings,
+        } = parts;
         let cpus = ram.layout().cpus;
         Self {
             ram,
@@ -78,9 +97,11 @@ impl SimMachine {
             turns: Turns::new(schedule, cpus, seed),
             shootdowns: Shootdowns::new(),
             through_gate,
+            direct,
             stuck: AtomicBool::new(false),
             space: AddressSpace { root, pcid: 0 },
             faults,
+            sightings,
             stop,
             over: AtomicBool::new(false),
             end: Mutex::new(None),
@@ -204,6 +225,17 @@ impl SimMachine {
         if (idle || switch) && self.turns.pass(number, idle) == Err(Over) {
             self.halt();
         }
+    }
+
+    /// What the guest sees of an entry: under direct paging a word of its copy of the tables.
+    #[inline]
+    pub(super) fn entry_seen(&self, at: Gpa) -> &AtomicU64 {
+        let Layout { pool, table_copy, .. } = self.ram.layout();
+        match at.offset_from(pool.gpa).filter(|offset| self.direct && *offset < pool.len) {
+            Some(offset) => self.ram.word(table_copy.gpa.wrapping_add(offset)),
+            None => None,
+        }
+        .unwrap_or_else(|| self.entry_word(at))
     }
 
     /// A word of the table pool.

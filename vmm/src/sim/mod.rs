@@ -45,6 +45,7 @@ mod tests;
 mod tlb;
 mod touch;
 mod versions;
+mod watch;
 
 pub use frames::Frames;
 pub(crate) use frames::Secrecy;

@@ -7,6 +7,7 @@ use super::mmu::Fault;
 use super::tlb::Invalidation;
 use crate::machine::sys::here_in_code;
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::{EntryWrite, Event, Flush, Life, TableFill};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::paging::{Entry, Level};
@@ -57,18 +58,41 @@ impl Platform for SimMachine {
 
     fn read_entry(&self, at: Gpa) -> Entry {
         // Also while unwinding: destructors rely on what they read.
-        Entry(self.entry_word(at).load(Acquire))
+        Entry(self.entry_seen(at).load(Acquire))
     }
 
     // What is recorded here is recorded as done by its caller, of which these are parts.
     #[inline(always)]
-    fn write_entries(&self, at: Gpa, write: &EntryWrite) {
+    fn write_entries(&self, at: Gpa, write: &EntryWrite) -> Result<(), GateError> {
+        if self.direct {
+            return self.write_directly(here_in_code(), &[TableOp::Write { at, write: *write }]);
+        }
         self.write_entries_at(here_in_code(), at, write);
+        Ok(())
     }
 
     #[inline(always)]
-    fn fill_table(&self, table: Gpa, level: Level, first: Entry) {
-        self.fill_table_at(here_in_code(), TableFill { table, level, first });
+    fn fill_table(&self, table: Gpa, level: Level, first: Entry) -> Result<(), GateError> {
+        let fill = TableFill { table, level, first };
+        if self.direct {
+            return self.write_directly(here_in_code(), &[TableOp::Fill(fill)]);
+        }
+        self.fill_table_at(here_in_code(), fill);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn write_tables(&self, ops: &[TableOp]) -> Result<(), GateError> {
+        if self.direct {
+            return self.write_directly(here_in_code(), ops);
+        }
+        for op in ops {
+            match op {
+                TableOp::Write { at, write } => self.write_entries_at(here_in_code(), *at, write),
+                TableOp::Fill(fill) => self.fill_table_at(here_in_code(), *fill),
+            }
+        }
+        Ok(())
     }
 
     #[inline(always)]
@@ -132,6 +156,13 @@ impl Platform for SimMachine {
         }
     }
 
+    #[inline(always)]
+    fn forge(&self, event: Event) {
+        if self.enter().is_some() {
+            self.record(here_in_code(), event);
+        }
+    }
+
     #[inline]
     fn planted(&self, fault: lacuna_abi::fault::Fault) -> bool {
         self.faults & fault.bit() != 0
@@ -145,16 +176,33 @@ impl Platform for SimMachine {
 
 /// The platform's calls that are recorded, with the code that made them.
 impl SimMachine {
+    /// Has the host write to the tables; nothing of this CPU's reaches the pool.
+    fn write_directly(&self, site: u32, ops: &[TableOp]) -> Result<(), GateError> {
+        let Some((number, cpu)) = self.enter() else { return Ok(()) };
+        let were_on = cpu.interrupts_off();
+        let call = |ops: &[TableOp]| {
+            let called = self.table_ops(number, site, ops);
+            let done = called.map_or_else(|error| error.index as usize, |()| ops.len());
+            ops.iter().take(done).for_each(|op| self.ram.versions.count_op(op));
+            called
+        };
+        let written = ring::write_directly(&self.ring(site), ops, call);
+        cpu.interrupts_restore(were_on);
+        written
+    }
+
     fn write_entries_at(&self, site: u32, at: Gpa, write: &EntryWrite) {
         let Some((_, cpu)) = self.enter() else { return };
         let entries = self.entry_words(at, write.count);
         let store = |index: u64, entry: Entry| {
             // Below the count, which is that of the words.
-            entries[index as usize].store(entry.0, Release);
+            let word = &entries[index as usize];
+            self.store_entry(site, at.wrapping_add(8 * index), word, entry);
             if index + 1 == u64::from(write.count) {
                 self.ram.versions.count(write);
             }
         };
+        self.show_sightings();
         let were_on = cpu.interrupts_off();
         ring::write_entries(&self.ring(site), write, store);
         cpu.interrupts_restore(were_on);
@@ -164,9 +212,10 @@ impl SimMachine {
         if self.enter().is_none() {
             return;
         }
+        self.show_sightings();
         for index in 0..PAGE_SIZE / 8 {
             let at = fill.table.wrapping_add(8 * index);
-            self.entry_word(at).store(fill.entry(index).0, Release);
+            self.store_entry(site, at, self.entry_word(at), fill.entry(index));
         }
         self.record(site, Event::TableFill(fill));
     }
@@ -178,25 +227,27 @@ impl SimMachine {
     }
 
     fn flush_at(&self, site: u32, flush: Flush) {
-        let Some((_, cpu)) = self.enter() else { return };
+        if self.enter().is_none() {
+            return;
+        }
         self.record(site, Event::Flush(flush));
-        let mut mmu = cpu.mmu();
         let pcid = self.space.pcid;
-        match flush {
+        let what = match flush {
             Flush::Pages { va, count, level } => {
                 for page in 0..u64::from(count) {
                     let va = va.wrapping_add(page * level.span());
-                    mmu.invalidate(&Invalidation::Page { va, pcid });
+                    let one = Flush::Pages { va, count: 1, level };
+                    self.invalidate(site, one, &Invalidation::Page { va, pcid });
                 }
+                return;
             }
-            Flush::NonGlobal => mmu.invalidate(&Invalidation::Pcid(pcid)),
-            Flush::Everything => mmu.invalidate(&Invalidation::Everything),
-            Flush::PageOfPcid { va, pcid } => {
-                mmu.invalidate(&Invalidation::PageOfPcid { va, pcid });
-            }
-            Flush::Pcid(pcid) => mmu.invalidate(&Invalidation::Pcid(pcid)),
-            Flush::AllPcids => mmu.invalidate(&Invalidation::NonGlobal),
-        }
+            Flush::NonGlobal => Invalidation::Pcid(pcid),
+            Flush::Everything => Invalidation::Everything,
+            Flush::PageOfPcid { va, pcid } => Invalidation::PageOfPcid { va, pcid },
+            Flush::Pcid(pcid) => Invalidation::Pcid(pcid),
+            Flush::AllPcids => Invalidation::NonGlobal,
+        };
+        self.invalidate(site, flush, &what);
     }
 }
 

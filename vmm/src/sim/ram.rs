@@ -124,7 +124,7 @@ pub(super) mod tests {
     fn there_is_nothing_between_low_memory_and_the_zone_nor_behind_it() {
         let (memory, ram, _) = booted(1);
         let layout = *memory.layout();
-        for at in [layout.scratch.end(), layout.zone.end(), Gpa(u64::MAX - 7)] {
+        for at in [layout.low_end(), layout.zone.end(), Gpa(u64::MAX - 7)] {
             assert!(ram.word(at).is_none() && !ram.zero(at, 8), "{at}");
         }
         assert!(ram.region(&layout.shared, layout.shared.len - 8, 1).is_some());

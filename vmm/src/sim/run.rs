@@ -8,12 +8,13 @@ use super::mmu::MmuCounters;
 use super::probe::MmuProber;
 use super::ram::Ram;
 use super::schedule::Schedule;
+use crate::audit::Mediation;
 use crate::gate::Gate;
 use crate::machine::memory::{Memory, MemoryError};
 use crate::run::End;
 use crate::stop::Stop;
 use lacuna_abi::addr::Gpa;
-use lacuna_abi::boot::FEATURE_GATE_SHOOTDOWN;
+use lacuna_abi::boot::{FEATURE_DIRECT_PAGING, FEATURE_GATE_SHOOTDOWN};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -106,8 +107,25 @@ impl Prepared {
         let prober = MmuProber::new(Arc::clone(&memory), Arc::clone(&frames), seed)?;
         gate.lock().unwrap_or_else(PoisonError::into_inner).attach_prober(Box::new(prober));
         let ram = Ram::new(Arc::clone(&memory), frames);
-        let through_gate = boot_info(&memory)?.features & FEATURE_GATE_SHOOTDOWN != 0;
-        let parts = Parts { ram, gate, root, faults, through_gate, seed, schedule, stop };
+        let features = boot_info(&memory)?.features;
+        let through_gate = features & FEATURE_GATE_SHOOTDOWN != 0;
+        let direct = features & FEATURE_DIRECT_PAGING != 0;
+        let sightings = {
+            let gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+            (gate.audit().mediation() == Mediation::Step).then(|| gate.sightings())
+        };
+        let parts = Parts {
+            ram,
+            gate,
+            root,
+            faults,
+            through_gate,
+            direct,
+            seed,
+            schedule,
+            stop,
+            sightings,
+        };
         let machine = SimMachine::new(parts);
         let metadata = Metadata::new(&memory);
         let guest = Guest::new(&machine, &memory, &metadata, workload.as_deref())?;

@@ -73,6 +73,8 @@ fn link(machine: &SimMachine, va: Gva, frames: FrameRange) {
     let old = machine.read_entry(at);
     let new = Entry::new(frames.start(), Entry::TABLE);
     let write = EntryWrite { root, pcid, va, level, count: 1, old, new, grant: 0 };
-    machine.write_entries(at, &write);
+    if let Err(error) = machine.write_entries(at, &write) {
+        panic!("the host refused to replace the entry for {va}: {error:?}");
+    }
     machine.flush(Flush::Pages { va, count: 1, level });
 }

@@ -3,6 +3,7 @@
 
 use super::random::Random;
 use lacuna_abi::addr::Gva;
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::EntryWrite;
 use lacuna_abi::paging::Level;
 use std::sync::atomic::AtomicU64;
@@ -74,6 +75,13 @@ impl Versions {
         self.latest[1].store(write.span(), Release);
         if write.level > Level::Pt {
             self.add_one(&self.links);
+        }
+    }
+
+    /// Counts what an operation wrote; what is filled no root reaches.
+    pub fn count_op(&self, op: &TableOp) {
+        if let TableOp::Write { write, .. } = op {
+            self.count(write);
         }
     }
 

@@ -88,8 +88,9 @@ impl Arena {
         };
         let places = free(behind).zip(free(behind.wrapping_add(BLOCK_SIZE)));
         let (link, large) = places.ok_or(ProgramError::NoPlace)?;
-        platform.fill_table(table, Level::Pt, Entry::EMPTY);
-        platform.fill_table(split, Level::Pt, Entry::new(second, Entry::DATA));
+        let split_first = Entry::new(second, Entry::DATA);
+        space::must(platform.fill_table(table, Level::Pt, Entry::EMPTY), "fill a table");
+        space::must(platform.fill_table(split, Level::Pt, split_first), "fill a table");
         write(platform, link, Entry::new(table.frame(), Entry::TABLE));
         let small = Run { at: table, level: Level::Pt, ..link };
         Ok(Self { link, small, large, split, first, second, code: platform.code() })
@@ -129,7 +130,7 @@ impl Arena {
 fn write<P: Platform>(platform: &P, run: Run, new: Entry) {
     let old = platform.read_entry(run.at);
     if old != new {
-        space::write(platform, run, old, new);
+        space::must(space::write(platform, run, old, new), "change an entry of the arena");
     }
 }
 

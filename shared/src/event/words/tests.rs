@@ -24,6 +24,38 @@ fn flush() -> impl Strategy<Value = Flush> {
     ]
 }
 
+fn sighting() -> impl Strategy<Value = Sighting> {
+    let stores = (0..1u64 << 39, 0u64..512, 1u32..=512, any::<[u64; 3]>()).prop_map(
+        |(frame, index, count, [old, new, grant])| {
+            let index = index.min(512 - u64::from(count));
+            Sighting::Stores(EntryStores {
+                at: Gfn(frame).gpa().wrapping_add(8 * index),
+                level: Level::Pd,
+                count,
+                old: Entry(old),
+                new: Entry(new),
+                grant,
+            })
+        },
+    );
+    prop_oneof![
+        stores,
+        (0..1u64 << 39, any::<u64>()).prop_map(|(frame, first)| {
+            let (table, first) = (Gfn(frame).gpa(), Entry(first));
+            Sighting::Fill(TableFill { table, level: Level::Pt, first })
+        }),
+        flush().prop_map(Sighting::Flush),
+        (0..ControlRegister::ALL.len(), any::<[u64; 2]>()).prop_map(|(i, [old, new])| {
+            Sighting::Control { register: ControlRegister::ALL[i], old, new }
+        }),
+        any::<bool>().prop_map(|no_flush| Sighting::RootLoad {
+            root: Gpa(0x3000),
+            pcid: 9,
+            no_flush
+        }),
+    ]
+}
+
 fn event() -> impl Strategy<Value = Event> {
     let write = (1u8..=4, 0u64..512, 1u32..=512, any::<[u64; 3]>(), 0u64..1 << 35).prop_map(
         |(level, index, count, [old, new, grant], high)| {
@@ -67,6 +99,7 @@ fn event() -> impl Strategy<Value = Event> {
         (0..Life::ALL.len(), range()).prop_map(|(i, r)| Event::Life(Life::ALL[i], r)),
         any::<u64>().prop_map(Event::ShootdownAck),
         (0..HostAct::ALL.len(), range()).prop_map(|(i, r)| Event::Host(HostAct::ALL[i], r)),
+        sighting().prop_map(Event::Seen),
     ]
 }
 

@@ -11,7 +11,11 @@ impl Teller<'_> {
     pub(super) fn mapping(&self, finding: &Finding, all: &[Finding]) -> Vec<Step> {
         let end = self.end(finding);
         let mut steps = Vec::new();
-        let made_now = matches!(self.moment, Moment::Record(record) if made_by(record, finding));
+        let now = match self.moment {
+            Moment::Record(record) | Moment::Asked(record) => Some(*record),
+            _ => None,
+        };
+        let made_now = now.is_some_and(|record| made_by(record, finding));
         if let Some(va) = finding.va.filter(|_| !made_now) {
             steps.push(self.mapped(finding.root, va, end, all));
         }

@@ -34,6 +34,8 @@ const ENDS: usize = 2;
 pub(super) enum Moment<'a> {
     /// A record.
     Record(&'a Record),
+    /// A write to tables that was asked for and is not made.
+    Asked(&'a Record),
     /// A gate operation of this CPU, on its arrival.
     Call(u8, Op),
     /// A root that is being registered.
@@ -100,7 +102,7 @@ impl Teller<'_> {
     /// The record behind which the finding's moment lies: what is told came before.
     fn end(&self, finding: &Finding) -> u64 {
         match self.moment {
-            Moment::Record(record) => record.seq,
+            Moment::Record(record) | Moment::Asked(record) => record.seq,
             _ => finding.seq.saturating_add(1),
         }
     }

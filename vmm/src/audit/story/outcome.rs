@@ -15,6 +15,11 @@ impl Teller<'_> {
                 let text = format!("{}: {so}", Self::maps(record, finding.va));
                 step(record, What::Mattered, text)
             }
+            Moment::Asked(record) => {
+                let asked = Self::maps(record, finding.va);
+                let text = format!("{asked}: {so}; the host refused, and nothing was written");
+                step(record, What::Mattered, text)
+            }
             Moment::Call(cpu, op) => {
                 let (seq, verb) = match op.kind {
                     OpKind::Open => (Some(finding.seq), "open"),

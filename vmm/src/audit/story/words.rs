@@ -117,6 +117,7 @@ pub(super) fn act(act: HostAct, named: FrameRange) -> String {
         HostAct::Released => format!("had {named} released: secret no more"),
         HostAct::Quiesced => "everything was checked".to_owned(),
         HostAct::Refused => format!("was refused to open {named}"),
+        HostAct::WriteRefused => format!("was refused a write to tables about {named}"),
     }
 }
 
@@ -135,6 +136,7 @@ fn observed(observation: &Observation) -> String {
 /// What any record says; an entry write, of its first entry.
 pub(super) fn record(record: &Record) -> String {
     match &record.event {
+        Event::Seen(_) => "was seen by the host".to_owned(),
         Event::EntryWrite(written) => write(written, written.va),
         Event::TableFill(fill) => format!(
             "filled the table at {}, which was linked nowhere: the first entry maps {}",

@@ -2,6 +2,8 @@
 
 mod alias;
 mod cached;
+mod direct;
+mod honesty;
 mod hostile;
 mod index;
 mod levels;
@@ -17,7 +19,7 @@ mod story;
 
 use super::*;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_SIZE, FrameRange, Gva};
-use lacuna_abi::event::{EntryWrite, Flush, Life};
+use lacuna_abi::event::{EntryStores, EntryWrite, Flush, Life, Sighting, TableFill};
 use lacuna_abi::gate::{Op, OpKind};
 use lacuna_abi::layout::{IMAGE, Layout, Needs, POOL, direct_map, window};
 use lacuna_abi::paging::{Entry, Level};
@@ -68,6 +70,10 @@ impl World for Machine {
 impl Machine {
     /// Image, table pool, direct map and empty windows, as the VMM builds them.
     fn new(cpus: usize) -> Self {
+        Self::seen_by(cpus, Mediation::Trace)
+    }
+
+    fn seen_by(cpus: usize, mediation: Mediation) -> Self {
         let needs = Needs { image: 0x3000, memory_mib: 16, cpus, input: 0, scratch: 0 };
         let layout = Layout::new(&needs).unwrap();
         let root = layout.pool.gpa;
@@ -95,7 +101,8 @@ impl Machine {
         machine.map(IMAGE, Level::Pt, Entry::new(text, Entry::TEXT | Entry::GLOBAL));
         let data = Entry::new(text.wrapping_add(1), Entry::DATA | Entry::GLOBAL);
         machine.map(Gva(IMAGE.0 + PAGE_SIZE), Level::Pt, data);
-        for block in 0..layout.pool.len / BLOCK_SIZE {
+        let pool = if mediation == Mediation::Tables { 0 } else { layout.pool.len };
+        for block in 0..pool / BLOCK_SIZE {
             let frame = layout.pool.gpa.wrapping_add(block * BLOCK_SIZE).frame();
             machine.map(
                 POOL.wrapping_add(block * BLOCK_SIZE),
@@ -168,8 +175,16 @@ impl Scene {
     }
 
     fn with_seal(cpus: usize, seal: Denial) -> Self {
-        let machine = Machine::new(cpus);
-        let mut audit = Audit::new(config(&machine, seal != Denial::NotEnforced), &machine);
+        Self::as_seen(cpus, seal, Mediation::Trace)
+    }
+
+    fn as_seen(cpus: usize, seal: Denial, mediation: Mediation) -> Self {
+        let machine = Machine::seen_by(cpus, mediation);
+        let closes = seal != Denial::NotEnforced;
+        let mut audit = Audit::new(config(&machine, closes), &machine);
+        if mediation != Mediation::Trace {
+            audit.mediate(mediation, &machine);
+        }
         for cpu in 0..cpus {
             let tables = CpuRegistration { idt_limit: 0xfff, ..CpuRegistration::default() };
             let cpu = u8::try_from(cpu).unwrap();
@@ -185,7 +200,39 @@ impl Scene {
         FrameRange::new(start.wrapping_add(block * BLOCK_FRAMES), BLOCK_FRAMES).unwrap()
     }
 
+    /// What a CPU does and reports; what the host sees of it, it is told too.
     fn record(&mut self, cpu: u8, event: Event) {
+        if !self.audit.mediation().sees(&event) {
+            self.report(cpu, event);
+            return;
+        }
+        // Stores are made before they are reported, all else is announced.
+        if let Event::EntryWrite(write) = event {
+            self.see_write(cpu, &write);
+        }
+        self.report(cpu, event);
+        if let Event::Flush(flush) = event {
+            self.see(cpu, Sighting::Flush(flush));
+        }
+    }
+
+    /// The host sees a run of stores, one by one.
+    fn see_write(&mut self, cpu: u8, write: &EntryWrite) {
+        let EntryWrite { root, va, level, .. } = *write;
+        let at = locate(&self.machine, root, va, level).unwrap();
+        for index in 0..u64::from(write.count) {
+            let [old, new] = [write.old, write.new].map(|entry| entry.nth_of_run(level, index));
+            let at = at.wrapping_add(8 * index);
+            let stores = EntryStores { at, level: Level::Pt, count: 1, old, new, grant: 0 };
+            self.see(cpu, Sighting::Stores(stores));
+        }
+    }
+
+    fn see(&mut self, cpu: u8, sighting: Sighting) {
+        self.report(cpu, Event::Seen(sighting));
+    }
+
+    fn report(&mut self, cpu: u8, event: Event) {
         self.seq += 1;
         let site = u32::try_from(self.seq).unwrap() + SITES;
         self.audit.event(&Record { seq: self.seq, cpu, site, event }, &self.machine);
@@ -311,8 +358,12 @@ fn first(frames: FrameRange, count: u64) -> FrameRange {
 
 #[test]
 fn a_whole_life_of_two_blocks_is_clean_and_exercises_every_rule() {
-    for (seal, cpus) in [(Denial::Denied, 1), (Denial::Denied, 2), (Denial::NotEnforced, 2)] {
+    let seals = [(Denial::Denied, 1), (Denial::Denied, 2), (Denial::NotEnforced, 2)];
+    let modes =
+        Mediation::ALL.iter().flat_map(|mode| seals.map(|(seal, cpus)| (seal, cpus, *mode)));
+    for (seal, cpus, mediation) in modes {
         let mut scene = Scene::with_seal(cpus, seal);
+        scene.audit.mediate(mediation, &scene.machine);
         let (one, two) = (scene.block(1), scene.block(2));
         scene.machine.dirty.extend(one.iter());
         scene.flip(one);

@@ -261,12 +261,13 @@ fn what_this_version_lacks_is_refused_by_its_flag() {
     let file = folder.path().join("in.csv");
     for (overrides, message) in [
         (
-            Overrides { mediate: Some(Mediation::Tables), ..none() },
-            "--mediate: this version has no mediation \"tables\"; use --mediate trace",
-        ),
-        (
-            Overrides { mediate: Some(Mediation::Step), ..none() },
-            "--mediate: this version has no mediation \"step\"; use --mediate trace",
+            Overrides {
+                mediate: Some(Mediation::Step),
+                step_from: Some(7),
+                step_to: Some(6),
+                ..none()
+            },
+            "--step-to: event 6 comes before event 7",
         ),
         (Overrides { step_from: Some(0), ..none() }, "--step-from: it belongs to --mediate step"),
         (Overrides { step_to: Some(0), ..none() }, "--step-to: it belongs to --mediate step"),

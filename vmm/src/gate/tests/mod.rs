@@ -1,16 +1,17 @@
 //! The gate with guests made by hand: no KVM, the words of a call page and of a ring.
 
+mod direct;
 mod probes;
 mod several;
 
 use super::*;
-use crate::audit::{Profile, Rule};
+use crate::audit::{Mediation, Profile, Rule};
 use crate::image::Image;
 use crate::machine::boot;
 use crate::machine::kvm::KvmError;
 use crate::second_stage::{Guard, Mechanism, Off};
 use lacuna_abi::addr::{FrameRange, Gfn};
-use lacuna_abi::boot::BootInfo;
+use lacuna_abi::boot::{BootInfo, FEATURE_DIRECT_PAGING};
 use lacuna_abi::event::{
     Event, Flush, HostAct, Intent, RECORD_BYTES, RING_BUSY_WORD, RING_HEAD_WORD, RING_RECORDS,
     Record,
@@ -131,11 +132,18 @@ impl Guest {
 
     /// CPU 0 alone runs.
     fn not_started(closes: bool, cpus: usize) -> Self {
+        Self::seen_by(Mediation::Trace, closes, cpus)
+    }
+
+    /// The same, where the host sees what this mediation says.
+    fn seen_by(mediation: Mediation, closes: bool, cpus: usize) -> Self {
         let image = Image::parse(crate::image::ORDINARY).unwrap();
         let needs = Needs { image: image.len(), memory_mib: 16, cpus, input: 100, scratch: 0 };
         let layout = Layout::new(&needs).unwrap();
         let memory = Arc::new(Memory::new(layout).unwrap());
-        let info = boot::prepare(&memory, &image, BootInfo::for_layout(&layout)).unwrap();
+        let direct = if mediation == Mediation::Tables { FEATURE_DIRECT_PAGING } else { 0 };
+        let info = BootInfo { features: direct, ..BootInfo::for_layout(&layout) };
+        let info = boot::prepare(&memory, &image, info).unwrap();
         let root = Gpa(info.root);
         let stage: Box<dyn SecondStage> = if closes {
             Box::new(Guard::new(Arc::clone(&memory), Mechanism::best()))
@@ -146,6 +154,7 @@ impl Guest {
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
+            mediation,
             boot_root: root,
             profile: Profile::Intel,
             quiesce_every: 1000,

@@ -1,17 +1,18 @@
 //! Bytes to items.
 
 use super::{
-    ANSWERS, ARRIVAL, CHOOSE_PROBES, CPU, Context, DENIAL, DENIALS, DENIES_ALL, DONE, DRAW, ENTRY,
-    EVENT, FIRST_NONZERO, INCONCLUSIVE, INTENT, JUDGE_PROBES, LEAK, LEAK_SEARCH, MAX_TEXT,
-    MAX_TOUCHES, OPS, QUIESCE, REGISTER_CPU, REGISTER_ROOT, RESULT, START, START_CPU, Source,
-    TABLE, UNREGISTER_ROOT, WORDS, ZERO,
+    ADMIT, ANSWERS, ARRIVAL, CAME, CHOOSE_PROBES, CPU, Context, DENIAL, DENIALS, DENIES_ALL, DONE,
+    DRAW, ENTRY, EVENT, FIRST_NONZERO, INCONCLUSIVE, INTENT, JUDGE_PROBES, LEAK, LEAK_SEARCH,
+    MAX_TEXT, MAX_TOUCHES, MEDIATE, OPS, QUIESCE, REGISTER_CPU, REGISTER_ROOT, RESULT, SAMPLE,
+    START, START_CPU, Source, TABLE, UNREGISTER_ROOT, WORDS, ZERO,
 };
-use crate::audit::{Probe, ProbeKind, Touched};
-use crate::recording::item::{Answer, Call, Item, cpu_state};
+use crate::audit::{Mediation, Probe, ProbeKind, Touched};
+use crate::recording::item::{Answer, Call, Item, MAX_OP_WORDS, cpu_state, op_of};
 use crate::recording::varint::unzigzag;
 use crate::recording::{ReadError, varint};
 use lacuna_abi::MAX_CPUS;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa};
+use lacuna_abi::direct::TableOp;
 use lacuna_abi::event::{INTENT_WORDS, Intent, RECORD_WORDS, Record};
 use lacuna_abi::gate::{CpuRegistration, Op, PAGE_WORDS, Status};
 use lacuna_abi::paging::Entry;
@@ -52,7 +53,18 @@ impl<S: Source> Decoder<'_, S> {
                 let seq = self.seq()?;
                 if tag == ARRIVAL { Call::Arrival(cpu, op, seq) } else { Call::Done(cpu, op, seq) }
             }
+            ADMIT => {
+                let cpu = self.cpu()?;
+                let (site, op) = self.table_op()?;
+                Call::Admit(cpu, site, op, self.seq()?)
+            }
+            SAMPLE => Call::Sample(self.cpu()?, self.seq()?),
             QUIESCE => Call::Quiesce(self.seq()?),
+            MEDIATE => {
+                let mediation = Mediation::from_number(self.source.byte()?.into());
+                Call::Mediate(mediation.ok_or_else(|| self.source.damaged("no such mediation"))?)
+            }
+            CAME => Call::Came(self.cpu()?, self.seq()?),
             CHOOSE_PROBES => {
                 let count = self.number()?;
                 if count > MAX_TOUCHES {
@@ -145,6 +157,16 @@ impl<S: Source> Decoder<'_, S> {
             DRAW => Answer::Draw(self.number()?, self.number()?),
             _ => return Err(self.source.damaged("no such item")),
         })
+    }
+
+    /// A request to write to tables.
+    fn table_op(&mut self) -> Result<(u32, TableOp), ReadError> {
+        let count: usize = self.small("number of words")?;
+        if count > 1 + MAX_OP_WORDS {
+            return Err(self.source.huge("a write to tables has more words than any has"));
+        }
+        let words: Result<Vec<_>, _> = (0..count).map(|_| self.number()).collect();
+        op_of(&words?).ok_or_else(|| self.source.damaged("no write to tables"))
     }
 
     fn number(&mut self) -> Result<u64, ReadError> {

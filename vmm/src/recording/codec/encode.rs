@@ -1,12 +1,13 @@
 //! Items to bytes.
 
 use super::{
-    ANSWERS, ARRIVAL, CHOOSE_PROBES, CPU, Context, DENIAL, DENIALS, DENIES_ALL, DONE, DRAW, ENTRY,
-    EVENT, FIRST_NONZERO, INCONCLUSIVE, INTENT, JUDGE_PROBES, LEAK, LEAK_SEARCH, MAX_TEXT, QUIESCE,
-    REGISTER_CPU, REGISTER_ROOT, RESULT, START, START_CPU, TABLE, UNREGISTER_ROOT, WORDS, ZERO,
+    ADMIT, ANSWERS, ARRIVAL, CAME, CHOOSE_PROBES, CPU, Context, DENIAL, DENIALS, DENIES_ALL, DONE,
+    DRAW, ENTRY, EVENT, FIRST_NONZERO, INCONCLUSIVE, INTENT, JUDGE_PROBES, LEAK, LEAK_SEARCH,
+    MAX_TEXT, MEDIATE, QUIESCE, REGISTER_CPU, REGISTER_ROOT, RESULT, SAMPLE, START, START_CPU,
+    TABLE, UNREGISTER_ROOT, WORDS, ZERO,
 };
 use crate::audit::{Probe, TableWords, Touched};
-use crate::recording::item::{Answer, Call, Item, cpu_words};
+use crate::recording::item::{Answer, Call, Item, cpu_words, op_words};
 use crate::recording::varint;
 use crate::recording::varint::zigzag;
 use lacuna_abi::addr::{FrameRange, Gfn};
@@ -50,8 +51,24 @@ impl Encoder<'_> {
             Call::Event(record) => self.record(record),
             Call::Arrival(cpu, op, seq) => self.operation(ARRIVAL, *cpu, op, *seq),
             Call::Done(cpu, op, seq) => self.operation(DONE, *cpu, op, *seq),
+            Call::Admit(cpu, site, op, seq) => {
+                self.out.extend([ADMIT, *cpu]);
+                let request = op_words(*site, op);
+                self.number(request.words().len() as u64);
+                self.numbers(request.words());
+                self.seq(*seq);
+            }
+            Call::Sample(cpu, seq) => {
+                self.out.extend([SAMPLE, *cpu]);
+                self.seq(*seq);
+            }
             Call::Quiesce(seq) => {
                 self.out.push(QUIESCE);
+                self.seq(*seq);
+            }
+            Call::Mediate(mediation) => self.out.extend([MEDIATE, *mediation as u8]),
+            Call::Came(cpu, seq) => {
+                self.out.extend([CAME, *cpu]);
                 self.seq(*seq);
             }
             Call::ChooseProbes(count, kinds) => {

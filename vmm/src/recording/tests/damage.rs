@@ -48,7 +48,7 @@ fn foreign_files_are_told_from_other_versions() {
         let message = refused(&other);
         assert!(message.contains(needle) && message.contains("record the run again"), "{message}");
     }
-    assert_eq!(FORMAT, 1, "docs/recordings.md describes this format");
+    assert_eq!(FORMAT, 2, "docs/recordings.md describes this format");
 }
 
 #[test]

@@ -53,6 +53,8 @@ struct State<R> {
     members: Vec<Member<R>>,
     /// Who has the gate.
     holder: Option<u8>,
+    /// Who may enter the guest, where only one at a time may.
+    baton: Option<u8>,
     /// Everybody but the holder is to stand still, except these.
     stopped: Option<Set>,
     ended: bool,
@@ -61,6 +63,27 @@ struct State<R> {
 impl<R> State<R> {
     fn must_stop(&self, member: u8) -> bool {
         self.stopped.is_some_and(|let_on| let_on & only(member) == 0) && self.holder != Some(member)
+    }
+
+    /// Whether it is the member's turn to be in the guest: also of one that is let on while the others
+    /// stand still.
+    fn may_enter(&self, member: u8) -> bool {
+        self.baton.is_none_or(|baton| baton == member)
+            || self.stopped.is_some_and(|let_on| let_on & only(member) != 0)
+    }
+
+    /// Hands the baton from `member` to the next one that runs.
+    fn hand_on(&mut self, member: u8) {
+        if self.baton != Some(member) {
+            return;
+        }
+        let runs = |other: &&u8| {
+            let phase = self.members.get(usize::from(**other)).map(|member| member.phase);
+            phase.is_some_and(|phase| !matches!(phase, Phase::Asleep | Phase::Gone))
+        };
+        let count = u8::try_from(self.members.len()).unwrap_or(u8::MAX);
+        let order: Vec<u8> = (member + 1..count).chain(0..=member).collect();
+        self.baton = order.iter().find(runs).copied().or(self.baton);
     }
 
     /// Members whose phase is one of these, the holder left out.
@@ -89,8 +112,21 @@ impl<R: Clone> Crew<R> {
         let members = (0..members)
             .map(|index| Member { phase: phase(index), calling: false, report: None })
             .collect();
-        let state = State { members, holder: None, stopped: None, ended: false };
+        let state = State { members, holder: None, baton: None, stopped: None, ended: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// The same, of which one at a time is in the guest.
+    pub(crate) fn one_at_a_time(members: usize) -> Self {
+        let crew = Self::new(members);
+        crew.lock().baton = Some(0);
+        crew
+    }
+
+    /// It is the next member's turn to be in the guest, where only one at a time may.
+    pub(crate) fn hand_on(&self, member: u8) {
+        self.lock().hand_on(member);
+        self.changed.notify_all();
     }
 
     /// This thread is `member` until the guard is dropped. If it panics, the run ends.
@@ -103,10 +139,11 @@ impl<R: Clone> Crew<R> {
     pub(crate) fn enter(&self, member: u8, report: impl FnMut() -> R) -> bool {
         self.wait(member, report, |state, member| {
             let awake = state.members[usize::from(member)].phase != Phase::Asleep;
-            if awake {
+            let enters = awake && state.may_enter(member);
+            if enters {
                 state.members[usize::from(member)].phase = Phase::Inside;
             }
-            awake
+            enters
         })
     }
 
@@ -205,6 +242,7 @@ impl<R: Clone> Drop for Presence<'_, R> {
         let mut state = self.crew.lock();
         state.members[usize::from(self.member)].phase = Phase::Gone;
         state.ended |= std::thread::panicking();
+        state.hand_on(self.member);
         drop(state);
         self.crew.changed.notify_all();
     }

@@ -1,0 +1,110 @@
+//! What the host sees CPUs do, on its way into the order of events.
+
+use crate::machine::memory::{Memory, MemoryError};
+use lacuna_abi::event::{EntryStores, Event, Record, Sighting};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Sightings that the audit has not been told of. Whoever sees something puts it here, with a number
+/// from the counter of all events.
+pub struct Sightings {
+    memory: Arc<Memory>,
+    queue: Mutex<Vec<Record>>,
+}
+
+impl Sightings {
+    /// None so far, of a machine with this memory.
+    #[must_use]
+    pub fn new(memory: Arc<Memory>) -> Self {
+        Self { memory, queue: Mutex::new(Vec::new()) }
+    }
+
+    /// CPU `cpu` is about to do this, by code at `site`: the number is taken before.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the counter cannot be reached: a fault of the VMM.
+    pub fn note(&self, cpu: u8, site: u32, sighting: Sighting) -> Result<(), MemoryError> {
+        let mut queue = self.lock();
+        let seq = self.memory.next_event_number()?;
+        queue.push(Record { seq, cpu, site, event: Event::Seen(sighting) });
+        Ok(())
+    }
+
+    /// Has `store` carry out these stores of `cpu`: the number of a grant is taken before, that of a
+    /// revoke after.
+    ///
+    /// # Errors
+    /// As [`Self::note`]; then nothing is stored.
+    pub fn stores(
+        &self,
+        (cpu, site): (u8, u32),
+        stores: EntryStores,
+        store: impl FnOnce(),
+    ) -> Result<(), MemoryError> {
+        // Held across the store: no number is given out that is not here soon.
+        let mut queue = self.lock();
+        let (grants, revokes) = (stores.new.is_present(), stores.old.is_present());
+        let before = if grants { self.memory.next_event_number()? } else { 0 };
+        store();
+        let (seq, grant) = match (grants, revokes) {
+            (true, false) => (before, 0),
+            (true, true) => (self.memory.next_event_number()?, before),
+            (false, _) => (self.memory.next_event_number()?, 0),
+        };
+        let stores = EntryStores { grant, ..stores };
+        queue.push(Record { seq, cpu, site, event: Event::Seen(Sighting::Stores(stores)) });
+        Ok(())
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Takes all.
+    pub(crate) fn take(&self) -> Vec<Record> {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Record>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_abi::addr::{Gfn, Gpa};
+    use lacuna_abi::event::Flush;
+    use lacuna_abi::layout::{Layout, Needs};
+    use lacuna_abi::paging::{Entry, Level};
+
+    #[test]
+    fn a_grant_takes_its_number_before_the_store_and_a_revoke_after() {
+        let needs = Needs { image: 4096, memory_mib: 16, cpus: 1, input: 0, scratch: 0 };
+        let memory = Arc::new(Memory::new(Layout::new(&needs).unwrap()).unwrap());
+        let sightings = Sightings::new(Arc::clone(&memory));
+        let page = Entry::new(Gfn(5), Entry::DATA);
+        let mut given = Vec::new();
+        for (old, new) in [(Entry::EMPTY, page), (page, page), (page, Entry::EMPTY)] {
+            let (at, level) = (Gpa(0), Level::Pt);
+            let stores = EntryStores { at, level, count: 1, old, new, grant: 0 };
+            let store = || given.push(memory.last_event_number().unwrap());
+            sightings.stores((0, 0), stores, store).unwrap();
+        }
+        sightings.note(0, 0, Sighting::Flush(Flush::NonGlobal)).unwrap();
+        assert_eq!(given, [1, 2, 3]);
+        let numbers = sightings.take().into_iter().map(|record| match record.event {
+            Event::Seen(Sighting::Stores(stores)) => (record.seq, stores.grant),
+            _ => (record.seq, 0),
+        });
+        assert_eq!(numbers.collect::<Vec<_>>(), [(1, 0), (3, 2), (4, 0), (5, 0)]);
+        assert!(sightings.is_empty());
+    }
+}

@@ -1,0 +1,289 @@
+//! What an instruction is about to do, as far as it matters: the words of the table pool that it may
+//! store to, what it invalidates, the control register that it loads, and where it may go on.
+
+use super::Space;
+use crate::machine::state::Registers;
+use iced_x86::{
+    FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+};
+use lacuna_abi::addr::{Gpa, Gva, PAGE_SIZE};
+
+/// Most pages that one instruction's stores are followed over; a step that goes further is lost.
+const MAX_PAGES: u64 = 1024;
+/// Largest operand that is no string.
+const MAX_OPERAND: u64 = 4096;
+
+/// A word of the table pool that may be stored to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Watch {
+    /// Its place.
+    pub at: Gpa,
+    /// What it held.
+    pub old: u64,
+    /// Whether the instruction may leave it alone.
+    pub conditional: bool,
+    /// Of a string instruction: how far into the string it lies, in bytes.
+    pub offset: u64,
+}
+
+/// What an instruction does beside loads and stores.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Special {
+    /// INVLPG of this address.
+    Invalidate(Gva),
+    /// INVPCID of this type and descriptor.
+    Pcid(u64, [u64; 2]),
+    /// MOV to CR3 of this value.
+    LoadRoot(u64),
+    /// It may change CR0, CR4 or EFER.
+    Control,
+    /// A command for the CPU's own interrupt controller.
+    OwnInterrupt,
+    /// HLT.
+    Halt,
+    /// IRETQ.
+    InterruptReturn,
+    /// It may be followed by another instruction in the same step.
+    Shadow,
+    /// PUSHF: the flags are in the word at this address.
+    PushFlags(Gva),
+    /// OUT, which comes out of the guest before it is complete.
+    Out,
+}
+
+/// Where the CPU may go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Flow {
+    /// At one of these addresses.
+    To(u64, Option<u64>),
+    /// Only where an exception or interrupt leads.
+    Elsewhere,
+}
+
+impl Flow {
+    pub(super) fn allows(self, rip: u64) -> bool {
+        matches!(self, Self::To(one, other) if one == rip || other == Some(rip))
+    }
+}
+
+/// What an instruction is about to do.
+#[derive(Debug)]
+pub(super) struct Intended {
+    pub instruction: Instruction,
+    pub flow: Flow,
+    pub special: Option<Special>,
+    pub watches: Vec<Watch>,
+    /// Bytes of each element of a repeated string instruction that stores.
+    pub element: Option<u64>,
+    /// It may store where its stores are not followed any more: bytes into the string.
+    pub beyond: Option<u64>,
+}
+
+/// An operand that is stored to.
+struct Store {
+    va: Gva,
+    bytes: u64,
+    conditional: bool,
+}
+
+/// Works out what instructions are about to do.
+pub(super) struct Foresight {
+    factory: InstructionInfoFactory,
+}
+
+impl Default for Foresight {
+    fn default() -> Self {
+        Self { factory: InstructionInfoFactory::new() }
+    }
+}
+
+impl Foresight {
+    /// What the instruction at RIP is about to do; the text of why that cannot be told.
+    pub(super) fn of(
+        &mut self,
+        instruction: Instruction,
+        space: &Space<'_>,
+    ) -> Result<Intended, &'static str> {
+        let registers = space.registers;
+        let flow = flow(&instruction, space)?;
+        let special = special(&instruction, space)?;
+        let mut intended = Intended {
+            instruction,
+            flow,
+            special,
+            watches: Vec::new(),
+            element: None,
+            beyond: None,
+        };
+        if repeats(&instruction) {
+            if let Some((va, element, bytes)) = string_store(&instruction, registers) {
+                intended.element = Some(element);
+                intended.watch_string(va, bytes, space);
+            }
+            return Ok(intended);
+        }
+        for store in self.stores(&instruction, space)? {
+            let offset_of = |_| 0;
+            intended.watch(&store, &offset_of, space);
+        }
+        Ok(intended)
+    }
+
+    fn stores(
+        &mut self,
+        instruction: &Instruction,
+        space: &Space<'_>,
+    ) -> Result<Vec<Store>, &'static str> {
+        let mut stores = Vec::new();
+        for memory in self.factory.info(instruction).used_memory() {
+            let conditional = match memory.access() {
+                OpAccess::Write | OpAccess::ReadWrite => false,
+                OpAccess::CondWrite | OpAccess::ReadCondWrite => true,
+                _ => continue,
+            };
+            let address = memory.virtual_address(0, |register, _, _| space.value(register));
+            let va = Gva(address.ok_or("the address of its operand cannot be worked out")?);
+            let bytes = u64::try_from(memory.memory_size().size()).unwrap_or(0);
+            if bytes == 0 || bytes > MAX_OPERAND {
+                return Err("the size of its operand is not known");
+            }
+            stores.push(Store { va, bytes, conditional });
+        }
+        Ok(stores)
+    }
+}
+
+impl Intended {
+    /// Watches the words of the table pool that a store touches.
+    fn watch(&mut self, store: &Store, offset_of: &dyn Fn(u64) -> u64, space: &Space<'_>) {
+        let mut done = 0;
+        while done < store.bytes {
+            let va = store.va.wrapping_add(done);
+            let part = (PAGE_SIZE - va.0 % PAGE_SIZE).min(store.bytes - done);
+            if let Some(gpa) = space.translate(va)
+                && space.in_pool(gpa)
+            {
+                let first = gpa.0 / 8 * 8;
+                for at in (first..gpa.0 + part).step_by(8).map(Gpa) {
+                    let Some(old) = space.word(at) else { continue };
+                    let offset = offset_of(done + (at.0.max(gpa.0) - gpa.0));
+                    let conditional = store.conditional;
+                    self.watches.push(Watch { at, old, conditional, offset });
+                }
+            }
+            done += part;
+        }
+    }
+
+    /// The same of a string that may be long.
+    fn watch_string(&mut self, va: Gva, bytes: u64, space: &Space<'_>) {
+        let followed = bytes.min(MAX_PAGES * PAGE_SIZE);
+        self.beyond = (followed < bytes).then_some(followed);
+        let down = space.registers.rflags & super::RFLAGS_DF != 0;
+        let Some(element) = self.element else { return };
+        if down {
+            // Downwards from the first element: the string starts at its last.
+            let start = va.0.wrapping_add(element).wrapping_sub(followed);
+            let store = Store { va: Gva(start), bytes: followed, conditional: false };
+            self.watch(&store, &|offset| followed.saturating_sub(offset + 1), space);
+        } else {
+            let store = Store { va, bytes: followed, conditional: false };
+            self.watch(&store, &|offset| offset, space);
+        }
+    }
+}
+
+/// Whether a string instruction repeats.
+fn repeats(instruction: &Instruction) -> bool {
+    instruction.is_string_instruction()
+        && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+}
+
+/// Where a repeated string instruction stores, the bytes of an element, and of all.
+fn string_store(instruction: &Instruction, registers: &Registers) -> Option<(Gva, u64, u64)> {
+    let element = match instruction.mnemonic() {
+        Mnemonic::Stosb | Mnemonic::Movsb | Mnemonic::Insb => 1,
+        Mnemonic::Stosw | Mnemonic::Movsw | Mnemonic::Insw => 2,
+        Mnemonic::Stosd | Mnemonic::Movsd | Mnemonic::Insd => 4,
+        Mnemonic::Stosq | Mnemonic::Movsq => 8,
+        _ => return None,
+    };
+    let count = registers.general[Registers::RCX];
+    Some((Gva(registers.general[Registers::RDI]), element, count.saturating_mul(element)))
+}
+
+/// Where the CPU may go on behind the instruction.
+fn flow(instruction: &Instruction, space: &Space<'_>) -> Result<Flow, &'static str> {
+    let next = instruction.next_ip();
+    let rsp = space.registers.general[Registers::RSP];
+    Ok(match instruction.flow_control() {
+        FlowControl::Next if repeats(instruction) => Flow::To(next, Some(instruction.ip())),
+        FlowControl::Next => Flow::To(next, None),
+        FlowControl::UnconditionalBranch | FlowControl::Call if is_near(instruction) => {
+            Flow::To(instruction.near_branch_target(), None)
+        }
+        FlowControl::ConditionalBranch => Flow::To(next, Some(instruction.near_branch_target())),
+        FlowControl::IndirectBranch | FlowControl::IndirectCall => {
+            let target = match instruction.op0_kind() {
+                OpKind::Register => space.value(instruction.op0_register()),
+                OpKind::Memory => instruction
+                    .virtual_address(0, 0, |register, _, _| space.value(register))
+                    .and_then(|va| space.read_word(Gva(va))),
+                _ => None,
+            };
+            Flow::To(target.ok_or("where it branches to cannot be worked out")?, None)
+        }
+        FlowControl::Return if instruction.mnemonic() == Mnemonic::Ret => {
+            let target = space.read_word(Gva(rsp));
+            Flow::To(target.ok_or("its return address cannot be read")?, None)
+        }
+        _ => Flow::Elsewhere,
+    })
+}
+
+fn is_near(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.op0_kind(),
+        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64
+    )
+}
+
+fn special(instruction: &Instruction, space: &Space<'_>) -> Result<Option<Special>, &'static str> {
+    let general = &space.registers.general;
+    let address = |operand| {
+        let va = instruction.virtual_address(operand, 0, |register, _, _| space.value(register));
+        va.map(Gva).ok_or("the address of its operand cannot be worked out")
+    };
+    let to_shadow = |register: Register| matches!(register, Register::SS);
+    Ok(Some(match instruction.mnemonic() {
+        Mnemonic::Invlpg => Special::Invalidate(address(0)?),
+        Mnemonic::Invpcid => {
+            let kind = space.value(instruction.op0_register()).ok_or("its type is not known")?;
+            let at = address(1)?;
+            let words = [at, at.wrapping_add(8)].map(|at| space.read_word(at));
+            let [Some(pcid), Some(va)] = words else { return Err("its descriptor cannot be read") };
+            Special::Pcid(kind, [pcid, va])
+        }
+        Mnemonic::Mov => match instruction.op0_register() {
+            Register::CR3 => {
+                let value = space.value(instruction.op1_register());
+                Special::LoadRoot(value.ok_or("the root that it loads is not known")?)
+            }
+            Register::CR0 | Register::CR4 => Special::Control,
+            register if to_shadow(register) => Special::Shadow,
+            _ => return Ok(None),
+        },
+        Mnemonic::Pop if to_shadow(instruction.op0_register()) => Special::Shadow,
+        Mnemonic::Lmsw | Mnemonic::Clts => Special::Control,
+        Mnemonic::Wrmsr if general[Registers::RCX] & 0xffff_ffff == super::X2APIC_COMMAND => {
+            Special::OwnInterrupt
+        }
+        Mnemonic::Wrmsr => Special::Control,
+        Mnemonic::Hlt => Special::Halt,
+        Mnemonic::Iretq => Special::InterruptReturn,
+        Mnemonic::Sti | Mnemonic::Swapgs => Special::Shadow,
+        Mnemonic::Pushfq => Special::PushFlags(Gva(general[Registers::RSP].wrapping_sub(8))),
+        Mnemonic::Out => Special::Out,
+        _ => return Ok(None),
+    }))
+}

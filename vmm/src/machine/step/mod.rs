@@ -1,0 +1,473 @@
+//! Steps a vCPU: every instruction is looked at before it runs, and what it did is told from memory
+//! and registers alone.
+//!
+//! KVM does not stop behind every instruction: which it passes over depends on the host (handlers of
+//! exceptions, what follows a MOV SS, an OUT). So each stop must be where the last instruction may have
+//! led; where it is not, the vCPU is lost, and the run cannot pass. What KVMs disagree on most, IRETQ,
+//! HLT and the delivery of interrupts, is carried out here.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `space` | what registers lead to |
+//! | `effects` | what an instruction is about to do |
+//! | `delivery` | interrupts, returns from them, exceptions |
+
+mod delivery;
+mod effects;
+mod space;
+#[cfg(test)]
+mod tests;
+
+use crate::events::Sightings;
+use crate::machine::exit::Exit;
+use crate::machine::kvm::KvmError;
+use crate::machine::memory::{Memory, MemoryError};
+use crate::machine::state::Registers;
+use crate::stop::Stop;
+use effects::{Foresight, Intended, Special, Watch};
+use iced_x86::{Formatter, Instruction, IntelFormatter};
+use lacuna_abi::addr::{Gpa, Gva};
+use lacuna_abi::event::{ControlRegister, EntryStores, Flush, RING_BUSY_WORD, Sighting};
+use lacuna_abi::layout::ring_offset;
+use lacuna_abi::paging::{Entry, Level};
+use space::Space;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+
+/// RFLAGS.TF: a trap behind each instruction.
+const RFLAGS_TF: u64 = 1 << 8;
+/// RFLAGS.IF: interrupts on.
+const RFLAGS_IF: u64 = 1 << 9;
+/// RFLAGS.DF: strings run downwards.
+const RFLAGS_DF: u64 = 1 << 10;
+/// CR4.PCIDE.
+const CR4_PCIDE: u64 = 1 << 17;
+/// Bit 63 of a MOV to CR3.
+const NO_FLUSH: u64 = 1 << 63;
+/// MSR of the x2APIC's interrupt command.
+const X2APIC_COMMAND: u64 = 0x830;
+
+/// Instructions for which a vCPU runs before it is another's turn.
+const QUANTUM: u64 = 2000;
+/// More of them for one that owes the host a record.
+const GRACE: u64 = 20_000;
+/// Stops without progress after which a vCPU is lost.
+const MAX_REPEATS: u32 = 1000;
+/// Instructions between two looks at whether the run is to stop.
+const LOOK_EVERY: u64 = 64;
+
+/// A vCPU that can be stepped.
+pub trait Steppable {
+    /// Executes an instruction, or what KVM takes for one.
+    fn step(&mut self) -> Exit;
+
+    /// Completes a pending port access without executing anything.
+    fn complete(&mut self);
+
+    /// The registers after the last step.
+    fn stepped(&self) -> Registers;
+
+    /// Puts general registers, RIP and RFLAGS in place.
+    ///
+    /// # Errors
+    /// Why they cannot be put there.
+    fn put(&mut self, registers: &Registers) -> Result<(), KvmError>;
+}
+
+/// Interrupts that were sent to vCPUs and not delivered yet.
+#[derive(Debug)]
+pub struct Inbox(Vec<AtomicBool>);
+
+impl Inbox {
+    /// Of so many vCPUs.
+    #[must_use]
+    pub fn new(cpus: usize) -> Self {
+        Self((0..cpus).map(|_| AtomicBool::new(false)).collect())
+    }
+
+    /// Sends the shootdown interrupt to a vCPU.
+    pub fn send(&self, cpu: u8) {
+        if let Some(pending) = self.0.get(usize::from(cpu)) {
+            pending.store(true, Release);
+        }
+    }
+
+    fn is_pending(&self, cpu: u8) -> bool {
+        self.0.get(usize::from(cpu)).is_some_and(|pending| pending.load(Acquire))
+    }
+
+    fn take(&self, cpu: u8) -> bool {
+        self.0.get(usize::from(cpu)).is_some_and(|pending| pending.swap(false, AcqRel))
+    }
+}
+
+/// Where a vCPU was lost.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Lost {
+    /// Address of the instruction.
+    pub rip: u64,
+    /// The instruction, as far as it could be read.
+    pub instruction: String,
+    /// What is wrong.
+    pub why: String,
+}
+
+/// Steps one vCPU.
+pub struct Stepper {
+    cpu: u8,
+    memory: Arc<Memory>,
+    sightings: Arc<Sightings>,
+    inbox: Arc<Inbox>,
+    stop: Arc<Stop>,
+    foresight: Foresight,
+    registers: Registers,
+    /// The last instruction holds back interrupts for one more (STI).
+    shadow: bool,
+    repeats: u32,
+    steps: u64,
+    lost: Option<Lost>,
+}
+
+/// Why a vCPU is lost.
+type Why = String;
+
+impl Stepper {
+    /// Steps vCPU `cpu`, which has these registers, from here on.
+    #[must_use]
+    pub fn new(
+        cpu: u8,
+        registers: Registers,
+        memory: Arc<Memory>,
+        sightings: Arc<Sightings>,
+        (inbox, stop): (Arc<Inbox>, Arc<Stop>),
+    ) -> Self {
+        Self {
+            cpu,
+            memory,
+            sightings,
+            inbox,
+            stop,
+            foresight: Foresight::default(),
+            registers,
+            shadow: false,
+            repeats: 0,
+            steps: 0,
+            lost: None,
+        }
+    }
+
+    /// Instructions that were stepped.
+    #[must_use]
+    pub const fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Where the vCPU was lost, after [`Exit::Lost`].
+    #[must_use]
+    pub const fn lost(&self) -> Option<&Lost> {
+        self.lost.as_ref()
+    }
+
+    /// Runs until the vCPU comes out, it is another's turn, or the run is to stop.
+    pub fn run(&mut self, vcpu: &mut impl Steppable) -> Exit {
+        let started = self.steps;
+        loop {
+            let done = self.steps - started;
+            if done.is_multiple_of(LOOK_EVERY) && self.stop.told().is_some() {
+                return Exit::Interrupted;
+            }
+            if done >= QUANTUM && (done >= QUANTUM + GRACE || !self.owes()) {
+                return Exit::Interrupted;
+            }
+            match self.step(vcpu) {
+                Ok(None) => {}
+                Ok(Some(exit)) => return exit,
+                Err(why) => {
+                    let rip = self.registers.rip;
+                    let instruction = self.space().decode().map(text).unwrap_or_default();
+                    self.lost = Some(Lost { rip, instruction, why });
+                    return Exit::Lost;
+                }
+            }
+        }
+    }
+
+    /// One instruction; an exit, if it leads to one.
+    fn step(&mut self, vcpu: &mut impl Steppable) -> Result<Option<Exit>, Why> {
+        if self.inbox.is_pending(self.cpu) && !self.shadow && self.registers.rflags & RFLAGS_IF != 0
+        {
+            self.inbox.take(self.cpu);
+            self.registers = self.deliver(lacuna_abi::gate::SHOOTDOWN_VECTOR)?;
+            put(vcpu, &self.registers)?;
+        }
+        let before = self.registers;
+        let Some(instruction) = self.space().decode() else {
+            // A fetch that fails: an exit, or an exception.
+            return self.foreign_step(vcpu);
+        };
+        let intended = self.intend(instruction)?;
+        match intended.special {
+            Some(Special::Halt) => return self.halt(&instruction, vcpu).map(Some),
+            Some(Special::InterruptReturn) => {
+                self.registers = self.interrupt_return()?;
+                put(vcpu, &self.registers)?;
+                self.counted(false);
+                return Ok(None);
+            }
+            Some(Special::OwnInterrupt) => {
+                return Err(
+                    "it sends an interrupt through the CPU's own controller, which a step \
+                            would lose; use gate calls ([guest] shootdown)"
+                        .into(),
+                );
+            }
+            _ => {}
+        }
+        let second = self.second(&intended)?;
+        let exit = vcpu.step();
+        match exit {
+            Exit::PortOut { .. } => vcpu.complete(),
+            Exit::Stepped | Exit::Interrupted => {}
+            other => return Ok(Some(other)),
+        }
+        let after = vcpu.stepped();
+        if exit == Exit::Interrupted && after.rip == before.rip && after.general == before.general {
+            return Ok(Some(exit));
+        }
+        self.registers = after;
+        let went_on = self.follow(&before, &intended, second.as_ref(), &after);
+        if let Err(why) = went_on {
+            // Where it was is what a reader can use.
+            self.registers = before;
+            return Err(why);
+        }
+        let sti = instruction.mnemonic() == iced_x86::Mnemonic::Sti;
+        self.counted(sti && before.rflags & RFLAGS_IF == 0 && second.is_none());
+        Ok((exit != Exit::Stepped).then_some(exit))
+    }
+
+    const fn counted(&mut self, shadow: bool) {
+        self.steps += 1;
+        self.shadow = shadow;
+    }
+
+    /// What the instruction at RIP is about to do.
+    fn intend(&mut self, instruction: Instruction) -> Result<Intended, Why> {
+        let Self { foresight, registers, memory, .. } = self;
+        foresight.of(instruction, &Space { registers, memory }).map_err(str::to_owned)
+    }
+
+    /// What the instruction behind this one is about to do, where KVM may execute both in one step.
+    fn second(&mut self, first: &Intended) -> Result<Option<Intended>, Why> {
+        if !matches!(first.special, Some(Special::Shadow | Special::Out)) {
+            return Ok(None);
+        }
+        let mut registers = self.registers;
+        registers.rip = first.instruction.next_ip();
+        if first.instruction.mnemonic() == iced_x86::Mnemonic::Pop {
+            let rsp = &mut registers.general[Registers::RSP];
+            *rsp = rsp.wrapping_add(8);
+        }
+        let Self { foresight, memory, .. } = self;
+        let space = Space { registers: &registers, memory };
+        let Some(instruction) = space.decode() else { return Ok(None) };
+        foresight.of(instruction, &space).map(Some).map_err(str::to_owned)
+    }
+
+    /// Notes what was done between two stops, which must be where the instruction led.
+    fn follow(
+        &mut self,
+        before: &Registers,
+        intended: &Intended,
+        second: Option<&Intended>,
+        after: &Registers,
+    ) -> Result<(), Why> {
+        if intended.flow.allows(after.rip) {
+            self.repeats = 0;
+            return self.note(before, intended, after);
+        }
+        // A debug exit is no proof of progress.
+        if after.rip == before.rip && after.general == before.general {
+            self.repeats += 1;
+            return if self.repeats < MAX_REPEATS {
+                Ok(())
+            } else {
+                Err("it is executed and never goes on".into())
+            };
+        }
+        self.repeats = 0;
+        if let Some(second) = second.filter(|second| second.flow.allows(after.rip)) {
+            if matches!(second.special, Some(Special::Halt | Special::InterruptReturn)) {
+                return Err("it was executed together with what follows it".into());
+            }
+            self.note(before, intended, after)?;
+            return self.note(before, second, after);
+        }
+        if self.is_exception(before, intended, after)? {
+            return Ok(());
+        }
+        Err(format!("it leads to {:#x}, where it cannot lead", after.rip))
+    }
+
+    /// An instruction that cannot be read: nothing can be said of it but where it leads.
+    fn foreign_step(&mut self, vcpu: &mut impl Steppable) -> Result<Option<Exit>, Why> {
+        match vcpu.step() {
+            Exit::Stepped => Err("it cannot be read and was executed".into()),
+            exit => Ok(Some(exit)),
+        }
+    }
+
+    /// Notes what an instruction did.
+    fn note(&self, before: &Registers, intended: &Intended, after: &Registers) -> Result<(), Why> {
+        let site = site_of(intended.instruction.ip());
+        let done = intended.element.map(|element| {
+            let [from, to] = [before, after].map(|at| at.general[Registers::RCX]);
+            from.wrapping_sub(to).wrapping_mul(element)
+        });
+        if intended.beyond.is_some_and(|beyond| done.is_none_or(|done| done > beyond)) {
+            return Err("its stores go further than they are followed".into());
+        }
+        for watch in &intended.watches {
+            if done.is_none_or(|done| watch.offset < done) {
+                self.stored(site, watch)?;
+            }
+        }
+        self.loaded(site, before, intended.special, after)?;
+        match intended.special {
+            Some(Special::Invalidate(va)) => {
+                self.flushed(site, Flush::Pages { va, count: 1, level: Level::Pt })
+            }
+            Some(Special::Pcid(kind, [pcid, va])) => {
+                let pcid = u16::try_from(pcid & 0xfff).unwrap_or(0);
+                self.flushed(
+                    site,
+                    match kind {
+                        0 => Flush::PageOfPcid { va: Gva(va), pcid },
+                        1 => Flush::Pcid(pcid),
+                        2 => Flush::Everything,
+                        _ => Flush::AllPcids,
+                    },
+                )
+            }
+            Some(Special::LoadRoot(value)) => self.root(site, before, value),
+            Some(Special::PushFlags(va)) => {
+                self.hide_trap_flag(va);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Notes a store to the table pool. No other vCPU runs and the host judges nothing meanwhile: its
+    /// number can be taken now, for a grant too.
+    fn stored(&self, site: u32, watch: &Watch) -> Result<(), Why> {
+        let new = self.memory.load(watch.at).map_err(failed)?;
+        if watch.conditional && new == watch.old {
+            return Ok(());
+        }
+        let (at, level, old, new) = (watch.at, Level::Pt, Entry(watch.old), Entry(new));
+        let stores = EntryStores { at, level, count: 1, old, new, grant: 0 };
+        self.sightings.stores((self.cpu, site), stores, || ()).map_err(failed)
+    }
+
+    fn flushed(&self, site: u32, flush: Flush) -> Result<(), Why> {
+        self.sightings.note(self.cpu, site, Sighting::Flush(flush)).map_err(failed)
+    }
+
+    fn root(&self, site: u32, before: &Registers, value: u64) -> Result<(), Why> {
+        let pcids = before.cr4 & CR4_PCIDE != 0;
+        let pcid = if pcids { u16::try_from(value & 0xfff).unwrap_or(0) } else { 0 };
+        let (root, no_flush) = (Gpa(value & Entry::ADDRESS), pcids && value & NO_FLUSH != 0);
+        let same = root == before.root() && !pcids;
+        let sighting = if same {
+            Sighting::Flush(Flush::NonGlobal)
+        } else {
+            Sighting::RootLoad { root, pcid, no_flush }
+        };
+        self.sightings.note(self.cpu, site, sighting).map_err(failed)
+    }
+
+    /// Notes changes of control registers, which only instructions for that make.
+    fn loaded(
+        &self,
+        site: u32,
+        before: &Registers,
+        special: Option<Special>,
+        after: &Registers,
+    ) -> Result<(), Why> {
+        let root = matches!(special, Some(Special::LoadRoot(_)));
+        if before.cr3 != after.cr3 && !root {
+            return Err("CR3 changed, and it does not load CR3".into());
+        }
+        for (register, old, new) in [
+            (ControlRegister::Cr0, before.cr0, after.cr0),
+            (ControlRegister::Cr4, before.cr4, after.cr4),
+            (ControlRegister::Efer, before.efer, after.efer),
+        ] {
+            if old == new {
+                continue;
+            }
+            if special != Some(Special::Control) {
+                return Err(format!("{} changed, which it does not do", register.name()));
+            }
+            let control = Sighting::Control { register, old, new };
+            self.sightings.note(self.cpu, site, control).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// The step's own trap flag is not the guest's: some hosts push it.
+    fn hide_trap_flag(&self, va: Gva) {
+        let at = self.space().translate(va);
+        if let Some(at) = at.filter(|at| at.is_aligned(8) && !self.space().in_pool(*at))
+            && let Ok(flags) = self.memory.load(at)
+            && flags & RFLAGS_TF != 0
+        {
+            // Low memory, as the load has shown.
+            let _ = self.memory.store(at, flags & !RFLAGS_TF);
+        }
+    }
+
+    /// HLT: with interrupts on it is another's turn, and then it is over, as after any interrupt.
+    fn halt(&mut self, instruction: &Instruction, vcpu: &mut impl Steppable) -> Result<Exit, Why> {
+        if self.registers.rflags & RFLAGS_IF == 0 || self.memory.layout().cpus == 1 {
+            return Ok(Exit::Halt);
+        }
+        self.registers.rip = instruction.next_ip();
+        put(vcpu, &self.registers)?;
+        self.counted(false);
+        Ok(Exit::Interrupted)
+    }
+
+    /// Whether the CPU says that it may hold a number whose record it has not published.
+    fn owes(&self) -> bool {
+        let ring = self.memory.layout().shared.gpa.wrapping_add(ring_offset(self.cpu.into()));
+        self.memory.load(ring.wrapping_add(8 * RING_BUSY_WORD as u64)).is_ok_and(|busy| busy != 0)
+    }
+
+    fn space(&self) -> Space<'_> {
+        Space { registers: &self.registers, memory: &self.memory }
+    }
+}
+
+/// The site of code at an address: its low half.
+#[allow(clippy::cast_possible_truncation)]
+const fn site_of(rip: u64) -> u32 {
+    (rip & 0xffff_ffff) as u32
+}
+
+fn failed(error: MemoryError) -> Why {
+    error.to_string()
+}
+
+fn put(vcpu: &mut impl Steppable, registers: &Registers) -> Result<(), Why> {
+    vcpu.put(registers).map_err(|error| error.to_string())
+}
+
+/// An instruction, in Intel syntax.
+fn text(instruction: Instruction) -> String {
+    let mut text = String::new();
+    IntelFormatter::new().format(&instruction, &mut text);
+    text
+}
