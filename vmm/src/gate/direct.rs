@@ -17,11 +17,11 @@ impl Gate {
         }
         let Some(site) = self.read_table_list(cpu)? else { return Ok((Status::BadArguments, 0)) };
         for index in 0..self.table_ops.len() {
-            // The audit has seen all that was written before.
+            // The audit has been told of all that was written before.
             if index > 0 {
                 self.drain(cpu, Some(Standing::Owed))?;
             }
-            if self.broken_off {
+            if self.is_behind() {
                 return Ok((Status::BadState, index));
             }
             let op = self.table_ops[index];
@@ -30,6 +30,13 @@ impl Gate {
             }
         }
         Ok((Status::Ok, 0))
+    }
+
+    /// Whether the audit does not know of all that was written: then nothing can be judged that depends
+    /// on the tables. Only a guest that tampers with the counter of events gets there, or a run that is
+    /// told to stop.
+    pub(super) const fn is_behind(&self) -> bool {
+        self.lost_sightings || self.waiting_sightings > 0
     }
 
     fn table_op(

@@ -69,8 +69,10 @@ pub struct Gate {
     list: Vec<u64>,
     ops: Vec<Op>,
     table_ops: Vec<TableOp>,
-    /// Events were left unjudged, because the run was told to stop.
-    broken_off: bool,
+    /// Sightings that the audit is still to be told of; and whether it never will be of some, so that
+    /// what it knows of the tables is not what was written.
+    waiting_sightings: usize,
+    lost_sightings: bool,
     intents: Vec<Option<EntryWrite>>,
     cpus: Vec<Option<Registers>>,
     registered: Vec<bool>,
@@ -156,7 +158,8 @@ impl Gate {
             list: Vec::new(),
             ops: Vec::new(),
             table_ops: Vec::new(),
-            broken_off: false,
+            waiting_sightings: 0,
+            lost_sightings: false,
             intents,
             cpus,
             registered: vec![false; layout.cpus],

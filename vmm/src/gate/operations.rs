@@ -46,6 +46,9 @@ impl Gate {
         // An open takes its number before its effect, a seal and a release after theirs. On
         // arrival a seal is judged at the number of the last event.
         let opening = op.kind == OpKind::Open;
+        if opening && self.audit.is_direct() && self.is_behind() {
+            return Ok(Err(Status::BadState));
+        }
         let before = if opening { self.host_number()? } else { self.memory.last_event_number()? };
         if let Err(status) = self.with_audit(|audit, world| audit.arrival(cpu, op, before, world)) {
             if opening {

@@ -55,8 +55,11 @@ impl Gate {
             std::thread::sleep(LOOK_AGAIN);
         }
         let mut intents = Standings::new();
+        let mut in_write = false;
         if let Some(intent) = self.intent(caller)? {
             match standing {
+                // Under direct paging no number belongs to an intent, and none is waited for.
+                Some(_) if self.audit.is_direct() => in_write = true,
                 Some(standing) => intents.push((intent, standing)),
                 None => {
                     let why =
@@ -70,7 +73,7 @@ impl Gate {
         if self.audit.mediation() != Mediation::Trace && standing.is_none() && complete && judged {
             self.audit.came(caller, last);
         }
-        Ok(!intents.is_empty())
+        Ok(in_write || !intents.is_empty())
     }
 
     /// Has all events judged that there are, so that what was seen takes up no more room; `caller` may
@@ -183,8 +186,13 @@ impl Gate {
         }
         let given = self.memory.last_event_number()?;
         for record in self.sightings.take() {
-            if let Err(why) = self.sequencer.push(record, given) {
-                self.audit.inconclusive(why);
+            match self.sequencer.push(record, given) {
+                Ok(()) => self.waiting_sightings += 1,
+                // The guest has set the counter to where it was, or to where no run gets.
+                Err(why) => {
+                    self.lost_sightings = true;
+                    self.audit.inconclusive(why);
+                }
             }
         }
         Ok(())
@@ -225,11 +233,14 @@ impl Gate {
             {
                 // What follows is the end of the run; what is left is not judged.
                 self.audit.inconclusive("the run was stopped while events were judged".into());
-                self.broken_off = true;
+                self.lost_sightings = true;
                 return false;
             }
             self.counters.events +=
                 u64::from(!matches!(record.event, Event::Host(..) | Event::Seen(_)));
+            if matches!(record.event, Event::Seen(_)) {
+                self.waiting_sightings = self.waiting_sightings.saturating_sub(1);
+            }
             self.event(record);
             for observer in &mut self.observers {
                 observer.event(record);

@@ -107,6 +107,9 @@ impl Recorder {
             Item::Call(Call::Event(record)) if self.sites.len() < MAX_SITES => {
                 self.sites.insert(record.site);
             }
+            Item::Call(Call::Admit(_, site, ..)) if self.sites.len() < MAX_SITES => {
+                self.sites.insert(*site);
+            }
             Item::Call(_) => {}
             Item::Result(_) => self.end_run(),
         }

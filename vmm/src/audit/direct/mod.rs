@@ -174,6 +174,7 @@ impl Audit {
         for id in self.index.tables.roles(table) {
             let level = id.level();
             for place in self.index.tables.places(id) {
+                sought.next_place(self);
                 if level == write.level && super::writes::leaf(write.new, level).is_some() {
                     let va = child_address(place.va, level, first);
                     sought.leaves(place, (va, level), write.new, (write.count.into(), seq))?;
@@ -204,21 +205,13 @@ impl Audit {
 
     /// A table that no root reaches may hold anything, and is judged when it is linked: unless some CPU
     /// may still walk to it.
-    fn judge_unlinked(
-        &mut self,
-        at: Gpa,
-        asked: &Asked<'_>,
-        world: &impl World,
-    ) -> Result<(), Unfit> {
+    fn judge_unlinked(&self, at: Gpa, asked: &Asked<'_>, world: &impl World) -> Result<(), Unfit> {
         let Asked { table, write, .. } = *asked;
         if self.is_registered(write.root) {
             return Err(asked.finding(Rule::TraceHonesty, NOT_THERE).into());
         }
         self.judge_stale_page(table, asked.seq)?;
-        self.judge_old(asked, |index| world.read_entry(at.wrapping_add(8 * index)))?;
-        // From here on memory alone says what it holds.
-        self.fills.remove(table);
-        Ok(())
+        self.judge_old(asked, |index| world.read_entry(at.wrapping_add(8 * index)))
     }
 
     fn judge_asked_fill(&self, fill: &TableFill, seq: u64) -> Result<(), Unfit> {

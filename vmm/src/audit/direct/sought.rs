@@ -18,6 +18,8 @@ pub(super) struct Sought {
     pub(super) tables: Vec<TableAt>,
     /// Leaves and tables that may still be found.
     left: usize,
+    /// Tables that may still be found at the place that is looked at: as many as the copy would follow.
+    tables_left: usize,
     /// The write, and the page that it is to: what is found through that page is what it will hold.
     written: Option<(Gfn, EntryWrite)>,
 }
@@ -26,14 +28,21 @@ impl Audit {
     /// A search that may find as much as is left until the next complete check.
     pub(super) fn seek(&self, written: Option<(Gfn, EntryWrite)>) -> Sought {
         let left = MAX_LINK_WORK.saturating_sub(self.link_work);
-        Sought { leaves: Vec::new(), tables: Vec::new(), left, written }
+        let tables_left = self.index.budget();
+        Sought { leaves: Vec::new(), tables: Vec::new(), left, tables_left, written }
     }
 }
 
 impl Sought {
-    /// What the search took. A run of leaves that one write makes costs nothing: it is judged at once.
+    /// What the search took. A run of leaves at one place, as nearly all writes make, costs nothing.
     pub(super) fn work(&self) -> usize {
-        if self.tables.is_empty() { 0 } else { self.tables.len() + self.leaves.len() }
+        let found = self.tables.len() + self.leaves.len();
+        if found == 1 && self.tables.is_empty() { 0 } else { found }
+    }
+
+    /// Goes on to another place where the write is reached.
+    pub(super) const fn next_place(&mut self, audit: &Audit) {
+        self.tables_left = audit.index.budget();
     }
 
     fn spend(&mut self) -> Result<(), Unfit> {
@@ -89,6 +98,7 @@ impl Sought {
             return Err(Finding { frame, va, root, ..finding }.into());
         }
         self.spend()?;
+        self.tables_left = self.tables_left.checked_sub(1).ok_or(Unfit::TooMuch)?;
         if let Some((_, write)) = self.written.filter(|(table, _)| *table == frame) {
             let first = usize::try_from(write.level.index(write.va)).unwrap_or(PAGE_WORDS);
             let written = (0..u64::from(write.count)).zip(words.iter_mut().skip(first));

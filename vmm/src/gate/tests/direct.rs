@@ -177,6 +177,36 @@ fn a_batch_of_which_the_intent_announces_the_next_report_is_not_hidden() {
 }
 
 #[test]
+fn nothing_is_written_or_opened_when_the_audit_cannot_follow() {
+    let frame = |guest: &Guest| guest.memory.layout().zone.gpa.frame();
+    // The counter is moved back: numbers come twice.
+    let mut guest = guest();
+    let entry = Entry::new(frame(&guest), Entry::DATA);
+    let [first, second] = [0, 1].map(|page: u64| {
+        guest.write_of(window(0).wrapping_add(page * PAGE_SIZE), Level::Pt, entry)
+    });
+    assert_eq!(guest.ask(&[first]).0, Status::Ok);
+    guest.call(Call::Drain);
+    let counter = guest.memory.layout().shared.gpa.wrapping_add(SEQUENCE_OFFSET);
+    guest.memory.store(counter, 0).unwrap();
+    assert_eq!(guest.ask(&[second, first]), (Status::BadState, 1));
+    let page = guest.frames(5, 1);
+    assert_eq!(guest.ops(&[(OpKind::Seal, page)]), Status::Ok);
+    assert_eq!(guest.ops(&[(OpKind::Open, page)]), Status::BadState);
+    // Or an intent claims a number that was taken and never comes: it is not waited for.
+    let mut guest = Guest::seen_by(Mediation::Tables, true, 1);
+    let owed = guest.memory.next_event_number().unwrap();
+    let TableOp::Write { write, .. } = first else { panic!() };
+    let ring = guest.memory.layout().shared.gpa.wrapping_add(ring_offset(0));
+    let at = ring.wrapping_add(8 * RING_INTENT_WORD as u64);
+    guest.memory.store_words(at, &Intent { write, seq: owed }.to_words()).unwrap();
+    assert_eq!(guest.ask(&[first, second]).0, Status::Ok);
+    let clear = guest.write_of(window(0), Level::Pt, Entry::EMPTY);
+    assert_eq!(guest.ask(&[clear]).0, Status::Ok, "what was written is known");
+    assert_eq!(guest.gate.events_lost(), 1);
+}
+
+#[test]
 fn registers_are_looked_at_at_every_call() {
     let mut guest = guest();
     guest.call(Call::Drain);
