@@ -14,6 +14,7 @@ mod state;
 mod tests;
 mod types;
 mod waits;
+mod window;
 mod world;
 
 pub use probes::ProbeSummary;
@@ -40,6 +41,7 @@ use probes::Probes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use waits::Waits;
+use window::Window;
 use world::LiveWorld;
 
 /// At which point of a run everything is checked.
@@ -61,6 +63,8 @@ pub struct Gate {
     rings: Vec<RingReader>,
     sequencer: Sequencer,
     sightings: Arc<Sightings>,
+    /// Which part of the run is stepped, if any is.
+    window: Option<Window>,
     /// Room for records that are judged.
     settled: Vec<Record>,
     /// Room for the words of a list of operations, and for what they say.
@@ -94,6 +98,7 @@ impl Gate {
             memory,
             stage,
             mediation,
+            steps,
             boot_root,
             profile,
             quiesce_every,
@@ -134,7 +139,8 @@ impl Gate {
             recorder
         });
         let mut audit = Judged::new(config, recorder, &world);
-        if mediation != Mediation::Trace {
+        let window = (mediation == Mediation::Step).then(|| Window::new(steps));
+        if mediation != Mediation::Trace && steps.from == 0 {
             audit.mediate(mediation, &world);
         }
         let sightings = Arc::new(Sightings::new(Arc::clone(&memory)));
@@ -147,6 +153,7 @@ impl Gate {
             rings,
             sequencer: Sequencer::default(),
             sightings,
+            window,
             settled: Vec::new(),
             list: Vec::new(),
             ops: Vec::new(),
@@ -188,6 +195,9 @@ impl Gate {
             _ => None,
         };
         let in_write = self.drain(cpu, standing)?;
+        if standing.is_none() {
+            self.pass_border(cpu, vcpus)?;
+        }
         if call == Call::Ops {
             let (status, index) = self.operations(cpu, vcpus)?;
             return self.served(cpu, (status, index), in_write, vcpus);
