@@ -6,9 +6,9 @@
 pub mod matrix;
 #[path = "support/slips.rs"]
 pub mod slips;
-#[path = "support/witness.rs"]
-pub mod witness;
 
+use lacuna::check::{Seen, Witness};
+use lacuna::report::Violation;
 use lacuna_abi::event::HostAct;
 use lacuna_abi::fault::Fault;
 use lacuna_abi::workload::Selftest;
@@ -16,7 +16,6 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use witness::{Seen, Witness};
 
 /// The binary under test.
 pub const LACUNA: &str = env!("CARGO_BIN_EXE_lacuna");
@@ -180,7 +179,8 @@ pub fn fault_is_found(config: &str, fault: Fault, args: &[&str]) -> Check {
     let events = std::io::BufReader::new(events);
     lacuna::events::read_events(events, &mut |record| witness.0.push(record))?;
     for violation in found {
-        let seen = Seen::from_json(violation)?;
+        let violation: Violation = serde_json::from_value(violation.clone())?;
+        let seen = Seen::of(&violation)?;
         witness.confirms(&seen)?;
         if fault == Fault::PartialBlockUnmap {
             // The slip forgets the last page of each range.
