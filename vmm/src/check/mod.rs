@@ -18,6 +18,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod builder;
 mod builtin;
 mod case;
 mod child;

@@ -1,5 +1,6 @@
 //! From a scenario's file to its cases.
 
+use super::builder::Builder;
 use super::case::{Base, Case, Expected, Violation};
 use super::pattern::Pattern;
 use super::raw::{self, File, List, SCHEMA, SECTION};
@@ -19,23 +20,21 @@ const VCPUS: RangeInclusive<i64> = 1..=lacuna_abi::MAX_CPUS as i64;
 const TIMEOUT_S: RangeInclusive<i64> = 1..=86_400;
 /// Seconds that a case may take where its scenario does not say.
 const DEFAULT_TIMEOUT_S: u64 = 300;
-/// Most cases of a scenario: more are a slip of the pen in an axis.
-const MAX_CASES: usize = 10_000;
 
 /// What varies between the cases of a scenario, or between those of a fault.
 #[derive(Clone, Default)]
-struct Axes {
-    machine: Option<Vec<MachineKind>>,
-    mediate: Option<Vec<Mediation>>,
-    seal: Option<Vec<Seal>>,
-    vcpus: Option<Vec<u8>>,
+pub(super) struct Axes {
+    pub(super) machine: Option<Vec<MachineKind>>,
+    pub(super) mediate: Option<Vec<Mediation>>,
+    pub(super) seal: Option<Vec<Seal>>,
+    pub(super) vcpus: Option<Vec<u8>>,
 }
 
 /// A fault to be planted, and where.
-struct Planted {
-    fault: Fault,
-    axes: Axes,
-    violation: Violation,
+pub(super) struct Planted {
+    pub(super) fault: Fault,
+    pub(super) axes: Axes,
+    pub(super) violation: Violation,
 }
 
 /// The cases of the scenario in `file`.
@@ -82,12 +81,17 @@ pub(super) fn from_text(file: &Path, text: &str) -> Result<Vec<Case>, ConfigErro
 }
 
 /// Turns what stands in the section into settings.
-struct Reader<'a> {
-    source: &'a Source<'a>,
+pub(super) struct Reader<'a> {
+    pub(super) source: &'a Source<'a>,
 }
 
 impl Reader<'_> {
-    fn refuse(&self, field: &str, at: Option<std::ops::Range<usize>>, what: String) -> ConfigError {
+    pub(super) fn refuse(
+        &self,
+        field: &str,
+        at: Option<std::ops::Range<usize>>,
+        what: String,
+    ) -> ConfigError {
         let takes = SCHEMA.find(SECTION, field).map_or("another value", |field| field.takes);
         self.source.error(SECTION, field, at, what, format!("give {takes}"))
     }
@@ -336,156 +340,4 @@ impl Reader<'_> {
         }
         Ok(())
     }
-}
-
-/// Makes the cases of a scenario.
-struct Builder<'a> {
-    reader: &'a Reader<'a>,
-    name: String,
-    base: Arc<Base>,
-    plain: Config,
-    axes: Axes,
-    vary: Vec<Vec<Setting>>,
-    require: Vec<Rule>,
-    expected: Expected,
-    optional: bool,
-    timeout: Duration,
-}
-
-impl Builder<'_> {
-    fn cases(&self, planted: &[Planted]) -> Result<Vec<Case>, ConfigError> {
-        let mut cases = Vec::new();
-        for settings in combinations(&self.vary) {
-            self.add(&mut cases, &self.axes, &settings, None)?;
-            for planted in planted {
-                // A fault's own axes go before the scenario's.
-                let own = planted.axes.clone();
-                let axes = Axes {
-                    machine: own.machine.or_else(|| self.axes.machine.clone()),
-                    mediate: own.mediate.or_else(|| self.axes.mediate.clone()),
-                    seal: own.seal.or_else(|| self.axes.seal.clone()),
-                    vcpus: own.vcpus.or_else(|| self.axes.vcpus.clone()),
-                };
-                let before = cases.len();
-                self.add(&mut cases, &axes, &settings, Some(planted))?;
-                if cases.len() == before {
-                    let (name, vcpus) = (planted.fault.name(), planted.fault.vcpus());
-                    let what = format!("{name} is no fault with fewer than {vcpus} vCPUs");
-                    let remedy = format!("add {vcpus} to vcpus");
-                    let error = self.reader.source.error(SECTION, "fault", None, what, remedy);
-                    return Err(error);
-                }
-            }
-            if cases.len() > MAX_CASES {
-                let what = format!("that makes more than {MAX_CASES} cases");
-                return Err(self.reader.refuse("vary", None, what));
-            }
-        }
-        Ok(cases)
-    }
-
-    fn add(
-        &self,
-        cases: &mut Vec<Case>,
-        axes: &Axes,
-        settings: &[Setting],
-        planted: Option<&Planted>,
-    ) -> Result<(), ConfigError> {
-        let or = |list: &Option<Vec<u8>>, own| list.clone().unwrap_or_else(|| vec![own]);
-        let fewest = planted.map_or(1, |planted| planted.fault.vcpus());
-        let own_seal = || vec![self.plain.second_stage.seal];
-        for machine in axes.machine.as_deref().unwrap_or(&[MachineKind::Kvm]) {
-            for mediation in axes.mediate.as_deref().unwrap_or(&[Mediation::Trace]) {
-                for seal in axes.seal.clone().unwrap_or_else(own_seal) {
-                    for vcpus in or(&axes.vcpus, self.plain.guest.vcpus) {
-                        if vcpus >= fewest {
-                            let place = (*machine, *mediation, seal, vcpus);
-                            cases.push(self.case(place, settings, planted)?);
-                        }
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn case(
-        &self,
-        (machine, mediation, seal, vcpus): (MachineKind, Mediation, Seal, u8),
-        settings: &[Setting],
-        planted: Option<&Planted>,
-    ) -> Result<Case, ConfigError> {
-        let expected = match planted {
-            Some(planted) => Expected::Violation(planted.violation.clone()),
-            None => self.expected.clone(),
-        };
-        let what = match (planted, &expected) {
-            (Some(planted), _) => planted.fault.name(),
-            (None, Expected::Pass) => "clean",
-            (None, expected) => expected.name(),
-        };
-        let varied = settings.iter().map(|setting| {
-            let value = setting.value.trim_matches('"');
-            format!("{}={value}/", setting.field)
-        });
-        let name = format!(
-            "{}/{}/{}/{}/vcpus={vcpus}/{}{what}",
-            self.name,
-            machine.name(),
-            mediation.name(),
-            seal.name(),
-            varied.collect::<String>()
-        );
-        let vcpus_too =
-            self.axes.vcpus.is_some() || planted.is_some_and(|p| p.axes.vcpus.is_some());
-        let vcpus_too = vcpus_too.then(|| Setting {
-            section: "guest".into(),
-            field: "vcpus".into(),
-            value: vcpus.to_string(),
-            at: None,
-        });
-        // Where nothing is closed, that cannot be exercised.
-        let applies = |rule: &Rule| seal != Seal::Off || *rule != Rule::SecondStageOpen;
-        let clean = expected == Expected::Pass;
-        let case = Case {
-            name,
-            scenario: self.name.clone(),
-            machine,
-            mediation,
-            seal,
-            vcpus,
-            fault: planted.map(|planted| planted.fault),
-            expected,
-            require: self.require.iter().copied().filter(|r| clean && applies(r)).collect(),
-            quick: true,
-            optional: self.optional,
-            timeout: self.timeout,
-            base: Arc::clone(&self.base),
-            settings: settings.iter().cloned().chain(vcpus_too).collect(),
-        };
-        case.config().map_err(|error| self.explain(error, &case.name))?;
-        Ok(case)
-    }
-
-    /// A mistake that shows in one case only: at the list that it comes from, where one can be named.
-    fn explain(&self, error: ConfigError, case: &str) -> ConfigError {
-        let what = format!("{} (case {case})", error.what);
-        let field = match *error.place {
-            Place::Flag("--machine") => "machine",
-            Place::Flag("--mediate") => "mediate",
-            Place::Flag("--inject") => "fault",
-            place => return ConfigError::new(place, what, error.remedy),
-        };
-        self.reader.source.error(SECTION, field, None, what, error.remedy)
-    }
-}
-
-/// One setting of each list, in all combinations; the last list varies fastest.
-fn combinations(lists: &[Vec<Setting>]) -> Vec<Vec<Setting>> {
-    lists.iter().fold(vec![Vec::new()], |all, list| {
-        let with = |so_far: Vec<Setting>| {
-            list.iter().map(move |setting| [so_far.as_slice(), &[setting.clone()]].concat())
-        };
-        all.into_iter().flat_map(with).take(MAX_CASES + 1).collect()
-    })
 }

@@ -23,8 +23,8 @@ pub enum SuiteError {
         file: PathBuf,
         /// The case.
         case: String,
-        /// What is wrong, and the remedy.
-        error: PlanError,
+        /// What is wrong, and the remedy; boxed, so that results stay small.
+        error: Box<PlanError>,
     },
     /// The filter is no pattern.
     #[error("FILTER: {0:?} is no pattern: {1}; write a part of a name, or a pattern with * and ?")]
@@ -165,7 +165,7 @@ impl Suite {
                 Plan::new(&config).map_err(|error| SuiteError::Plan {
                     file: config.file.clone(),
                     case: case.name.clone(),
-                    error,
+                    error: Box::new(error),
                 })?;
             }
         }

@@ -13,7 +13,7 @@ use lacuna_abi::layout::{
 use lacuna_abi::paging::Entry;
 
 /// Which of the sources of a seed the draws come from: one that no CPU has.
-const STREAM: u64 = 0x686f_7374_696c_65;
+const STREAM: u64 = 0x0068_6f73_7469_6c65;
 /// Bytes of code that is nothing but chance.
 const NOISE_BYTES: u64 = 3000;
 /// Most things that one program does before it ends or starts over.
