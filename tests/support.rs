@@ -6,9 +6,9 @@
 pub mod matrix;
 #[path = "support/slips.rs"]
 pub mod slips;
-#[path = "support/witness.rs"]
-pub mod witness;
 
+use lacuna::check::{Seen, Witness};
+use lacuna::report::Violation;
 use lacuna_abi::event::HostAct;
 use lacuna_abi::fault::Fault;
 use lacuna_abi::workload::Selftest;
@@ -16,7 +16,6 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use witness::{Seen, Witness};
 
 /// The binary under test.
 pub const LACUNA: &str = env!("CARGO_BIN_EXE_lacuna");
@@ -180,19 +179,13 @@ pub fn fault_is_found(config: &str, fault: Fault, args: &[&str]) -> Check {
     let events = std::io::BufReader::new(events);
     lacuna::events::read_events(events, &mut |record| witness.0.push(record))?;
     for violation in found {
-        if fault.rule() == "trace-honesty" {
-            let cpu = violation["vcpu"].as_u64().and_then(|cpu| u8::try_from(cpu).ok());
-            let at = cpu.zip(violation["seq"].as_u64());
-            let forged = at.is_some_and(|(cpu, seq)| witness.is_forged(cpu, seq));
-            ensure(forged, &format!("the events do not show {violation:#}"))?;
-            let named = violation["frame"].is_string();
-            ensure(named || fault == Fault::ForgedFlush, &format!("no frame: {violation:#}"))?;
-            continue;
-        }
-        let seen = Seen::from_json(violation)?;
-        witness.confirms(&seen)?;
+        let violation: Violation = serde_json::from_value(violation.clone())?;
+        witness.confirms_violation(&violation)?;
+        let named = violation.frame.is_some();
+        ensure(named || fault == Fault::ForgedFlush, &format!("no frame: {violation:?}"))?;
         if fault == Fault::PartialBlockUnmap {
             // The slip forgets the last page of each range.
+            let seen = Seen::of(&violation)?;
             let last = [HostAct::Sealed, HostAct::HeldOpen];
             let last = last.iter().any(|act| witness.ends_a_range(seen.frame, *act));
             ensure(last, &format!("not the page that was forgotten: {seen:?}"))?;

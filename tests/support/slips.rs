@@ -2,9 +2,9 @@
 //! no name for them.
 
 use super::matrix::{SEALS, Twin};
-use super::witness::{Seen, Witness};
 use super::{Check, EVENTS, ensure};
 use lacuna::audit::{AuditResult, Finding};
+use lacuna::check::{Seen, Witness};
 use lacuna::config::{Config, MachineKind, Mediation, Overrides};
 use lacuna::gate::Observer;
 use lacuna::image::{Image, ORDINARY, WITH_FAULTS};

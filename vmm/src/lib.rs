@@ -22,11 +22,13 @@
 
 pub mod audit;
 pub mod bench;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod events;
 pub mod gate;
+pub mod hostile;
 pub mod image;
 pub mod lab;
 pub mod leak;

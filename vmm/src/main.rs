@@ -10,6 +10,7 @@ fn main() -> ExitCode {
     cli::init_log(cli.verbose);
     match &cli.command {
         Command::Run(args) => cli::run(args),
+        Command::Check(args) => cli::check(args),
         Command::Doctor(args) => cli::doctor(args),
         Command::Probe(args) => cli::probe(args),
         Command::Bench(args) => cli::bench(args),

@@ -1,6 +1,7 @@
 //! The command line: what it takes, and how its results leave the process.
 #![forbid(unsafe_code)]
 
+mod check;
 mod exit;
 mod lab;
 mod probe;
@@ -11,6 +12,7 @@ mod run;
 mod tests;
 mod tools;
 
+pub use check::check;
 pub use exit::ExitStatus;
 pub use lab::{LabArgs, LabCommand, LabRunArgs, LabSetupArgs, lab};
 pub use probe::probe;
@@ -24,6 +26,7 @@ use crate::config::{MachineKind, Mediation, Overrides, ReportFormat, Seal};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use std::io::{self, Write};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 const EXIT_STATUSES: &str = "\
@@ -35,6 +38,14 @@ Exit status:
   4  guest error: panic, exception, hang past its time limit, unexpected sealed access
   5  inconclusive: something that had to be checked could not be";
 
+const CHECK_STATUSES: &str = "\
+Exit status:
+  0  every clean case is clean with its required rules exercised, every fault is found by its rule
+  1  a case ended otherwise, ended without a report, or took too long
+  2  wrong usage or scenario; the message names file, line and field
+  3  this host cannot run a case that is not optional; all others ended as they must
+  5  it cannot be told of a case, or the suite was broken off";
+
 const EXAMPLES: &str = "\
 Examples:
   lacuna run configs/quickstart.toml
@@ -42,6 +53,8 @@ Examples:
   lacuna run configs/secrets.toml --input my-keys.txt --seal memslot --out results
   lacuna run configs/quickstart.toml --record --out results
   lacuna audit results
+  lacuna check
+  lacuna check '*/sim/*' --all --junit results.xml
   lacuna probe --machine sim
   lacuna doctor
   lacuna lab npt -- run configs/quickstart.toml";
@@ -70,6 +83,9 @@ pub enum Command {
     /// Judges a recorded run again, without the machine that ran it.
     #[command(after_help = EXIT_STATUSES)]
     Audit(AuditArgs),
+    /// Runs the regression suite: every clean case must be clean, every planted fault be found.
+    #[command(after_help = CHECK_STATUSES)]
+    Check(CheckArgs),
     /// Says what this host can do, and what is missing for what.
     #[command(after_help = "Exit status: 0 if guests can run here, 3 if not.")]
     Doctor(DoctorArgs),
@@ -137,6 +153,34 @@ pub struct AuditArgs {
     /// How the CPUs invalidate translations, in place of how the run's did.
     #[arg(long, value_parser = Profile::parser())]
     pub profile: Option<Profile>,
+}
+
+/// Arguments of `lacuna check`.
+#[derive(Clone, PartialEq, Eq, Debug, Args)]
+pub struct CheckArgs {
+    /// A part of the names of the cases to run, or, with * or ?, a pattern of whole names.
+    pub filter: Option<String>,
+    /// Lists the cases and what is expected of each, and runs none.
+    #[arg(long)]
+    pub list: bool,
+    /// Prints the results, or the list, as one JSON document.
+    #[arg(long)]
+    pub json: bool,
+    /// Writes the results as JUnit XML to this file too.
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+    /// Cases that run at a time; as many as there are processors if left out.
+    #[arg(long, value_name = "NUMBER")]
+    pub jobs: Option<NonZeroUsize>,
+    /// Takes all cases, rather than the quick ones.
+    #[arg(long)]
+    pub all: bool,
+    /// Folder of scenarios, files that end in .toml (docs/check.md), in place of the built-in ones.
+    #[arg(long, value_name = "DIR")]
+    pub scenarios: Option<PathBuf>,
+    /// Runs the case of this name in this process and prints what it leaves.
+    #[arg(long, value_name = "NAME", hide = true, requires = "scenarios")]
+    pub child: Option<String>,
 }
 
 /// Arguments of `lacuna doctor`.

@@ -26,7 +26,7 @@ fn try_probe(args: &ProbeArgs) -> Result<ExitStatus, Failure> {
     let broken = Failure::new(ExitStatus::Inconclusive);
     let config = config(args).map_err(|error| usage(&error))?;
     let (plan, warnings) = Plan::new(&config).map_err(|error| usage(&error))?;
-    let (outcome, mut report) = carry_out(&config, plan, warnings, started)?;
+    let (outcome, mut report) = carry_out(&config, plan, warnings, Vec::new(), started)?;
     report.config = None;
     let shown = match args.json {
         true => report.to_json().map_err(|error| broken(&error))?,

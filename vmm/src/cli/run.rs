@@ -45,15 +45,16 @@ fn try_run(args: &RunArgs) -> Result<ExitStatus, Failure> {
     let usage = Failure::new(ExitStatus::Usage);
     let config = Config::load(&args.config, &args.overrides()).map_err(|e| usage(&e))?;
     let (plan, warnings) = Plan::new(&config).map_err(|e| usage(&e))?;
-    let (outcome, report) = carry_out(&config, plan, warnings, started)?;
+    let (outcome, report) = carry_out(&config, plan, warnings, Vec::new(), started)?;
     publish(&config, &outcome, report)
 }
 
-/// Runs a guest, shows how far it is, and keeps what the configuration says.
+/// Runs a guest, with these watching, shows how far it is, and keeps what the configuration says.
 pub(super) fn carry_out(
     config: &Config,
     plan: Plan,
     warnings: Vec<String>,
+    watchers: Vec<Box<dyn Observer>>,
     started: Instant,
 ) -> Result<(Outcome, Report), Failure> {
     let host = Failure::new(ExitStatus::Host);
@@ -62,7 +63,8 @@ pub(super) fn carry_out(
         Failure(ExitStatus::Host, format!("{error}; --machine sim needs no KVM"))
     })?;
     let log = GuestLog::new(config.limits.guest_log_kib);
-    let mut observers: Vec<Box<dyn Observer>> = vec![Box::new(log.clone())];
+    let mut observers = watchers;
+    observers.push(Box::new(log.clone()));
     let described = describe_machine(config);
     let mut recorder = None;
     let events = match &config.output.out {

@@ -114,7 +114,8 @@ fn wrong_usage_ends_with_status_2_and_help_with_0() {
     for line in [
         "lacuna",
         "lacuna run",
-        "lacuna check",
+        "lacuna check a b",
+        "lacuna check --jobs 0",
         "lacuna run c.toml d.toml",
         "lacuna run c.toml --seal ept",
         "lacuna run c.toml --seed -1",

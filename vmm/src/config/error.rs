@@ -62,11 +62,11 @@ impl fmt::Display for Place {
 }
 
 impl ConfigError {
-    pub(super) fn new(place: Place, what: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(crate) fn new(place: Place, what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { place: Box::new(place), what: what.into(), remedy: remedy.into() }
     }
 
-    pub(super) fn flag(
+    pub(crate) fn flag(
         flag: &'static str,
         what: impl Into<String>,
         remedy: impl Into<String>,

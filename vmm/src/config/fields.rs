@@ -19,7 +19,7 @@ pub struct Field {
     pub programs: &'static [Program],
 }
 
-const fn field(section: &'static str, name: &'static str, takes: &'static str) -> Field {
+pub(crate) const fn field(section: &'static str, name: &'static str, takes: &'static str) -> Field {
     Field { section, name, takes, programs: &[] }
 }
 
@@ -122,17 +122,34 @@ pub const FIELDS: &[Field] = &[
     field("limits", "events_mib", "a number of MiB from 1 to 16384"),
 ];
 
-/// The field of this name.
+/// The fields that a kind of file can have.
+#[derive(Debug)]
+pub(crate) struct Schema {
+    pub(crate) fields: &'static [Field],
+    /// The sections, as a list for a message.
+    pub(crate) sections: &'static str,
+}
+
+impl Schema {
+    /// The field of this name.
+    pub(crate) fn find(&self, section: &str, name: &str) -> Option<&'static Field> {
+        self.fields.iter().find(|field| field.section == section && field.name == name)
+    }
+
+    /// Names of the fields of a section, as a list for a message; empty for a section that does not
+    /// exist.
+    pub(crate) fn names(&self, section: &str) -> Vec<&'static str> {
+        self.fields.iter().filter(|field| field.section == section).map(|f| f.name).collect()
+    }
+}
+
+/// Configurations.
+pub(crate) static CONFIG: Schema = Schema {
+    fields: FIELDS,
+    sections: "[guest], [allocator], [workload], [second_stage], [audit], [limits]",
+};
+
+/// The field of a configuration of this name.
 pub(super) fn find(section: &str, name: &str) -> Option<&'static Field> {
-    FIELDS.iter().find(|field| field.section == section && field.name == name)
+    CONFIG.find(section, name)
 }
-
-/// Names of the fields of a section, as a list for a message; empty for a section that does not
-/// exist.
-pub(super) fn names(section: &str) -> Vec<&'static str> {
-    FIELDS.iter().filter(|field| field.section == section).map(|field| field.name).collect()
-}
-
-/// The sections, as a list for a message.
-pub(super) const SECTIONS: &str =
-    "[guest], [allocator], [workload], [second_stage], [audit], [limits]";

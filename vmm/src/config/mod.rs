@@ -12,15 +12,19 @@ mod names;
 mod raw;
 mod resolve;
 mod source;
+mod template;
 #[cfg(test)]
 mod tests;
 mod workload;
 
 pub use error::{ConfigError, Place};
+pub(crate) use fields::{CONFIG, Schema, field};
 pub use fields::{FIELDS, Field};
 pub use names::{
     GuardChoice, MachineKind, Mediation, OnFree, ProfileChoice, ReportFormat, Seal, Shootdown,
 };
+pub(crate) use source::{Source, read};
+pub(crate) use template::{Setting, Template};
 
 use crate::audit::Rule;
 use crate::trace::Secret;
@@ -310,7 +314,7 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] for the first mistake found.
     pub fn load(file: &Path, overrides: &Overrides) -> Result<Self, ConfigError> {
-        Self::from_text(file, &source::read(file)?, overrides)
+        Self::from_text(file, &read(file)?, overrides)
     }
 
     /// Checks and resolves the configuration in `text`, as if it were the contents of `file`.
@@ -318,7 +322,6 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] for the first mistake found.
     pub fn from_text(file: &Path, text: &str, overrides: &Overrides) -> Result<Self, ConfigError> {
-        let (source, raw) = source::Source::parse(file, text)?;
-        resolve::resolve(&source, &raw, overrides)
+        Template { file, text, beside: None }.config(&[], overrides)
     }
 }

@@ -2,13 +2,13 @@
 //! place in its text belongs to.
 
 use super::error::{ConfigError, Place};
-use super::fields::{self, SECTIONS};
-use super::raw::Raw;
-use serde::Deserialize;
+use super::fields::Schema;
+use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 /// Largest file that is taken, in bytes.
@@ -16,14 +16,15 @@ const MAX_BYTES: u64 = 1 << 20;
 const EXAMPLES: &str = "take one of configs/ as an example";
 
 /// The text of a configuration, parsed as TOML.
-pub(super) struct Source<'t> {
+pub(crate) struct Source<'t> {
     file: PathBuf,
     text: &'t str,
     table: DeTable<'t>,
+    schema: &'static Schema,
 }
 
 /// The file's text.
-pub(super) fn read(file: &Path) -> Result<String, ConfigError> {
+pub(crate) fn read(file: &Path) -> Result<String, ConfigError> {
     let refuse = |what: String, remedy: &str| {
         let place = Place::File { file: file.to_owned(), line: None };
         ConfigError::new(place, what, remedy)
@@ -57,26 +58,38 @@ pub(super) fn read(file: &Path) -> Result<String, ConfigError> {
 }
 
 impl<'t> Source<'t> {
-    /// Parses a configuration up to its types.
-    pub(super) fn parse(file: &Path, text: &'t str) -> Result<(Self, Raw), ConfigError> {
-        let document = DeTable::parse(text).map_err(|error| {
+    /// Parses a file up to its types. `edit` may change what stands in it before that.
+    pub(crate) fn parse<T: DeserializeOwned>(
+        file: &Path,
+        text: &'t str,
+        schema: &'static Schema,
+        edit: impl FnOnce(&mut DeTable<'t>),
+    ) -> Result<(Self, T), ConfigError> {
+        let mut document = DeTable::parse(text).map_err(|error| {
             let line = error.span().map(|span| line_of(text, span.start));
             let place = Place::File { file: file.to_owned(), line };
             ConfigError::new(place, format!("this is not TOML: {}", error.message()), EXAMPLES)
         })?;
-        let source = Self { file: file.to_owned(), text, table: document.get_ref().clone() };
-        let raw = Raw::deserialize(toml::Deserializer::from(document));
+        edit(document.get_mut());
+        let table = document.get_ref().clone();
+        let source = Self { file: file.to_owned(), text, table, schema };
+        let raw = T::deserialize(toml::Deserializer::from(document));
         let raw = raw.map_err(|error| source.wrong_type(error.span(), error.message()))?;
         Ok((source, raw))
     }
 
     /// The file.
-    pub(super) fn file(&self) -> &Path {
+    pub(crate) fn file(&self) -> &Path {
         &self.file
     }
 
+    /// A section beside this one, if there is any.
+    pub(crate) fn other_than(&self, section: &str) -> Option<&str> {
+        self.table.keys().map(|name| name.get_ref().as_ref()).find(|name| *name != section)
+    }
+
     /// A mistake in a field. Without a place in the text, the field or its section is looked up.
-    pub(super) fn error(
+    pub(crate) fn error(
         &self,
         section: &str,
         field: &str,
@@ -101,13 +114,14 @@ impl<'t> Source<'t> {
         let Some((section, field)) = span.and_then(|span| self.locate(&span)) else {
             return ConfigError::new(Place::File { file, line }, message, EXAMPLES);
         };
-        let known = fields::names(&section);
+        let known = self.schema.names(&section);
         let (what, remedy) = match &field {
-            _ if known.is_empty() => {
-                ("there is no such section".to_owned(), format!("the sections are {SECTIONS}"))
-            }
+            _ if known.is_empty() => (
+                "there is no such section".to_owned(),
+                format!("the sections are {}", self.schema.sections),
+            ),
             None => ("this must be a section".to_owned(), format!("write it as [{section}]")),
-            Some(name) => match fields::find(&section, name) {
+            Some(name) => match self.schema.find(&section, name) {
                 None => ("there is no such field".into(), format!("known: {}", known.join(", "))),
                 Some(field) => (message.to_owned(), format!("give {}", field.takes)),
             },
@@ -121,7 +135,7 @@ impl<'t> Source<'t> {
         for (section, value) in &self.table {
             if let DeValue::Table(fields) = value.get_ref() {
                 for (field, value) in fields {
-                    if holds(field.span()) || holds(value.span()) {
+                    if holds(field.span()) || within(value, span) {
                         return Some((section.to_string(), Some(field.to_string())));
                     }
                 }
@@ -139,6 +153,20 @@ impl<'t> Source<'t> {
         let found = value.get_ref().as_table().and_then(|t| t.get_key_value(field));
         Some(found.map_or_else(|| header.span(), |(key, _)| key.span()))
     }
+}
+
+/// Whether the span lies in a part of this value. The value of a section that is there several times has
+/// no span that holds all of them.
+fn within(value: &Spanned<DeValue<'_>>, span: &Range<usize>) -> bool {
+    let holds = |outer: Range<usize>| outer.start <= span.start && span.end <= outer.end;
+    holds(value.span())
+        || match value.get_ref() {
+            DeValue::Array(values) => values.iter().any(|value| within(value, span)),
+            DeValue::Table(fields) => {
+                fields.iter().any(|(name, value)| holds(name.span()) || within(value, span))
+            }
+            _ => false,
+        }
 }
 
 fn line_of(text: &str, at: usize) -> usize {

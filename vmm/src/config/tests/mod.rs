@@ -91,7 +91,7 @@ fn the_reference_shows_the_defaults_and_every_field() {
 fn the_table_of_fields_is_what_the_parser_takes() {
     for section in ["guest", "workload", "second_stage", "audit", "limits"] {
         let error = refused(&format!("[{section}]\nnone = 1\n"));
-        let known = fields::names(section);
+        let known = CONFIG.names(section);
         let text = format!("[{section}]\nnone = 1\n");
         let toml = toml::from_str::<raw::Raw>(&text).unwrap_err();
         let listed: Vec<_> = toml.message().split('`').skip(3).step_by(2).collect();

@@ -1,37 +1,43 @@
 //! Whether a finding names the right frame and CPU: worked out again, and independently of the
 //! audit, from the events that the run recorded.
 
-use super::{Check, ensure};
+use crate::audit::Rule;
+use crate::report::Violation;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record, Sighting, mapped_frames};
 use lacuna_abi::layout::{MERMAP, WINDOW_STRIDE, direct_map};
 use lacuna_abi::paging::{Entry, Level};
-use libtest_mimic::Failed;
-use serde_json::Value;
 
 /// A finding, as a report or the audit itself gives it.
 #[derive(Clone, Debug)]
 pub struct Seen {
+    /// The rule.
     pub rule: String,
+    /// The frame.
     pub frame: Gfn,
+    /// The virtual address.
     pub va: Option<Gva>,
+    /// The CPU.
     pub cpu: Option<u8>,
+    /// Number of the event at which it was found.
     pub seq: u64,
 }
 
 impl Seen {
-    /// A violation of a JSON report.
-    pub fn from_json(violation: &Value) -> Result<Self, Failed> {
-        let address = |name: &str| {
-            let text = violation[name].as_str()?.trim_start_matches("0x");
-            u64::from_str_radix(text, 16).ok()
-        };
+    /// A violation of a report.
+    ///
+    /// # Errors
+    /// A sentence, if it names no frame.
+    pub fn of(violation: &Violation) -> Result<Self, String> {
+        let frame = violation.frame.ok_or_else(|| {
+            format!("the violation of {} at event {} names no frame", violation.rule, violation.seq)
+        })?;
         Ok(Self {
-            rule: violation["rule"].as_str().ok_or("no rule")?.to_owned(),
-            frame: Gpa(address("frame").ok_or("no frame")?).frame(),
-            va: address("va").map(Gva),
-            cpu: violation["vcpu"].as_u64().and_then(|cpu| u8::try_from(cpu).ok()),
-            seq: violation["seq"].as_u64().ok_or("no event")?,
+            rule: violation.rule.clone(),
+            frame: Gpa(frame.0).frame(),
+            va: violation.va.map(|va| Gva(va.0)),
+            cpu: violation.vcpu,
+            seq: violation.seq,
         })
     }
 
@@ -51,8 +57,26 @@ impl Seen {
 pub struct Witness(pub Vec<Record>);
 
 impl Witness {
+    /// Whether a violation of a report is what the events show.
+    ///
+    /// # Errors
+    /// A sentence, if it is not.
+    pub fn confirms_violation(&self, violation: &Violation) -> Result<(), String> {
+        if violation.rule != Rule::TraceHonesty.name() {
+            return self.confirms(&Seen::of(violation)?);
+        }
+        let Violation { vcpu, seq, .. } = *violation;
+        if vcpu.is_some_and(|cpu| self.is_forged(cpu, seq)) {
+            return Ok(());
+        }
+        Err(format!("the events show no lie at event {seq}"))
+    }
+
     /// Whether the finding is what the events show.
-    pub fn confirms(&self, seen: &Seen) -> Check {
+    ///
+    /// # Errors
+    /// A sentence, if it is not.
+    pub fn confirms(&self, seen: &Seen) -> Result<(), String> {
         let holds = match seen.rule.as_str() {
             "direct-map-alias" => {
                 seen.in_direct_map(seen.frame)
@@ -90,9 +114,9 @@ impl Witness {
                         || (0..8).any(|cpu| self.is_open(seen, cpu)))
             }
             "residue" => self.is_secret(seen),
-            other => return Err(format!("no witness for {other}").into()),
+            other => return Err(format!("no witness for {other}")),
         };
-        ensure(holds, &format!("the events do not show {seen:?}"))
+        if holds { Ok(()) } else { Err(format!("the events do not show {seen:?}")) }
     }
 
     /// Records up to the finding, the last first.
@@ -250,6 +274,7 @@ impl Witness {
     }
 
     /// Whether the frame is the last of a range that the host did this with.
+    #[must_use]
     pub fn ends_a_range(&self, frame: Gfn, wanted: HostAct) -> bool {
         self.0.iter().any(|record| {
             matches!(record.event, Event::Host(act, frames)

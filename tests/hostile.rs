@@ -1,0 +1,121 @@
+//! Guests on KVM that misbehave on purpose. Ignored or required as the tests in `kvm.rs`.
+//!
+//! `LACUNA_HOSTILE_GUESTS=5000 LACUNA_HOSTILE_SEED=1 cargo test -p lacuna --test hostile` runs as many
+//! as are asked for; without it a few hundred.
+
+mod support;
+
+use lacuna::config::{Config, Overrides, Seal};
+use lacuna::hostile::{Notes, Program, Sin};
+use lacuna::image::Image;
+use lacuna::report::{self, Report, Verdict};
+use lacuna::run::{Host, Machine, Plan, Surroundings, report};
+use libtest_mimic::{Failed, Trial};
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use support::{Check, ensure, trial};
+
+/// Longest that a guest runs.
+const LIMIT: Duration = Duration::from_millis(150);
+/// What it may take beyond that: the last check, on a host that is busy.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// KiB by which the VMM may have grown after hundreds of guests or thousands: less than one guest takes.
+const MAX_GROWTH_KIB: u64 = 24 << 10;
+
+fn main() {
+    let mut trials = vec![trial("generated_guests_do_no_harm", generated)];
+    for sin in Sin::ALL {
+        for seal in [Seal::Guard, Seal::Memslot, Seal::Off] {
+            let name = format!("{}_is_found_under_{}", sin.name(), seal.name());
+            trials.push(Trial::test(name, move || found(*sin, seal)));
+        }
+    }
+    support::run(trials, true);
+}
+
+/// The report, and what the guest left that a rule forbids.
+fn run(image: &[u8], seal: Seal, timeout: Duration) -> Result<(Report, Option<String>), Failed> {
+    let text = "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"idle\"\n";
+    let overrides = Overrides { seal: Some(seal), ..Overrides::default() };
+    let config = Config::from_text(Path::new("hostile.toml"), text, &overrides)?;
+    let (mut plan, _) = Plan::new(&config)?;
+    plan.image = Image::parse(image)?;
+    plan.timeout = timeout;
+    let notes = Notes::default();
+    let machine = Machine::open(Host::of(config.machine)?, plan, vec![Box::new(notes.clone())])?;
+    let outcome = machine.start()?.wait(|_| ControlFlow::Continue(()));
+    let surroundings = Surroundings {
+        machine: report::Machine::default(),
+        warnings: Vec::new(),
+        inconclusive: Vec::new(),
+        last_line: None,
+        total: Duration::ZERO,
+    };
+    let report = report(&config, &outcome, surroundings);
+    // The VMM takes the pool's first page for the root.
+    let forbidden = outcome.with_gate(|gate| {
+        let root = gate.memory().layout().pool.gpa;
+        notes.forbidden(gate, root)
+    });
+    Ok((report, forbidden))
+}
+
+/// What it does is a violation of its rule, whatever else is.
+fn found(sin: Sin, seal: Seal) -> Check {
+    let (report, _) = run(&sin.image()?, seal, PATIENCE)?;
+    let all = &report.violations;
+    ensure(report.verdict == Verdict::Violation, &format!("{:?}: {all:#?}", report.verdict))?;
+    let found = all.iter().any(|violation| violation.rule == sin.rule().name());
+    ensure(found, &format!("{} is not among {all:#?}", sin.rule().name()))
+}
+
+fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|number| number.parse().ok()).unwrap_or(otherwise)
+}
+
+fn resident_kib() -> Result<u64, Failed> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
+    kib.ok_or_else(|| "no VmRSS in /proc/self/status".into())
+}
+
+/// Nothing that a guest does makes the VMM panic, fail, hang or grow.
+fn generated() -> Check {
+    let guests = number("LACUNA_HOSTILE_GUESTS", 300);
+    let first = number("LACUNA_HOSTILE_SEED", 0);
+    let warm = guests / 10;
+    let mut before = 0;
+    let mut kinds: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+    for seed in first..first + guests {
+        if seed == first + warm {
+            before = resident_kib()?;
+        }
+        let program = Program::new(seed);
+        let seal = [Seal::Guard, Seal::Guard, Seal::Memslot, Seal::Off][(seed / 8 % 4) as usize];
+        let started = Instant::now();
+        let (report, forbidden) = run(&program.image, seal, LIMIT)
+            .map_err(|error| format!("seed {seed}: {}", error.message().unwrap_or_default()))?;
+        let took = started.elapsed();
+        ensure(took < LIMIT + PATIENCE, &format!("seed {seed} took {took:?}"))?;
+        for reason in &report.inconclusive {
+            let own = reason.starts_with("the host failed");
+            ensure(!own, &format!("seed {seed} ({}): {reason}", program.kind))?;
+        }
+        if let (Verdict::Pass, Some(what)) = (report.verdict, forbidden) {
+            return Err(
+                format!("seed {seed} ({}) passes in spite of this: {what}", program.kind).into()
+            );
+        }
+        *kinds.entry((program.kind, report.verdict.name())).or_default() += 1;
+    }
+    let after = resident_kib()?;
+    println!("{guests} guests from seed {first}: {before} KiB resident before, {after} after");
+    for ((kind, verdict), count) in &kinds {
+        println!("  {kind:20} {verdict:12} {count}");
+    }
+    let grown = after.saturating_sub(before);
+    ensure(grown <= MAX_GROWTH_KIB, &format!("the VMM grew by {grown} KiB"))
+}
