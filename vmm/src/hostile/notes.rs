@@ -51,7 +51,7 @@ impl Observer for Notes {
                     }
                 }
                 HostAct::Released => _ = told.secret.remove(&frame),
-                HostAct::Quiesced | HostAct::Refused => {}
+                HostAct::Quiesced | HostAct::Refused | HostAct::WriteRefused => {}
             }
         }
     }

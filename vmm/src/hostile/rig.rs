@@ -4,7 +4,8 @@
 use super::elf::elf;
 use super::notes::{Notes, Told};
 use super::oracle::{Left, forbidden};
-use crate::audit::{AuditResult, Profile};
+use crate::audit::{AuditResult, Mediation, Profile};
+use crate::config::Steps;
 use crate::gate::{Gate, GateSetup, Served, Vcpus};
 use crate::image::Image;
 use crate::machine::boot;
@@ -88,6 +89,8 @@ impl Rig {
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
+            mediation: Mediation::Trace,
+            steps: Steps::ALL,
             boot_root: root,
             profile: Profile::Intel,
             quiesce_every: 1000,
