@@ -7,6 +7,7 @@
 
 use super::finding::{Finding, Ledger, Rule, Step, What};
 use super::index::Index;
+use super::tlb::{CpuSet, only};
 use lacuna_abi::addr::{Gfn, Gpa, Gva};
 use lacuna_abi::event::{ControlRegister, EntryStores, EntryWrite, Event, Flush, Record, Sighting};
 use lacuna_abi::paging::{ENTRIES, Entry, Level};
@@ -86,21 +87,32 @@ impl Honesty {
         Self { books: vec![book; cpus] }
     }
 
-    /// Begins anew. `fresh` says that no CPU has done anything so far.
-    pub(super) fn begin(&mut self, fresh: bool) {
-        for book in &mut self.books {
+    /// Begins anew with the CPUs of the set `running`. `fresh` says that none has done anything so far;
+    /// `space` is a CPU's root and PCID.
+    pub(super) fn begin(
+        &mut self,
+        fresh: bool,
+        running: CpuSet,
+        space: impl Fn(u8) -> Option<(Gpa, u16)>,
+    ) {
+        for (cpu, book) in (0..).zip(&mut self.books) {
             book.seen.clear();
             book.reported.clear();
-            book.roots[REPORTED] = book.roots[SEEN];
+            if let Some(space) = space(cpu) {
+                book.roots = [space; 2];
+            }
+            let fresh = fresh || running & only(cpu) == 0;
             if book.state != State::Given {
                 book.state = if fresh { State::Compared } else { State::FromNextCall };
             }
         }
     }
 
-    /// Whether an act of some CPU waits for its counterpart.
+    /// Whether an act of some CPU waits for its counterpart, or a CPU is not compared yet.
     pub(super) fn is_waiting(&self) -> bool {
-        self.books.iter().any(|book| !book.seen.is_empty() || !book.reported.is_empty())
+        self.books.iter().any(|book| {
+            !book.seen.is_empty() || !book.reported.is_empty() || book.state == State::FromNextCall
+        })
     }
 
     /// Takes what a CPU reports.

@@ -149,6 +149,7 @@ fn describe_machine(config: &Config) -> reports::Machine {
         profile: profile(config).name().to_owned(),
         cpu: facts.cpu_model.or(facts.cpu_vendor).unwrap_or_else(unknown),
         simulation: None,
+        stepping: None,
     }
 }
 

@@ -15,6 +15,7 @@ mod state;
 mod tests;
 mod types;
 mod waits;
+mod window;
 mod world;
 
 pub use probes::ProbeSummary;
@@ -42,6 +43,7 @@ use probes::Probes;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use waits::Waits;
+use window::Window;
 use world::LiveWorld;
 
 /// At which point of a run everything is checked.
@@ -63,6 +65,8 @@ pub struct Gate {
     rings: Vec<RingReader>,
     sequencer: Sequencer,
     sightings: Arc<Sightings>,
+    /// Which part of the run is stepped, if any is.
+    window: Option<Window>,
     /// Room for records that are judged.
     settled: Vec<Record>,
     /// Room for the words of a list of operations, and for what they say.
@@ -101,6 +105,7 @@ impl Gate {
             memory,
             stage,
             mediation,
+            steps,
             boot_root,
             profile,
             quiesce_every,
@@ -141,7 +146,8 @@ impl Gate {
             recorder
         });
         let mut audit = Judged::new(config, recorder, &world);
-        if mediation != Mediation::Trace {
+        let window = (mediation == Mediation::Step).then(|| Window::new(steps));
+        if mediation != Mediation::Trace && steps.from == 0 {
             audit.mediate(mediation, &world);
         }
         let sightings = Arc::new(Sightings::new(Arc::clone(&memory)));
@@ -154,6 +160,7 @@ impl Gate {
             rings,
             sequencer: Sequencer::default(),
             sightings,
+            window,
             settled: Vec::new(),
             list: Vec::new(),
             ops: Vec::new(),
@@ -200,6 +207,9 @@ impl Gate {
         };
         let in_write = self.drain(cpu, standing)?;
         self.sample(cpu, vcpus);
+        if standing.is_none() {
+            self.pass_border(cpu, vcpus)?;
+        }
         if matches!(call, Call::Ops | Call::Tables) {
             let (status, index) = match call {
                 Call::Ops => self.operations(cpu, vcpus)?,

@@ -136,6 +136,25 @@ impl Gate {
         Ok(())
     }
 
+    /// Has all vCPUs stand still and all events judged; false if some are missing or under way.
+    pub(super) fn stand_still(
+        &mut self,
+        cpu: u8,
+        vcpus: &mut dyn Vcpus,
+    ) -> Result<bool, GateFailure> {
+        self.stop_between_records(cpu, vcpus)?;
+        for other in 0..self.rings.len() {
+            let number = u8::try_from(other).unwrap_or(u8::MAX);
+            if self.intent(number)?.is_some() {
+                return Ok(false);
+            }
+        }
+        self.collect()?;
+        let last = self.memory.last_event_number()?;
+        let complete = self.sequencer.missing(last) == 0;
+        Ok(complete && self.judge(last, &[])?)
+    }
+
     /// Has all vCPUs stand still, none of them between taking a number and recording it: one that
     /// is goes on alone until it has recorded. One that never does is left where it is; what it
     /// owes is then missing.

@@ -1,6 +1,7 @@
 //! What goes into a gate and what comes out of it.
 
 use crate::audit::{Mediation, Probe, ProbeKind, Profile, Touched};
+use crate::config::Steps;
 use crate::leak::LeakScanner;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
@@ -83,6 +84,9 @@ pub trait Vcpus {
     /// Starts the others.
     fn start(&mut self);
 
+    /// Steps the vCPUs from here on, or does so no more. All stand still.
+    fn step(&mut self, _on: bool) {}
+
     /// Sends these the interrupt that asks for shootdowns.
     ///
     /// # Errors
@@ -158,6 +162,8 @@ pub struct GateSetup {
     pub stage: Box<dyn SecondStage>,
     /// What the host sees for itself, from the start.
     pub mediation: Mediation,
+    /// Which part of the run that is, where it is stepped.
+    pub steps: Steps,
     /// Root that every CPU starts with; CPU 0 runs from the start.
     pub boot_root: Gpa,
     /// How the CPUs invalidate translations.

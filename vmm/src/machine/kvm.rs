@@ -174,6 +174,10 @@ impl Vm {
     }
 }
 
+/// Where a local APIC's state has the interrupts that wait (SDM volume 3, "Local APIC Register Address
+/// Map": IRR).
+const LAPIC_REQUESTS: usize = 0x200;
+
 /// Executes instructions when it is run, whatever else was asked of it before.
 const RUNNABLE: kvm_mp_state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
 
@@ -388,6 +392,34 @@ impl Vcpu {
         self.fd.set_sync_valid_reg(SyncReg::Register);
         self.fd.set_sync_valid_reg(SyncReg::SystemRegister);
         self.registers()
+    }
+
+    /// Has the vCPU run without stopping behind each instruction.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn run_freely(&mut self) -> Result<(), KvmError> {
+        self.fd.set_guest_debug(&kvm_guest_debug::default()).what("step a vCPU no more")?;
+        self.fd.clear_sync_valid_reg(SyncReg::Register);
+        self.fd.clear_sync_valid_reg(SyncReg::SystemRegister);
+        Ok(())
+    }
+
+    /// Takes an interrupt with this vector out of the vCPU's interrupt controller, if one waits there.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn take_interrupt(&mut self, vector: u8) -> Result<bool, KvmError> {
+        let mut lapic = self.fd.get_lapic().what("read the interrupt controller")?;
+        // A bit each in eight registers of 32, 16 bytes apart.
+        let at = LAPIC_REQUESTS + usize::from(vector / 32) * 16 + usize::from(vector % 32 / 8);
+        let bit = 1_i8.wrapping_shl(u32::from(vector % 8));
+        let pending = lapic.regs[at] & bit != 0;
+        if pending {
+            lapic.regs[at] &= !bit;
+            self.fd.set_lapic(&lapic).what("change the interrupt controller")?;
+        }
+        Ok(pending)
     }
 
     fn suberror(&mut self) -> u32 {

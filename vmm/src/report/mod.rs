@@ -84,6 +84,30 @@ pub struct Machine {
     pub profile: String,
     /// What a simulated machine adds; `null` for others.
     pub simulation: Option<Simulation>,
+    /// What was stepped; `null` where nothing was.
+    #[serde(default)]
+    pub stepping: Option<Stepping>,
+}
+
+/// How far vCPUs were stepped.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Stepping {
+    /// Instructions, on all vCPUs.
+    pub instructions: u64,
+    /// Time that they took, in microseconds.
+    pub us: u64,
+    /// First event from which vCPUs were stepped; `null` if they never were.
+    pub from: Option<u64>,
+    /// Last event up to which they were; `null` if that is the last of the run.
+    pub to: Option<u64>,
+}
+
+impl Stepping {
+    /// Instructions in a second, if there were any.
+    #[must_use]
+    pub const fn per_second(&self) -> Option<u64> {
+        self.instructions.saturating_mul(1_000_000).checked_div(self.us)
+    }
 }
 
 /// A simulated machine, and what only it can tell of a run.

@@ -62,6 +62,7 @@ fn clean() -> Report {
         kernel: "6.18.0".into(),
         cpu: "AMD EPYC".into(),
         simulation: None,
+        stepping: None,
     };
     let probes = Probes { seed: 7, each: 8, trapped: 60, went_through: 20, ..Probes::default() };
     report.second_stage = SecondStage {
@@ -134,7 +135,7 @@ fn the_json_form_has_exactly_the_fields_of_the_contract() {
         "machine": {
             "kind": "kvm", "translation": "NPT", "evidence": "npt is Y", "mediation": "trace", "kernel": "6.18.0",
             "profile": "amd",
-            "cpu": "AMD EPYC", "simulation": null,
+            "cpu": "AMD EPYC", "simulation": null, "stepping": null,
         },
         "second_stage": {
             "backend": "guard", "granule": 4096, "detail": "madvise guards",
@@ -382,6 +383,22 @@ fn a_simulated_run_says_what_repeats_it() {
         assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
     }
     assert!(!clean().to_text().contains("simulation"));
+}
+
+#[test]
+fn a_stepped_run_says_how_much_was_stepped_and_how_fast() {
+    let mut report = clean();
+    let stepping = Stepping { instructions: 90_000, us: 2_000_000, from: Some(0), to: None };
+    report.machine.stepping = Some(stepping);
+    let text = report.to_text();
+    assert!(text.contains("90,000 instructions in 2,000.0 ms, 45,000 a second; all"), "{text}");
+    let stepping = Stepping { from: Some(70), to: Some(90), ..Stepping::default() };
+    report.machine.stepping = Some(stepping);
+    let text = report.to_text();
+    assert!(text.contains("events 70 to 90 alone"), "{text}");
+    report.machine.stepping = Some(Stepping::default());
+    assert!(report.to_text().contains("nothing was stepped"), "{}", report.to_text());
+    assert!(!clean().to_text().contains("stepped"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::layout::{grouped, labelled, milliseconds, paragraph};
 use super::observed::tables;
 use super::story::story;
-use super::{Address, Probes, Report, Simulation, Verdict};
+use super::{Address, Probes, Report, Simulation, Stepping, Verdict};
 use std::fmt::{Display, Write};
 
 /// Most violations, and most sealed accesses, that are shown one by one.
@@ -156,6 +156,9 @@ fn setting(out: &mut String, report: &Report) {
                  translations, {secret} of them of secret frames that must not happen"
             ),
         );
+    }
+    if let Some(stepping) = &machine.stepping {
+        line(out, "stepped", &stepped(stepping));
     }
     if second_stage.granule == 0 {
         line(out, "second stage", &format!("{}: {}", second_stage.backend, second_stage.detail));
@@ -384,4 +387,21 @@ fn more(out: &mut String, what: &str, count: u64) {
     if count > 0 {
         paragraph(out, 0, &format!("… and {} more {what}", grouped(count)));
     }
+}
+
+/// How much was stepped, which part of the run that was, and how fast.
+fn stepped(stepping: &Stepping) -> String {
+    let Stepping { instructions, us, from, to } = stepping;
+    let part = match (from, to) {
+        (None, _) => {
+            return "nothing was stepped".into();
+        }
+        (Some(0), None) => "all of the run".to_owned(),
+        (Some(from), None) => format!("from event {from} on"),
+        (Some(from), Some(to)) => format!("events {from} to {to} alone"),
+    };
+    let rate = stepping
+        .per_second()
+        .map_or_else(String::new, |rate| format!(", {} a second", grouped(rate)));
+    format!("{} instructions in {}{rate}; {part}", grouped(*instructions), milliseconds(*us))
 }

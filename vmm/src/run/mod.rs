@@ -11,6 +11,7 @@ mod probe;
 mod report;
 mod stage;
 mod station;
+mod stepping;
 mod threads;
 mod vcpu;
 mod violations;
@@ -29,7 +30,6 @@ use crate::leak::LeakScanner;
 use crate::machine::boot::{self, BootError};
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
-use crate::machine::step::{Inbox, Stepper};
 use crate::names::Names;
 use crate::recording::Recorder;
 use crate::second_stage::SecondStage;
@@ -44,6 +44,7 @@ use lacuna_abi::layout::{Layout, LayoutError, Needs};
 use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
+use stepping::Stepping;
 use threads::Threads;
 use zeroize::Zeroize;
 
@@ -193,6 +194,7 @@ impl Machine {
             memory: Arc::clone(&memory),
             stage,
             mediation: plan.mediation,
+            steps: plan.steps,
             boot_root: root,
             profile: plan.profile,
             quiesce_every: plan.quiesce_every,
@@ -263,35 +265,24 @@ impl Machine {
         };
         threads::register_kick().map_err(OpenError::Signal)?;
         probe::attach(probe, &memory, &gate).map_err(OpenError::Thread)?;
-        let (mediation, sightings) = {
+        let (stepping, sightings, is_direct) = {
             let gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
-            (gate.audit().mediation(), gate.sightings())
+            let on = gate.audit().mediation() == Mediation::Step;
+            let stepping = gate.is_to_step().then(|| Arc::new(Stepping::new(vcpus.len(), on)));
+            (stepping, gate.sightings(), gate.audit().is_direct())
         };
-        let stepped = mediation == Mediation::Step;
-        let inbox = stepped.then(|| Arc::new(Inbox::new(vcpus.len())));
-        let crew = if stepped { Crew::one_at_a_time(vcpus.len()) } else { Crew::new(vcpus.len()) };
-        let crew = Arc::new(crew);
+        let one_at_a_time = stepping.as_ref().is_some_and(|stepping| stepping.is_on());
+        let crew = Arc::new(Crew::with_turns(vcpus.len(), one_at_a_time));
         // vCPU 0 comes last: before it nothing runs.
         for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
             let mut station = station::Station::from(vcpu);
-            if mediation == Mediation::Tables {
+            if is_direct {
                 station.watch_control();
-            }
-            if let Some(inbox) = &inbox {
-                let (inbox, stop) = (Arc::clone(inbox), Arc::clone(&stop));
-                let (memory, sightings) = (Arc::clone(&memory), Arc::clone(&sightings));
-                let stepper =
-                    |registers| Stepper::new(cpu, registers, memory, sightings, (inbox, stop));
-                if let Err(error) = station.step_with(stepper) {
-                    crew.abandon();
-                    threads.join();
-                    return Err(OpenError::Kvm(error));
-                }
             }
             let runner = vcpu::Runner {
                 cpu,
                 station,
-                inbox: inbox.clone(),
+                stepping: stepping.clone(),
                 sightings: Arc::clone(&sightings),
                 crew: Arc::clone(&crew),
                 threads: Arc::clone(&threads),
@@ -384,7 +375,7 @@ impl Running {
             running: ended - started,
             in_guest: finished.in_guest,
             exits: finished.exits,
-            steps: finished.steps,
+            stepped: finished.stepped,
             started,
             simulation: finished.simulation,
         }
@@ -406,7 +397,7 @@ impl Running {
             running: started.elapsed(),
             in_guest: Duration::ZERO,
             exits: 0,
-            steps: 0,
+            stepped: (0, Duration::ZERO),
             started,
             simulation: None,
         }
@@ -435,8 +426,8 @@ pub struct Outcome {
     pub in_guest: Duration,
     /// Times that vCPUs left for the VMM.
     pub exits: u64,
-    /// Instructions that were stepped, on all vCPUs.
-    pub steps: u64,
+    /// Instructions that were stepped, on all vCPUs, and how long that took.
+    pub stepped: (u64, Duration),
     /// When the first instruction ran.
     pub started: Instant,
     /// What a simulated machine knows of the run.
@@ -460,7 +451,13 @@ impl Outcome {
 impl From<Simulated> for vcpu::Finished {
     fn from(simulated: Simulated) -> Self {
         let Simulated { end, in_guest, calls, statistics } = simulated;
-        Self { end: Some(end), in_guest, exits: calls, steps: 0, simulation: Some(statistics) }
+        Self {
+            end: Some(end),
+            in_guest,
+            exits: calls,
+            stepped: (0, Duration::ZERO),
+            simulation: Some(statistics),
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a machine is to be and to do: plain data, made from a configuration.
 
 use crate::audit::{Mediation, Profile};
-use crate::config::{Config, GuardChoice, MachineKind, OnFree, Seal, Shootdown, Workload};
+use crate::config::{Config, GuardChoice, MachineKind, OnFree, Seal, Shootdown, Steps, Workload};
 use crate::doctor::{HostFacts, ThisHost};
 use crate::image::{Image, ImageError, ORDINARY, WITH_FAULTS};
 use crate::leak::MAX_SECRET;
@@ -82,6 +82,8 @@ pub struct Plan {
     pub vma_budget: Option<u32>,
     /// What the host sees for itself.
     pub mediation: Mediation,
+    /// Which part of the run is stepped, where that is the mediation.
+    pub steps: Steps,
     /// How the CPUs invalidate translations.
     pub profile: Profile,
     /// Events between two complete checks.
@@ -156,6 +158,7 @@ impl Plan {
             guard: config.second_stage.guard,
             vma_budget: config.second_stage.vma_budget,
             mediation: config.mediation,
+            steps: config.steps,
             profile: profile(config),
             quiesce_every: config.audit.quiesce_every,
             probes: config.audit.probes,

@@ -4,7 +4,7 @@ use super::Outcome;
 use super::end::{End, Place};
 use super::violations::violations;
 use crate::audit::{Audit, CaseTally, Mediation, ProbeTally, Rule, Tally};
-use crate::config::{self, Config};
+use crate::config::{self, Config, MachineKind};
 use crate::gate::ProbeSummary;
 use crate::machine::decode::SealedAccess;
 use crate::names::Names;
@@ -58,7 +58,27 @@ pub fn outline(config: &Config, outcome: &Outcome, surroundings: Surroundings) -
     let Surroundings { machine, mut warnings, inconclusive, last_line, total } = surroundings;
     let mut report = beginning(config, machine);
     report.machine.simulation = outcome.simulation.map(simulation);
+    let mut never_stepped = None;
     outcome.with_gate(|gate| {
+        if config.mediation == Mediation::Step && config.machine == MachineKind::Kvm {
+            let (instructions, time) = outcome.stepped;
+            let part = gate.stepped();
+            let (from, to) = part.map_or((None, None), |(from, to)| (Some(from), to));
+            let us = micros(time);
+            report.machine.stepping = Some(report::Stepping { instructions, us, from, to });
+            if part.is_none() {
+                never_stepped = Some(format!(
+                    "nothing was stepped: there was no gate call behind event {} (--step-from)",
+                    config.steps.from
+                ));
+            } else if part != Some((0, None)) {
+                warnings.push(
+                    "not all of the run was stepped: outside of that part the guest's own records \
+                     of table writes and flushes are believed"
+                        .into(),
+                );
+            }
+        }
         let stage = gate.stage();
         report.second_stage.backend = stage.name().to_owned();
         report.second_stage.granule = stage.granule();
@@ -95,6 +115,7 @@ pub fn outline(config: &Config, outcome: &Outcome, surroundings: Surroundings) -
             report.counters.insert("table_writes_refused".to_owned(), counted.table_refusals);
         }
         report.inconclusive = inconclusive;
+        report.inconclusive.extend(never_stepped);
         if gate.input_is_outstanding() && matches!(outcome.end, End::Exit(0, _)) {
             report.inconclusive.push("the guest never took over its secret input".into());
         }

@@ -1,13 +1,14 @@
 //! A vCPU where its thread stands, and with it the others, as its gate call sees them.
 
 use super::crew::Turn;
+use super::stepping::Stepping;
 use super::threads::Threads;
 use super::vcpu::{Report, Standing};
 use crate::gate::Vcpus;
 use crate::machine::exit::Exit;
 use crate::machine::kvm::{Interrupts, KvmError, Vcpu};
 use crate::machine::state::Registers;
-use crate::machine::step::{Inbox, Stepper};
+use crate::machine::step::Stepper;
 use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use std::io;
 use std::time::Instant;
@@ -34,9 +35,9 @@ impl From<Vcpu> for Station {
 
 impl Station {
     /// Runs the vCPU until it comes out.
-    pub(super) fn run(&mut self) -> Exit {
-        let exit = match &mut self.stepper {
-            Some(stepper) => stepper.run(&mut self.vcpu),
+    pub(super) fn run(&mut self, stepping: Option<&Stepping>) -> Exit {
+        let exit = match self.stepper.as_mut().zip(stepping) {
+            Some((stepper, stepping)) => stepper.run(&mut self.vcpu, &stepping.inbox),
             None => self.vcpu.run(),
         };
         self.calling = matches!(exit, Exit::PortOut { .. });
@@ -44,16 +45,31 @@ impl Station {
         exit
     }
 
-    /// Steps the vCPU from here on.
+    /// Steps the vCPU from here on; whether an interrupt with this vector waits for it in its own
+    /// controller, which is taken out there.
     ///
     /// # Errors
     /// [`KvmError`] if KVM cannot.
-    pub(super) fn step_with(
+    pub(super) fn begin_steps(
         &mut self,
+        vector: u8,
         stepper: impl FnOnce(Registers) -> Stepper,
-    ) -> Result<(), KvmError> {
+    ) -> Result<bool, KvmError> {
+        if self.calling {
+            self.vcpu.complete();
+        }
+        let pending = self.vcpu.take_interrupt(vector)?;
         self.stepper = Some(stepper(self.vcpu.prepare_to_step()?));
-        Ok(())
+        Ok(pending)
+    }
+
+    /// Steps the vCPU no more; how many instructions were stepped.
+    ///
+    /// # Errors
+    /// [`KvmError`] if KVM cannot.
+    pub(super) fn end_steps(&mut self) -> Result<u64, KvmError> {
+        self.vcpu.run_freely()?;
+        Ok(self.stepper.take().map_or(0, |stepper| stepper.steps()))
     }
 
     /// Looks at CR0 and CR3 at every exit from here on.
@@ -111,8 +127,8 @@ pub(super) struct Floor<'f> {
     pub(super) station: &'f mut Station,
     pub(super) threads: &'f Threads,
     pub(super) interrupts: &'f Interrupts,
-    /// Where interrupts go that the VMM delivers itself.
-    pub(super) inbox: Option<&'f Inbox>,
+    /// Whether vCPUs are stepped, where a part of the run is.
+    pub(super) stepping: Option<&'f Stepping>,
 }
 
 impl Vcpus for Floor<'_> {
@@ -153,10 +169,18 @@ impl Vcpus for Floor<'_> {
         self.turn.start();
     }
 
+    fn step(&mut self, on: bool) {
+        if let Some(stepping) = self.stepping {
+            stepping.set(on);
+            self.turn.one_at_a_time(on);
+        }
+    }
+
     fn interrupt(&mut self, cpus: u8) -> Result<(), KvmError> {
-        (0..8).filter(|cpu| cpus & 1 << cpu != 0).try_for_each(|cpu| match self.inbox {
-            Some(inbox) => {
-                inbox.send(cpu);
+        let stepping = self.stepping.filter(|stepping| stepping.is_on());
+        (0..8).filter(|cpu| cpus & 1 << cpu != 0).try_for_each(|cpu| match stepping {
+            Some(stepping) => {
+                stepping.inbox.send(cpu);
                 Ok(())
             }
             None => self.interrupts.send(cpu, SHOOTDOWN_VECTOR),

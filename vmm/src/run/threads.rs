@@ -54,7 +54,8 @@ impl Threads {
             let Ok(finished) = thread.join() else { continue };
             all.end = all.end.or(finished.end);
             all.exits += finished.exits;
-            all.steps += finished.steps;
+            all.stepped.0 += finished.stepped.0;
+            all.stepped.1 += finished.stepped.1;
             all.simulation = all.simulation.or(finished.simulation);
             all.in_guest = all.in_guest.max(finished.in_guest);
         }

@@ -3,6 +3,7 @@
 use super::crew::{Crew, Turn};
 use super::end::{End, GuestEnd, Place};
 use super::station::{Floor, Station};
+use super::stepping::Stepping;
 use super::threads::Threads;
 use crate::events::Sightings;
 use crate::gate::{Gate, GateFailure, Served, Vcpus};
@@ -12,14 +13,14 @@ use crate::machine::decode::{SealedAccess, View};
 use crate::machine::exit::{
     AccessKind, Action, Exit, GuestFault, HostFault, Trouble, decide, is_yield,
 };
-use crate::machine::kvm::Interrupts;
+use crate::machine::kvm::{Interrupts, KvmError};
 use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
-use crate::machine::step::{Inbox, Lost, Stepper};
+use crate::machine::step::{Lost, Stepper};
 use crate::sim::Statistics;
 use crate::stop::{Stop, Stopped};
 use lacuna_abi::addr::Gva;
-use lacuna_abi::gate::{ExceptionReport, vector_name};
+use lacuna_abi::gate::{ExceptionReport, SHOOTDOWN_VECTOR, vector_name};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -55,8 +56,8 @@ pub(super) struct Runner {
     pub(super) crew: Arc<Crew<Report>>,
     pub(super) threads: Arc<Threads>,
     pub(super) interrupts: Interrupts,
-    /// Interrupts that the VMM delivers itself, where vCPUs are stepped.
-    pub(super) inbox: Option<Arc<Inbox>>,
+    /// Whether vCPUs are stepped, where a part of the run is.
+    pub(super) stepping: Option<Arc<Stepping>>,
     pub(super) sightings: Arc<Sightings>,
     pub(super) gate: Arc<Mutex<Gate>>,
     pub(super) memory: Arc<Memory>,
@@ -71,8 +72,8 @@ pub(super) struct Finished {
     pub(super) end: Option<End>,
     pub(super) in_guest: Duration,
     pub(super) exits: u64,
-    /// Instructions that were stepped.
-    pub(super) steps: u64,
+    /// Instructions that were stepped, and how long that took.
+    pub(super) stepped: (u64, Duration),
     /// Of a simulated machine.
     pub(super) simulation: Option<Statistics>,
 }
@@ -85,9 +86,18 @@ impl Runner {
         let mut finished = Finished::default();
         let mut yields = 0_u32;
         while crew.enter(self.cpu, || self.station.report()) {
+            if let Err(error) = self.switch(&mut finished) {
+                finished.end = Some(End::Host(error.to_string()));
+                crew.abandon();
+                break;
+            }
             let entered = Instant::now();
-            let exit = self.station.run();
-            finished.in_guest += entered.elapsed();
+            let exit = self.station.run(self.stepping.as_deref());
+            let took = entered.elapsed();
+            finished.in_guest += took;
+            if self.is_stepped() {
+                finished.stepped.1 += took;
+            }
             finished.exits += 1;
             crew.leave(self.cpu, self.station.is_calling() && !is_yield(&exit));
             // vCPU 0 never sleeps nor ends before the others: it is the one that stops the run.
@@ -114,12 +124,38 @@ impl Runner {
                 break;
             }
         }
-        finished.steps = self.station.stepper().map_or(0, Stepper::steps);
+        finished.stepped.0 += self.station.stepper().map_or(0, Stepper::steps);
         finished
     }
 
     const fn is_stepped(&self) -> bool {
-        self.inbox.is_some()
+        self.station.stepper().is_some()
+    }
+
+    /// Begins or ends to step this vCPU, if that is asked.
+    fn switch(&mut self, finished: &mut Finished) -> Result<(), KvmError> {
+        let Some(stepping) = &self.stepping else { return Ok(()) };
+        match (stepping.is_on(), self.station.stepper().is_some()) {
+            (true, false) => {
+                let (cpu, memory, stop) = (self.cpu, &self.memory, &self.stop);
+                let sightings = &self.sightings;
+                let stepper = |registers| {
+                    let (memory, sightings) = (Arc::clone(memory), Arc::clone(sightings));
+                    Stepper::new(cpu, registers, memory, sightings, Arc::clone(stop))
+                };
+                if self.station.begin_steps(SHOOTDOWN_VECTOR, stepper)? {
+                    stepping.inbox.send(cpu);
+                }
+            }
+            (false, true) => {
+                finished.stepped.0 += self.station.end_steps()?;
+                if stepping.inbox.take(self.cpu) {
+                    self.interrupts.send(self.cpu, SHOOTDOWN_VECTOR)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// What to do while this vCPU has the gate; the end, if it is one, after everything has been
@@ -159,7 +195,7 @@ impl Runner {
             station: &mut self.station,
             threads: &self.threads,
             interrupts: &self.interrupts,
-            inbox: self.inbox.as_deref(),
+            stepping: self.stepping.as_deref(),
         }
     }
 

@@ -224,6 +224,11 @@ impl Tlb {
         self.those(|cpu| cpu.running && cpu.may_cache(root))
     }
 
+    /// Root and PCID of a CPU.
+    pub(in crate::audit) fn space(&self, cpu: u8) -> Option<(Gpa, u16)> {
+        self.cpus.get(usize::from(cpu)).map(|cpu| (cpu.mode.root, cpu.mode.pcid))
+    }
+
     /// The CPU has its next event, `seq`: what it announced before has been carried out.
     #[inline]
     pub(in crate::audit) fn went_on(&mut self, cpu: u8, seq: u64) -> Result<(), TooMany> {

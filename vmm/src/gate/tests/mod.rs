@@ -155,6 +155,7 @@ impl Guest {
             memory: Arc::clone(&memory),
             stage,
             mediation,
+            steps: crate::config::Steps::ALL,
             boot_root: root,
             profile: Profile::Intel,
             quiesce_every: 1000,

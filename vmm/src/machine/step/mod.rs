@@ -97,7 +97,8 @@ impl Inbox {
         self.0.get(usize::from(cpu)).is_some_and(|pending| pending.load(Acquire))
     }
 
-    fn take(&self, cpu: u8) -> bool {
+    /// Takes a vCPU's interrupt back, if one was sent.
+    pub fn take(&self, cpu: u8) -> bool {
         self.0.get(usize::from(cpu)).is_some_and(|pending| pending.swap(false, AcqRel))
     }
 }
@@ -118,7 +119,6 @@ pub struct Stepper {
     cpu: u8,
     memory: Arc<Memory>,
     sightings: Arc<Sightings>,
-    inbox: Arc<Inbox>,
     stop: Arc<Stop>,
     foresight: Foresight,
     registers: Registers,
@@ -140,13 +140,12 @@ impl Stepper {
         registers: Registers,
         memory: Arc<Memory>,
         sightings: Arc<Sightings>,
-        (inbox, stop): (Arc<Inbox>, Arc<Stop>),
+        stop: Arc<Stop>,
     ) -> Self {
         Self {
             cpu,
             memory,
             sightings,
-            inbox,
             stop,
             foresight: Foresight::default(),
             registers,
@@ -170,7 +169,7 @@ impl Stepper {
     }
 
     /// Runs until the vCPU comes out, it is another's turn, or the run is to stop.
-    pub fn run(&mut self, vcpu: &mut impl Steppable) -> Exit {
+    pub fn run(&mut self, vcpu: &mut impl Steppable, inbox: &Inbox) -> Exit {
         let started = self.steps;
         loop {
             let done = self.steps - started;
@@ -180,7 +179,7 @@ impl Stepper {
             if done >= QUANTUM && (done >= QUANTUM + GRACE || !self.owes()) {
                 return Exit::Interrupted;
             }
-            match self.step(vcpu) {
+            match self.step(vcpu, inbox) {
                 Ok(None) => {}
                 Ok(Some(exit)) => return exit,
                 Err(why) => {
@@ -194,10 +193,9 @@ impl Stepper {
     }
 
     /// One instruction; an exit, if it leads to one.
-    fn step(&mut self, vcpu: &mut impl Steppable) -> Result<Option<Exit>, Why> {
-        if self.inbox.is_pending(self.cpu) && !self.shadow && self.registers.rflags & RFLAGS_IF != 0
-        {
-            self.inbox.take(self.cpu);
+    fn step(&mut self, vcpu: &mut impl Steppable, inbox: &Inbox) -> Result<Option<Exit>, Why> {
+        if inbox.is_pending(self.cpu) && !self.shadow && self.registers.rflags & RFLAGS_IF != 0 {
+            inbox.take(self.cpu);
             self.registers = self.deliver(lacuna_abi::gate::SHOOTDOWN_VECTOR)?;
             put(vcpu, &self.registers)?;
         }

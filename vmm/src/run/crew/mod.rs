@@ -108,19 +108,18 @@ pub(crate) struct Crew<R> {
 impl<R: Clone> Crew<R> {
     /// A crew whose member 0 runs and whose others are asleep.
     pub(crate) fn new(members: usize) -> Self {
+        Self::with_turns(members, false)
+    }
+
+    /// The same, of which one at a time is in the guest, or all are.
+    pub(crate) fn with_turns(members: usize, one_at_a_time: bool) -> Self {
         let phase = |index| if index == 0 { Phase::Outside } else { Phase::Asleep };
         let members = (0..members)
             .map(|index| Member { phase: phase(index), calling: false, report: None })
             .collect();
-        let state = State { members, holder: None, baton: None, stopped: None, ended: false };
+        let baton = one_at_a_time.then_some(0);
+        let state = State { members, holder: None, baton, stopped: None, ended: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
-    }
-
-    /// The same, of which one at a time is in the guest.
-    pub(crate) fn one_at_a_time(members: usize) -> Self {
-        let crew = Self::new(members);
-        crew.lock().baton = Some(0);
-        crew
     }
 
     /// It is the next member's turn to be in the guest, where only one at a time may.
@@ -285,6 +284,12 @@ impl<R: Clone> Turn<'_, R> {
     pub(crate) fn resume(&self) {
         self.crew.lock().stopped = None;
         self.crew.changed.notify_all();
+    }
+
+    /// From here on one member at a time is in the guest, this one first; or all are. All others stand
+    /// still.
+    pub(crate) fn one_at_a_time(&self, on: bool) {
+        self.crew.lock().baton = on.then_some(self.member);
     }
 
     /// Wakes those that are asleep.
