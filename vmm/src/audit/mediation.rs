@@ -57,9 +57,9 @@ impl Audit {
         self.mediation = mediation;
         self.index.keep_dropped(mediation != Mediation::Trace);
         self.fills.clear_words();
-        self.text = if self.is_direct() { self.find_text() } else { Vec::new() };
         let Self { tlb, honesty, .. } = self;
         honesty.begin(self.last_seq == 0, tlb.running(), |cpu| tlb.space(cpu));
+        self.text = if self.is_direct() { self.find_text() } else { Vec::new() };
         if mediation == Mediation::Trace {
             return;
         }

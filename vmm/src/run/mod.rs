@@ -265,19 +265,18 @@ impl Machine {
         };
         threads::register_kick().map_err(OpenError::Signal)?;
         probe::attach(probe, &memory, &gate).map_err(OpenError::Thread)?;
-        let (mediation, stepping, sightings) = {
+        let (stepping, sightings, is_direct) = {
             let gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
-            let mediation = gate.audit().mediation();
-            let on = mediation == Mediation::Step;
+            let on = gate.audit().mediation() == Mediation::Step;
             let stepping = gate.is_to_step().then(|| Arc::new(Stepping::new(vcpus.len(), on)));
-            (mediation, stepping, gate.sightings())
+            (stepping, gate.sightings(), gate.audit().is_direct())
         };
         let one_at_a_time = stepping.as_ref().is_some_and(|stepping| stepping.is_on());
         let crew = Arc::new(Crew::with_turns(vcpus.len(), one_at_a_time));
         // vCPU 0 comes last: before it nothing runs.
         for (cpu, vcpu) in (0..=u8::MAX).zip(vcpus).rev() {
             let mut station = station::Station::from(vcpu);
-            if mediation == Mediation::Tables {
+            if is_direct {
                 station.watch_control();
             }
             let runner = vcpu::Runner {
