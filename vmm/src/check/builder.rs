@@ -46,11 +46,7 @@ impl Builder<'_> {
                 let before = cases.len();
                 self.add(&mut cases, &axes, &settings, Some(planted))?;
                 if cases.len() == before {
-                    let (name, vcpus) = (planted.fault.name(), planted.fault.vcpus());
-                    let what = format!("{name} is no fault with fewer than {vcpus} vCPUs");
-                    let remedy = format!("add {vcpus} to vcpus");
-                    let error = self.reader.source.error(SECTION, "fault", None, what, remedy);
-                    return Err(error);
+                    return Err(self.no_case(planted.fault, &axes));
                 }
             }
             if cases.len() > MAX_CASES {
@@ -59,6 +55,20 @@ impl Builder<'_> {
             }
         }
         Ok(cases)
+    }
+
+    /// Why a fault makes no case.
+    fn no_case(&self, fault: Fault, axes: &Axes) -> ConfigError {
+        let (name, vcpus, modes) = (fault.name(), fault.vcpus(), fault.modes());
+        let enough = axes.vcpus.as_deref().unwrap_or(&[self.plain.guest.vcpus]);
+        let (what, remedy) = if enough.iter().all(|given| *given < vcpus) {
+            let what = format!("{name} is no fault with fewer than {vcpus} vCPUs");
+            (what, format!("add {vcpus} to vcpus"))
+        } else {
+            let what = format!("{name} is found under {} only", modes.join(" and "));
+            (what, format!("add {:?} to mediate", modes[0]))
+        };
+        self.reader.source.error(SECTION, "fault", None, what, remedy)
     }
 
     fn add(
@@ -70,9 +80,13 @@ impl Builder<'_> {
     ) -> Result<(), ConfigError> {
         let or = |list: &Option<Vec<u8>>, own| list.clone().unwrap_or_else(|| vec![own]);
         let fewest = planted.map_or(1, |planted| planted.fault.vcpus());
+        let sees = |mediation: &&Mediation| {
+            planted.is_none_or(|planted| planted.fault.modes().contains(&mediation.name()))
+        };
         let own_seal = || vec![self.plain.second_stage.seal];
         for machine in axes.machine.as_deref().unwrap_or(&[MachineKind::Kvm]) {
-            for mediation in axes.mediate.as_deref().unwrap_or(&[Mediation::Trace]) {
+            let modes = axes.mediate.as_deref().unwrap_or(&[Mediation::Trace]);
+            for mediation in modes.iter().filter(sees) {
                 for seal in axes.seal.clone().unwrap_or_else(own_seal) {
                     for vcpus in or(&axes.vcpus, self.plain.guest.vcpus) {
                         if vcpus >= fewest {

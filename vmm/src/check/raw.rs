@@ -36,6 +36,11 @@ const FIELDS: &[Field] = &[
     field(SECTION, "message", "a text that the guest's error, or a reason of doubt, must contain"),
     field(SECTION, "optional", "true or false"),
     field(SECTION, "timeout_s", "a number of seconds from 1 to 86400"),
+    field(
+        SECTION,
+        "leave_out",
+        "a list of patterns of names of cases that are not to be made, such as [\"*/kvm/step/*\"]",
+    ),
     field(SECTION, "quick", "a list of patterns of names of cases, such as [\"*/sim/*\"]"),
     field(
         SECTION,
@@ -70,6 +75,7 @@ pub(super) struct Scenario {
     pub message: Text,
     pub optional: Option<bool>,
     pub timeout_s: Number,
+    pub leave_out: List<String>,
     pub quick: List<String>,
     pub fault: Vec<Fault>,
 }

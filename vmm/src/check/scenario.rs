@@ -76,7 +76,13 @@ pub(super) fn from_text(file: &Path, text: &str) -> Result<Vec<Case>, ConfigErro
         plain,
     };
     let mut cases = builder.cases(&planted)?;
-    reader.mark_quick(&raw.quick, &mut cases)?;
+    if let Some(left_out) = reader.matching("leave_out", &raw.leave_out, &cases)? {
+        let mut left_out = left_out.into_iter();
+        cases.retain(|_| left_out.next() == Some(false));
+    }
+    if let Some(quick) = reader.matching("quick", &raw.quick, &cases)? {
+        cases.iter_mut().zip(quick).for_each(|(case, quick)| case.quick = quick);
+    }
     Ok(cases)
 }
 
@@ -317,27 +323,26 @@ impl Reader<'_> {
         Ok(all)
     }
 
-    /// Marks those that run where not all are asked for: all if the file does not say.
-    fn mark_quick(&self, raw: &List<String>, cases: &mut [Case]) -> Result<(), ConfigError> {
-        let Some(raw) = raw else { return Ok(()) };
-        cases.iter_mut().for_each(|case| case.quick = false);
+    /// Which of the cases the patterns of a field match; `None` if the file has no such field.
+    fn matching(
+        &self,
+        field: &str,
+        raw: &List<String>,
+        cases: &[Case],
+    ) -> Result<Option<Vec<bool>>, ConfigError> {
+        let Some(raw) = raw else { return Ok(None) };
+        let mut all = vec![false; cases.len()];
         for text in raw.get_ref() {
-            let pattern = Pattern::new(text.get_ref()).map_err(|why| {
-                self.refuse(
-                    "quick",
-                    Some(text.span()),
-                    format!("{:?} is no pattern: {why}", text.get_ref()),
-                )
-            })?;
-            let mut some = false;
-            for case in cases.iter_mut().filter(|case| pattern.matches(&case.name)) {
-                (case.quick, some) = (true, true);
+            let refuse = |what| self.refuse(field, Some(text.span()), what);
+            let text = text.get_ref();
+            let pattern = Pattern::new(text)
+                .map_err(|why| refuse(format!("{text:?} is no pattern: {why}")))?;
+            let matches = |case: &Case| pattern.matches(&case.name);
+            if !cases.iter().any(matches) {
+                return Err(refuse(format!("no case matches {text:?}")));
             }
-            if !some {
-                let what = format!("no case matches {:?}", text.get_ref());
-                return Err(self.refuse("quick", Some(text.span()), what));
-            }
+            all.iter_mut().zip(cases).for_each(|(known, case)| *known |= matches(case));
         }
-        Ok(())
+        Ok(Some(all))
     }
 }

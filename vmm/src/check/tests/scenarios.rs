@@ -98,6 +98,7 @@ fn mistakes_are_named_with_file_line_field_and_remedy() {
         ),
         ("message = \"x\"", &["some.toml:4: [scenario] message: nothing is said where \"pass\""]),
         ("quick = [\"*/kvm/*\"]", &["some.toml:4: [scenario] quick: no case matches \"*/kvm/*\""]),
+        ("leave_out = [\"*/kvm/*\"]", &["some.toml:4: [scenario] leave_out: no case matches"]),
         ("quick = [\"[\"]", &["some.toml:4: [scenario] quick: \"[\" is no pattern"]),
         (
             "config = \"no.toml\"",
@@ -130,6 +131,10 @@ fn mistakes_are_named_with_file_line_field_and_remedy() {
             &["fault: wrong-cpu-window is no fault with fewer than 2 vCPUs; add 2 to vcpus"],
         ),
         (
+            "[[scenario.fault]]\ninject = [\"forged-flush\"]",
+            &["fault: forged-flush is found under step only; add \"step\" to mediate"],
+        ),
+        (
             &format!("{fault}frame = \"5\""),
             &["some.toml:6: [scenario] fault: frame: \"5\" is no address"],
         ),
@@ -157,10 +162,38 @@ fn a_scenario_that_requires_nothing_must_say_so() {
 }
 
 #[test]
-fn a_mode_that_this_version_lacks_is_refused_at_its_list() {
-    let error = refused(&scenario("mediate = [\"trace\", \"step\"]"));
-    let place = "some.toml:4: [scenario] mediate: this version has no mediation \"step\" (case some/sim/step/";
-    assert!(error.contains(place), "{error}");
+fn a_lie_is_planted_only_where_somebody_looks() {
+    let text = scenario(
+        "mediate = [\"trace\", \"tables\", \"step\"]\n[[scenario.fault]]\n\
+         inject = [\"forged-flush\", \"forged-table-write\"]",
+    );
+    let planted = names(&text).into_iter().filter(|name| !name.ends_with("clean"));
+    assert_eq!(
+        planted.collect::<Vec<_>>(),
+        [
+            "some/sim/step/auto/vcpus=1/forged-flush",
+            "some/sim/tables/auto/vcpus=1/forged-table-write",
+            "some/sim/step/auto/vcpus=1/forged-table-write",
+        ]
+    );
+}
+
+#[test]
+fn cases_of_these_patterns_are_left_out() {
+    let text = scenario(
+        "mediate = [\"trace\", \"step\"]\nseal = [\"guard\", \"off\"]\n\
+         leave_out = [\"*/step/off/*\"]\nquick = [\"*/off/*\"]",
+    );
+    let cases = cases(&text);
+    let names: Vec<_> = cases.iter().map(|case| (case.name.as_str(), case.quick)).collect();
+    assert_eq!(
+        names,
+        [
+            ("some/sim/trace/guard/vcpus=1/clean", false),
+            ("some/sim/trace/off/vcpus=1/clean", true),
+            ("some/sim/step/guard/vcpus=1/clean", false),
+        ]
+    );
 }
 
 #[test]
@@ -242,8 +275,8 @@ fn a_file_that_a_case_names_is_looked_at_before_any_case_runs() {
 
 /// What the built-in suite covers, so that nothing falls out of it unseen.
 #[test]
-fn the_built_in_suite_has_every_fault_on_both_machines_under_every_seal_that_shows_it() {
-    use crate::config::{MachineKind, Seal};
+fn the_built_in_suite_has_every_fault_in_every_mode_under_every_seal_that_shows_it() {
+    use crate::config::{MachineKind, Mediation, Seal};
     use lacuna_abi::fault::Fault;
     let suite = Suite::built_in().unwrap();
     for fault in Fault::ALL {
@@ -251,22 +284,30 @@ fn the_built_in_suite_has_every_fault_on_both_machines_under_every_seal_that_sho
             Fault::SkipWindowFlush | Fault::FreeBeforeWindowFlush => &[Seal::Off],
             _ => &[Seal::Guard, Seal::Memslot, Seal::Off],
         };
-        for machine in MachineKind::ALL {
+        let modes = Mediation::ALL.iter().filter(|mode| fault.modes().contains(&mode.name()));
+        for (machine, mode) in MachineKind::ALL.iter().flat_map(|m| modes.clone().map(|o| (*m, *o)))
+        {
             let there = |vcpus, seal: Seal, quick: bool| {
                 suite.cases().iter().any(|case| {
-                    (case.fault, case.machine, case.vcpus) == (Some(*fault), *machine, vcpus)
+                    (case.fault, case.vcpus) == (Some(*fault), vcpus)
+                        && (case.machine, case.mediation) == (machine, mode)
                         && seal == case.seal
                         && (case.quick || !quick)
                 })
             };
-            for vcpus in [1, 2, 4].into_iter().filter(|vcpus| *vcpus >= fault.vcpus()) {
+            let name = format!("{} on {} under {}", fault.name(), machine.name(), mode.name());
+            // A vCPU that is stepped takes its time: one seal and few vCPUs are enough there.
+            let slow = machine == MachineKind::Kvm && mode == Mediation::Step;
+            let seals = if slow { &seals[..1] } else { seals };
+            let vcpus: &[u8] = if slow { &[fault.vcpus()] } else { &[1, 2, 4] };
+            for vcpus in vcpus.iter().filter(|vcpus| **vcpus >= fault.vcpus()) {
                 for seal in seals {
-                    let name = fault.name();
-                    assert!(there(vcpus, *seal, false), "{name} {machine:?} {vcpus} {seal:?}");
+                    assert!(there(*vcpus, *seal, false), "{name}: {vcpus} vCPUs, {seal:?}");
                 }
             }
             let quick = (1..=8).any(|vcpus| seals.iter().any(|seal| there(vcpus, *seal, true)));
-            assert!(quick, "{} is not among the quick ones on {machine:?}", fault.name());
+            let among = mode == Mediation::Trace || machine == MachineKind::Sim;
+            assert!(quick || !among, "{name} is not among the quick ones");
         }
     }
 }
