@@ -196,8 +196,8 @@ fn refused() -> Check {
     wrong(&check(path, &[])?, "there is no scenario in this folder")?;
     write(path, "case.toml", "require = []\nsael = [\"off\"]", IDLE)?;
     wrong(&check(path, &[])?, "case.toml:4: [scenario] sael: there is no such field; known: ")?;
-    write(path, "case.toml", "require = []\nmediate = [\"step\"]", IDLE)?;
-    wrong(&check(path, &[])?, "case.toml:4: [scenario] mediate: this version has no mediation")?;
+    write(path, "case.toml", "require = []\nmediate = [\"ear\"]", IDLE)?;
+    wrong(&check(path, &[])?, "case.toml:4: [scenario] mediate: \"ear\" is not known")?;
     write(
         path,
         "case.toml",
