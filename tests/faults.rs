@@ -8,7 +8,7 @@ use lacuna::config::MachineKind;
 use lacuna_abi::fault::{Fault, Slip};
 use libtest_mimic::Trial;
 use support::matrix::{SEALS, Twin, seals};
-use support::{Check, ensure, fault_is_found, lacuna, slips, trial};
+use support::{Check, ensure, fault_is_found, is_judged_the_same, lacuna, slips, trial};
 
 fn main() {
     support::run(trials(), false);
@@ -45,6 +45,14 @@ fn trials() -> Vec<Trial> {
                 trials.push(trial(&name, move || fault_is_found(&config, *fault, &args)));
             }
         }
+    }
+    for inject in [&[][..], &["--inject", "forged-flush"], &["--inject", "forged-table-write"]] {
+        let what = inject.last().unwrap_or(&"clean_run");
+        let name = format!("a_recording_of_a_stepped_{what}_is_judged_the_same");
+        trials.push(trial(&name, move || {
+            let args = [&["--machine", "sim", "--mediate", "step"], inject].concat();
+            is_judged_the_same(&Twin::Replay.config(2), &args)
+        }));
     }
     for fault in [Fault::SkipWindowFlush, Fault::FreeBeforeWindowFlush] {
         let name = format!("a_completed_seal_makes_up_for_{}", fault.name());
