@@ -241,7 +241,9 @@ impl Stepper {
             return Err(why);
         }
         let sti = instruction.mnemonic() == iced_x86::Mnemonic::Sti;
-        self.counted(sti && before.rflags & RFLAGS_IF == 0 && second.is_none());
+        // Unless KVM has executed the next instruction with it.
+        let alone = after.rip == instruction.next_ip();
+        self.counted(sti && before.rflags & RFLAGS_IF == 0 && alone);
         Ok((exit != Exit::Stepped).then_some(exit))
     }
 
