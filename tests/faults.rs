@@ -47,6 +47,14 @@ fn trials() -> Vec<Trial> {
         }
     }
     trials.extend(under_tables());
+    for inject in [&[][..], &["--inject", "forged-flush"], &["--inject", "forged-table-write"]] {
+        let what = inject.last().unwrap_or(&"clean_run");
+        let name = format!("a_recording_of_a_stepped_{what}_is_judged_the_same");
+        trials.push(trial(&name, move || {
+            let args = [&["--machine", "sim", "--mediate", "step"], inject].concat();
+            is_judged_the_same(&Twin::Replay.config(2), &args)
+        }));
+    }
     for fault in [Fault::SkipWindowFlush, Fault::FreeBeforeWindowFlush] {
         let name = format!("a_completed_seal_makes_up_for_{}", fault.name());
         trials.push(trial(&name, move || healed(fault)));

@@ -5,7 +5,9 @@ mod support;
 
 use lacuna_abi::fault::Fault;
 use libtest_mimic::Trial;
-use support::{Check, Run, dirty, ensure, fault_is_found, lacuna, replay, trial};
+use support::{
+    Check, Run, dirty, ensure, fault_is_found, is_judged_the_same, lacuna, replay, trial,
+};
 
 /// Events of the recording: enough for a flip, windows, and the way back.
 const EVENTS: u64 = 40;
@@ -28,6 +30,7 @@ fn trials() -> Vec<Trial> {
         trial("a_window_of_a_run_is_stepped_and_the_rest_is_not", window),
         trial("a_run_that_ends_before_it_is_stepped_is_inconclusive", never),
         trial("every_observation_agrees_with_the_model_when_stepped", probe),
+        trial("a_recording_of_a_window_is_judged_the_same", recorded),
         trial("an_exception_is_reported_when_stepped", exception),
         trial("a_sealed_access_is_caught_when_stepped", sealed),
     ];
@@ -75,6 +78,10 @@ fn window() -> Check {
         ensure(warned, "no warning")?;
     }
     Ok(())
+}
+
+fn recorded() -> Check {
+    is_judged_the_same(&config(1), &["--mediate", "step", "--step-from", "60", "--step-to", "120"])
 }
 
 fn never() -> Check {

@@ -115,6 +115,11 @@ impl Honesty {
         })
     }
 
+    pub(super) fn is_compared(&self, cpu: u8) -> bool {
+        let book = self.books.get(usize::from(cpu));
+        book.is_some_and(|book| book.state != State::FromNextCall)
+    }
+
     /// Takes what a CPU reports.
     pub(super) fn reported(&mut self, record: &Record, index: &Index, ledger: &mut Ledger) {
         let Some(book) = self.books.get_mut(usize::from(record.cpu)) else { return };

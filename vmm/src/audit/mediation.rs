@@ -87,6 +87,12 @@ impl Audit {
         }
     }
 
+    /// Whether what a CPU reports is compared with what it does, or was up to the first difference.
+    #[must_use]
+    pub fn is_compared(&self, cpu: u8) -> bool {
+        self.honesty.is_compared(cpu)
+    }
+
     /// Whether some CPU was seen to do what it has not reported, or reported what it was not seen to
     /// do, so far.
     #[must_use]

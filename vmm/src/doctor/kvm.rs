@@ -48,6 +48,14 @@ const fn optional(name: &'static str, cap: Cap, needed_for: &'static str) -> Cap
     Capability { name, cap, minimum: 1, required: false, needed_for, remedy: NOT_NEEDED }
 }
 
+/// What stepping needs.
+const STEPS: [&str; 2] = ["KVM_CAP_SYNC_REGS", "KVM_CAP_SET_GUEST_DEBUG"];
+
+const fn for_steps(name: &'static str, cap: Cap) -> Capability {
+    let needed_for = "single-stepping (--mediate step)";
+    Capability { name, cap, minimum: 1, required: false, needed_for, remedy: KERNEL }
+}
+
 /// The capabilities that matter.
 pub const CAPABILITIES: &[Capability] = &[
     required("KVM_CAP_USER_MEMORY", Cap::UserMemory, 1, "guest memory", KERNEL),
@@ -74,8 +82,8 @@ pub const CAPABILITIES: &[Capability] = &[
         Cap::MemoryFaultInfo,
         "the address of a sealed access straight from KVM (otherwise the instruction is decoded)",
     ),
-    optional("KVM_CAP_SYNC_REGS", Cap::SyncRegs, "fast single-stepping (a later version)"),
-    optional("KVM_CAP_SET_GUEST_DEBUG", Cap::SetGuestDebug, "single-stepping (a later version)"),
+    for_steps(STEPS[0], Cap::SyncRegs),
+    for_steps(STEPS[1], Cap::SetGuestDebug),
     optional("KVM_CAP_READONLY_MEM", Cap::ReadonlyMem, "read-only slots (a later version)"),
     optional("KVM_CAP_GUEST_MEMFD", Cap::GuestMemfd, "memory that the host cannot read (later)"),
 ];
@@ -125,5 +133,14 @@ pub(super) fn facts(kvm: &Kvm) -> Result<KvmFacts, HostError> {
 /// [`HostError::Missing`] names the first that is not there.
 pub fn require(vm: &VmFd) -> Result<(), HostError> {
     let lacks = |c: &&Capability| c.required && vm.check_extension_int(c.cap) < c.minimum;
+    CAPABILITIES.iter().find(lacks).map_or(Ok(()), |capability| Err(capability.into()))
+}
+
+/// Checks that a virtual machine's vCPUs can be stepped.
+///
+/// # Errors
+/// As [`require`].
+pub fn require_steps(vm: &VmFd) -> Result<(), HostError> {
+    let lacks = |c: &&Capability| STEPS.contains(&c.name) && vm.check_extension_int(c.cap) < 1;
     CAPABILITIES.iter().find(lacks).map_or(Ok(()), |capability| Err(capability.into()))
 }

@@ -12,7 +12,7 @@ mod text;
 pub use error::HostError;
 pub use flavour::{Flavour, Translation};
 pub use host::{Host, ThisHost};
-pub use kvm::{CAPABILITIES, Capability, DEVICE, KvmFacts, open_kvm, require};
+pub use kvm::{CAPABILITIES, Capability, DEVICE, KvmFacts, open_kvm, require, require_steps};
 
 use crate::audit::Profile;
 use serde::{Serialize, Serializer};

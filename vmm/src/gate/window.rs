@@ -5,6 +5,9 @@ use super::{Gate, GateFailure, Vcpus};
 use crate::audit::Mediation;
 use crate::config::Steps;
 
+/// RFLAGS.IF: interrupts on.
+const RFLAGS_IF: u64 = 1 << 9;
+
 /// Which events are stepped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Window {
@@ -52,14 +55,18 @@ impl Gate {
         let Some(to) = self.window.as_ref().and_then(|window| window.changes(last)) else {
             return Ok(());
         };
-        // At the end nobody may be between what it did and its record.
-        if to == Mediation::Trace && self.audit.owes_reports() {
-            return Ok(());
+        let is_settled = self.stand_still(cpu, vcpus)?;
+        let seq = self.memory.last_event_number()?;
+        if to == Mediation::Trace {
+            self.note_settled(cpu, vcpus, seq)?;
         }
-        if self.stand_still(cpu, vcpus)? && !(to == Mediation::Trace && self.audit.owes_reports()) {
-            let seq = self.memory.last_event_number()?;
+        // At the end nobody may be between what it did and its record.
+        if is_settled && !(to == Mediation::Trace && self.audit.owes_reports()) {
             self.with_audit(|audit, world| audit.mediate(to, world));
-            self.audit.came(cpu, seq);
+            if to == Mediation::Step {
+                self.audit.came(cpu, seq);
+                self.note_settled(cpu, vcpus, seq)?;
+            }
             vcpus.step(to == Mediation::Step);
             if let Some(window) = &mut self.window {
                 window.stepped = match window.stepped {
@@ -69,6 +76,23 @@ impl Gate {
             }
         }
         vcpus.resume();
+        Ok(())
+    }
+
+    /// CPUs that are not compared yet are from here on if their interrupts are on: a guest acts and
+    /// records with interrupts off. All stand still.
+    fn note_settled(
+        &mut self,
+        cpu: u8,
+        vcpus: &mut dyn Vcpus,
+        seq: u64,
+    ) -> Result<(), GateFailure> {
+        for other in self.audit.running().filter(|other| *other != cpu).collect::<Vec<_>>() {
+            let waits = !self.audit.is_compared(other);
+            if waits && vcpus.registers(other)?.rflags & RFLAGS_IF != 0 {
+                self.audit.came(other, seq);
+            }
+        }
         Ok(())
     }
 }

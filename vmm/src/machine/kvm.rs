@@ -130,6 +130,14 @@ impl Vm {
         doctor::require(&self.vm)
     }
 
+    /// Checks that the VM's vCPUs can be stepped.
+    ///
+    /// # Errors
+    /// As [`Self::require`].
+    pub fn require_steps(&self) -> Result<(), HostError> {
+        doctor::require_steps(&self.vm)
+    }
+
     /// Makes vCPU `cpu`, ready to start at `entry` with the tables of `root`.
     ///
     /// # Errors

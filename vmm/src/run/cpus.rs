@@ -1,6 +1,7 @@
 //! The CPUs of a machine that has not started.
 
 use super::{OpenError, Plan, stage};
+use crate::audit::Mediation;
 use crate::machine::kvm::{Interrupts, KvmError, ProbeVcpu, Vcpu, Vm};
 use crate::machine::memory::Memory;
 use crate::second_stage::SecondStage;
@@ -27,6 +28,9 @@ pub(super) fn on_kvm(
 ) -> Result<(Cpus, Box<dyn SecondStage>), OpenError> {
     let vm = Vm::new(kvm, Arc::clone(memory))?;
     vm.require()?;
+    if plan.mediation == Mediation::Step {
+        vm.require_steps()?;
+    }
     let stage = stage::second_stage(plan, &vm, memory)?;
     let vcpus = (0..plan.vcpus).map(|cpu| vm.vcpu(cpu, plan.image.entry, root));
     let vcpus = vcpus.collect::<Result<_, _>>()?;

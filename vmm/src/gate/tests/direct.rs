@@ -253,7 +253,7 @@ fn word(guest: &Guest, choice: u8, random: u64) -> u64 {
         4 => layout.pool.gpa.0 + page,
         5 => guest.root.0,
         6 => window(0).0 + random % 512 * PAGE_SIZE,
-        7 => direct_map(layout.zone.gpa).0 + (random % 8 << 21),
+        7 => direct_map(layout.zone.gpa).0 + ((random % 8) << 21),
         8 => (layout.pool.gpa.0 + page) | Entry::TABLE,
         9 => (layout.zone.gpa.0 + page) | Entry::DATA,
         10 => layout.zone.gpa.0 | Entry::DATA | Entry::PAGE_SIZE | Entry::GLOBAL,
