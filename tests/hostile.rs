@@ -36,12 +36,17 @@ fn main() {
 }
 
 /// The report, and what the guest left that a rule forbids.
-fn run(image: &[u8], seal: Seal, timeout: Duration) -> Result<(Report, Option<String>), Failed> {
+fn run(
+    (image, vcpus): (&[u8], u8),
+    seal: Seal,
+    timeout: Duration,
+) -> Result<(Report, Option<String>), Failed> {
     let text = "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"idle\"\n";
     let overrides = Overrides { seal: Some(seal), ..Overrides::default() };
     let config = Config::from_text(Path::new("hostile.toml"), text, &overrides)?;
     let (mut plan, _) = Plan::new(&config)?;
     plan.image = Image::parse(image)?;
+    plan.vcpus = vcpus;
     plan.timeout = timeout;
     let notes = Notes::default();
     let machine = Machine::open(Host::of(config.machine)?, plan, vec![Box::new(notes.clone())])?;
@@ -64,7 +69,7 @@ fn run(image: &[u8], seal: Seal, timeout: Duration) -> Result<(Report, Option<St
 
 /// What it does is a violation of its rule, whatever else is.
 fn found(sin: Sin, seal: Seal) -> Check {
-    let (report, _) = run(&sin.image()?, seal, PATIENCE)?;
+    let (report, _) = run((&sin.image()?, 1), seal, PATIENCE)?;
     let all = &report.violations;
     ensure(report.verdict == Verdict::Violation, &format!("{:?}: {all:#?}", report.verdict))?;
     let found = all.iter().any(|violation| violation.rule == sin.rule().name());
@@ -96,7 +101,7 @@ fn generated() -> Check {
         let program = Program::new(seed);
         let seal = [Seal::Guard, Seal::Guard, Seal::Memslot, Seal::Off][(seed / 8 % 4) as usize];
         let started = Instant::now();
-        let (report, forbidden) = run(&program.image, seal, LIMIT)
+        let (report, forbidden) = run((&program.image, program.vcpus), seal, LIMIT)
             .map_err(|error| format!("seed {seed}: {}", error.message().unwrap_or_default()))?;
         let took = started.elapsed();
         ensure(took < LIMIT + PATIENCE, &format!("seed {seed} took {took:?}"))?;
@@ -104,6 +109,8 @@ fn generated() -> Check {
             let own = reason.starts_with("the host failed");
             ensure(!own, &format!("seed {seed} ({}): {reason}", program.kind))?;
         }
+        // With several, it is not noted which CPU opened a frame.
+        let forbidden = forbidden.filter(|_| program.vcpus == 1);
         if let (Verdict::Pass, Some(what)) = (report.verdict, forbidden) {
             return Err(
                 format!("seed {seed} ({}) passes in spite of this: {what}", program.kind).into()
