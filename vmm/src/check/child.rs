@@ -118,6 +118,7 @@ fn read(ended: Ended, stdout: &[u8], stderr: &str) -> Ran {
 
 #[cfg(test)]
 mod tests {
+    use super::super::scenario;
     use super::*;
     use std::os::unix::process::ExitStatusExt;
 
@@ -132,6 +133,23 @@ mod tests {
             let ran = ended(status, stdout, "thread panicked");
             assert!(matches!(&ran, Ran::Crashed(why) if why.contains("panicked")), "{ran:?}");
         }
+    }
+
+    fn case(machine: &str) -> Case {
+        let text = format!(
+            "[scenario]\nmachine = [{machine:?}]\nrequire = []\n[workload]\nprogram = \"idle\"\n"
+        );
+        scenario::from_text(Path::new("some.toml"), &text).unwrap().remove(0)
+    }
+
+    #[test]
+    fn without_kvm_its_cases_are_missing_and_others_run() {
+        let (program, folder) = (PathBuf::from("false"), PathBuf::new());
+        let children = Children { program, folder, no_kvm: Some("no /dev/kvm".into()) };
+        let run = |machine| children.run(&case(machine), &AtomicBool::new(false));
+        assert_eq!(run("kvm"), Ran::Missing("no /dev/kvm".into()));
+        // This one started, and left nothing.
+        assert!(matches!(run("sim"), Ran::Crashed(why) if why.contains("exit status: 1")));
     }
 
     #[test]

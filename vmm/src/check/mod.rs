@@ -2,7 +2,7 @@
 //!
 //! A [`Suite`] is read from a folder ([`Suite::load`]) or comes with the program
 //! ([`Suite::built_in`]). A [`Case`] has a configuration ([`Case::config`]) and says what is expected.
-//! Whatever runs it, its result is judged by [`judge`], which looks at nothing but case and report.
+//! Whatever runs it, its result is judged by [`judge()`], which looks at nothing but case and report.
 //! [`run`] runs many, by any [`Runner`]; [`Children`] gives each a process of its own.
 //!
 //! ```

@@ -10,7 +10,8 @@ use crate::config::{
     Template, read,
 };
 use lacuna_abi::fault::Fault;
-use std::ops::RangeInclusive;
+use std::collections::BTreeSet;
+use std::ops::{Range, RangeInclusive};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -76,6 +77,12 @@ pub(super) fn from_text(file: &Path, text: &str) -> Result<Vec<Case>, ConfigErro
         plain,
     };
     let mut cases = builder.cases(&planted)?;
+    let mut names = BTreeSet::new();
+    if let Some(twice) = cases.iter().find(|case| !names.insert(&case.name)) {
+        let what = format!("that makes the case {} twice", twice.name);
+        let field = if twice.fault.is_some() { "fault" } else { "vary" };
+        return Err(source.error(SECTION, field, None, what, "leave one of them out"));
+    }
     if let Some(left_out) = reader.matching("leave_out", &raw.leave_out, &cases)? {
         let mut left_out = left_out.into_iter();
         cases.retain(|_| left_out.next() == Some(false));
@@ -95,7 +102,7 @@ impl Reader<'_> {
     pub(super) fn refuse(
         &self,
         field: &str,
-        at: Option<std::ops::Range<usize>>,
+        at: Option<Range<usize>>,
         what: String,
     ) -> ConfigError {
         let takes = SCHEMA.find(SECTION, field).map_or("another value", |field| field.takes);

@@ -26,6 +26,8 @@ pub struct Program {
     pub kind: &'static str,
     /// Its image, an ELF file.
     pub image: Vec<u8>,
+    /// How many vCPUs it is for. All of them run the same code.
+    pub vcpus: u8,
 }
 
 impl Program {
@@ -33,6 +35,10 @@ impl Program {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         let mut maker = Maker { random: Random::new(seed, STREAM), asm: Asm::default() };
+        let vcpus = if seed / 8 % 3 == 2 { 2 } else { 1 };
+        if vcpus > 1 {
+            maker.asm.call(Call::StartCpus);
+        }
         let kind = match seed % 8 {
             0 => maker.noise(),
             1 => maker.only("gate calls", &[Maker::gate_call, Maker::operations]),
@@ -43,7 +49,7 @@ impl Program {
             6 => maker.storm(),
             _ => maker.only("all of it", &Maker::ALL),
         };
-        Self { kind, image: elf(&maker.asm.code) }
+        Self { kind, image: elf(&maker.asm.code), vcpus }
     }
 }
 

@@ -153,6 +153,16 @@ fn mistakes_are_named_with_file_line_field_and_remedy() {
 }
 
 #[test]
+fn a_case_that_would_be_there_twice_is_refused() {
+    let fault = "[[scenario.fault]]\ninject = [\"skip-seal\"]\n";
+    let error = refused(&scenario(&format!("{fault}{fault}seal = [\"off\", \"auto\"]\n")));
+    let what = "fault: that makes the case some/sim/trace/auto/vcpus=1/skip-seal twice; leave one";
+    assert!(error.contains(what), "{error}");
+    let error = refused(&scenario("vary = { \"guest.seed\" = [1, 1] }"));
+    assert!(error.contains("vary: that makes the case some/sim/trace/auto/vcpus=1/seed=1/clean"));
+}
+
+#[test]
 fn a_scenario_that_requires_nothing_must_say_so() {
     let text = scenario("").replace("require = [\"table-alias\"]", "");
     assert!(refused(&text).contains("some.toml:1: [scenario] require: it is missing"));
