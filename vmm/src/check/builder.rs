@@ -5,6 +5,7 @@ use super::raw::SECTION;
 use super::scenario::{Axes, Planted, Reader};
 use crate::audit::Rule;
 use crate::config::{Config, ConfigError, MachineKind, Mediation, Place, Seal, Setting};
+use lacuna_abi::fault::Fault;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,7 +61,8 @@ impl Builder<'_> {
     /// Why a fault makes no case.
     fn no_case(&self, fault: Fault, axes: &Axes) -> ConfigError {
         let (name, vcpus, modes) = (fault.name(), fault.vcpus(), fault.modes());
-        let enough = axes.vcpus.as_deref().unwrap_or(&[self.plain.guest.vcpus]);
+        let own = [self.plain.guest.vcpus];
+        let enough = axes.vcpus.as_deref().unwrap_or(&own);
         let (what, remedy) = if enough.iter().all(|given| *given < vcpus) {
             let what = format!("{name} is no fault with fewer than {vcpus} vCPUs");
             (what, format!("add {vcpus} to vcpus"))
