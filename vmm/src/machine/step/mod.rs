@@ -10,8 +10,10 @@
 //! | --- | --- |
 //! | `space` | what registers lead to |
 //! | `effects` | what an instruction is about to do |
+//! | `account` | what it did |
 //! | `delivery` | interrupts, returns from them, exceptions |
 
+mod account;
 mod delivery;
 mod effects;
 mod space;
@@ -24,12 +26,11 @@ use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
 use crate::machine::state::Registers;
 use crate::stop::Stop;
-use effects::{Foresight, Intended, Special, Watch};
+use effects::{Foresight, Intended, Special};
 use iced_x86::{Formatter, Instruction, IntelFormatter};
-use lacuna_abi::addr::{Gpa, Gva};
-use lacuna_abi::event::{ControlRegister, EntryStores, Flush, RING_BUSY_WORD, Sighting};
+use lacuna_abi::addr::Gva;
+use lacuna_abi::event::RING_BUSY_WORD;
 use lacuna_abi::layout::ring_offset;
-use lacuna_abi::paging::{Entry, Level};
 use space::Space;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -41,10 +42,6 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_IF: u64 = 1 << 9;
 /// RFLAGS.DF: strings run downwards.
 const RFLAGS_DF: u64 = 1 << 10;
-/// CR4.PCIDE.
-const CR4_PCIDE: u64 = 1 << 17;
-/// Bit 63 of a MOV to CR3.
-const NO_FLUSH: u64 = 1 << 63;
 /// MSR of the x2APIC's interrupt command.
 const X2APIC_COMMAND: u64 = 0x830;
 
@@ -318,105 +315,6 @@ impl Stepper {
         }
     }
 
-    /// Notes what an instruction did.
-    fn note(&self, before: &Registers, intended: &Intended, after: &Registers) -> Result<(), Why> {
-        let site = site_of(intended.instruction.ip());
-        let done = intended.element.map(|element| {
-            let [from, to] = [before, after].map(|at| at.general[Registers::RCX]);
-            from.wrapping_sub(to).wrapping_mul(element)
-        });
-        if intended.beyond.is_some_and(|beyond| done.is_none_or(|done| done > beyond)) {
-            return Err("its stores go further than they are followed".into());
-        }
-        for watch in &intended.watches {
-            if done.is_none_or(|done| watch.offset < done) {
-                self.stored(site, watch)?;
-            }
-        }
-        self.loaded(site, before, intended.special, after)?;
-        match intended.special {
-            Some(Special::Invalidate(va)) => {
-                self.flushed(site, Flush::Pages { va, count: 1, level: Level::Pt })
-            }
-            Some(Special::Pcid(kind, [pcid, va])) => {
-                let pcid = u16::try_from(pcid & 0xfff).unwrap_or(0);
-                self.flushed(
-                    site,
-                    match kind {
-                        0 => Flush::PageOfPcid { va: Gva(va), pcid },
-                        1 => Flush::Pcid(pcid),
-                        2 => Flush::Everything,
-                        _ => Flush::AllPcids,
-                    },
-                )
-            }
-            Some(Special::LoadRoot(value)) => self.root(site, before, value),
-            Some(Special::PushFlags(va)) => {
-                self.hide_trap_flag(va);
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Notes a store to the table pool. No other vCPU runs and the host judges nothing meanwhile: its
-    /// number can be taken now, for a grant too.
-    fn stored(&self, site: u32, watch: &Watch) -> Result<(), Why> {
-        let new = self.memory.load(watch.at).map_err(failed)?;
-        if watch.conditional && new == watch.old {
-            return Ok(());
-        }
-        let (at, level, old, new) = (watch.at, Level::Pt, Entry(watch.old), Entry(new));
-        let stores = EntryStores { at, level, count: 1, old, new, grant: 0 };
-        self.sightings.stores((self.cpu, site), stores, || ()).map_err(failed)
-    }
-
-    fn flushed(&self, site: u32, flush: Flush) -> Result<(), Why> {
-        self.sightings.note(self.cpu, site, Sighting::Flush(flush)).map_err(failed)
-    }
-
-    fn root(&self, site: u32, before: &Registers, value: u64) -> Result<(), Why> {
-        let pcids = before.cr4 & CR4_PCIDE != 0;
-        let pcid = if pcids { u16::try_from(value & 0xfff).unwrap_or(0) } else { 0 };
-        let (root, no_flush) = (Gpa(value & Entry::ADDRESS), pcids && value & NO_FLUSH != 0);
-        let same = root == before.root() && !pcids;
-        let sighting = if same {
-            Sighting::Flush(Flush::NonGlobal)
-        } else {
-            Sighting::RootLoad { root, pcid, no_flush }
-        };
-        self.sightings.note(self.cpu, site, sighting).map_err(failed)
-    }
-
-    /// Notes changes of control registers, which only instructions for that make.
-    fn loaded(
-        &self,
-        site: u32,
-        before: &Registers,
-        special: Option<Special>,
-        after: &Registers,
-    ) -> Result<(), Why> {
-        let root = matches!(special, Some(Special::LoadRoot(_)));
-        if before.cr3 != after.cr3 && !root {
-            return Err("CR3 changed, and it does not load CR3".into());
-        }
-        for (register, old, new) in [
-            (ControlRegister::Cr0, before.cr0, after.cr0),
-            (ControlRegister::Cr4, before.cr4, after.cr4),
-            (ControlRegister::Efer, before.efer, after.efer),
-        ] {
-            if old == new {
-                continue;
-            }
-            if special != Some(Special::Control) {
-                return Err(format!("{} changed, which it does not do", register.name()));
-            }
-            let control = Sighting::Control { register, old, new };
-            self.sightings.note(self.cpu, site, control).map_err(failed)?;
-        }
-        Ok(())
-    }
-
     /// The step's own trap flag is not the guest's: some hosts push it.
     fn hide_trap_flag(&self, va: Gva) {
         let at = self.space().translate(va);
@@ -449,12 +347,6 @@ impl Stepper {
     fn space(&self) -> Space<'_> {
         Space { registers: &self.registers, memory: &self.memory }
     }
-}
-
-/// The site of code at an address: its low half.
-#[allow(clippy::cast_possible_truncation)]
-const fn site_of(rip: u64) -> u32 {
-    (rip & 0xffff_ffff) as u32
 }
 
 fn failed(error: MemoryError) -> Why {

@@ -4,10 +4,13 @@ use super::*;
 use crate::image::{Image, ORDINARY};
 use crate::machine::boot;
 use crate::machine::kvm::{CR0, CR4, EFER};
+use lacuna_abi::addr::Gpa;
 use lacuna_abi::boot::BootInfo;
+use lacuna_abi::event::{ControlRegister, EntryStores, Flush, Sighting};
 use lacuna_abi::event::{Event, Record};
 use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use lacuna_abi::layout::{CPU_DATA, INTERRUPT_STACK, Layout, MAIN_STACK, Needs, POOL};
+use lacuna_abi::paging::{Entry, Level};
 use lacuna_abi::walk::translate;
 
 /// Where the code lies: behind what a guest keeps in its per-CPU data.

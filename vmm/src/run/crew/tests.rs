@@ -267,3 +267,30 @@ fn a_thread_that_panics_ends_the_run_and_locks_nobody_out() {
     });
     assert!(machine.crew.has_ended());
 }
+
+#[test]
+fn where_one_at_a_time_is_in_the_guest_the_others_wait_until_it_hands_on() {
+    let crew = Crew::<()>::with_turns(2, true);
+    let turn = crew.take(0, || ()).unwrap();
+    turn.start();
+    drop(turn);
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            assert!(crew.enter(1, || ()));
+            crew.leave(1, false);
+            crew.hand_on(1);
+        });
+        assert!(crew.enter(0, || ()));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!other.is_finished(), "it entered without its turn");
+        crew.leave(0, false);
+        crew.hand_on(0);
+        other.join().unwrap();
+        assert!(crew.enter(0, || ()), "it is the first one's turn again");
+        crew.leave(0, false);
+    });
+    let turn = crew.take(0, || ()).unwrap();
+    turn.one_at_a_time(false);
+    drop(turn);
+    assert!(crew.enter(1, || ()) && crew.enter(0, || ()));
+}
