@@ -5,7 +5,7 @@
 
 mod support;
 
-use lacuna::config::{Config, Overrides, Seal};
+use lacuna::config::{Config, Mediation, Overrides, Seal};
 use lacuna::hostile::{Notes, Program, Sin};
 use lacuna::image::Image;
 use lacuna::report::{self, Report, Verdict};
@@ -27,9 +27,16 @@ const MAX_GROWTH_KIB: u64 = 24 << 10;
 fn main() {
     let mut trials = vec![trial("generated_guests_do_no_harm", generated)];
     for sin in Sin::ALL {
+        let name = format!("{}_is_found_when_stepped", sin.name());
+        trials.push(Trial::test(name, move || found(*sin, Seal::Guard, Mediation::Step)));
+        if sin.is_undone() {
+            let name = format!("{}_is_what_trace_does_not_claim_to_see", sin.name());
+            trials.push(Trial::test(name, move || not_seen(*sin)));
+            continue;
+        }
         for seal in [Seal::Guard, Seal::Memslot, Seal::Off] {
             let name = format!("{}_is_found_under_{}", sin.name(), seal.name());
-            trials.push(Trial::test(name, move || found(*sin, seal)));
+            trials.push(Trial::test(name, move || found(*sin, seal, Mediation::Trace)));
         }
     }
     support::run(trials, true);
@@ -44,9 +51,14 @@ struct Ran {
     running: usize,
 }
 
-fn run((image, vcpus): (&[u8], u8), seal: Seal, timeout: Duration) -> Result<Ran, Failed> {
+fn run(
+    (image, vcpus): (&[u8], u8),
+    (seal, mediation): (Seal, Mediation),
+    timeout: Duration,
+) -> Result<Ran, Failed> {
     let text = "[guest]\nmemory_mib = 16\n[workload]\nprogram = \"idle\"\n";
-    let overrides = Overrides { seal: Some(seal), ..Overrides::default() };
+    let overrides =
+        Overrides { seal: Some(seal), mediate: Some(mediation), ..Overrides::default() };
     let config = Config::from_text(Path::new("hostile.toml"), text, &overrides)?;
     let (mut plan, _) = Plan::new(&config)?;
     plan.image = Image::parse(image)?;
@@ -72,12 +84,19 @@ fn run((image, vcpus): (&[u8], u8), seal: Seal, timeout: Duration) -> Result<Ran
 }
 
 /// What it does is a violation of its rule, whatever else is.
-fn found(sin: Sin, seal: Seal) -> Check {
-    let report = run((&sin.image()?, 1), seal, PATIENCE)?.report;
+fn found(sin: Sin, seal: Seal, mediation: Mediation) -> Check {
+    let report = run((&sin.image()?, 1), (seal, mediation), PATIENCE)?.report;
     let all = &report.violations;
     ensure(report.verdict == Verdict::Violation, &format!("{:?}: {all:#?}", report.verdict))?;
     let found = all.iter().any(|violation| violation.rule == sin.rule().name());
     ensure(found, &format!("{} is not among {all:#?}", sin.rule().name()))
+}
+
+/// The table of docs/how-it-checks.md, "What each mode cannot see", says so.
+fn not_seen(sin: Sin) -> Check {
+    let report = run((&sin.image()?, 1), (Seal::Guard, Mediation::Trace), PATIENCE)?.report;
+    let said = format!("{:?}: {:#?} {:?}", report.verdict, report.violations, report.inconclusive);
+    ensure(report.verdict == Verdict::Pass, &said)
 }
 
 fn number(name: &str, otherwise: u64) -> u64 {
@@ -105,8 +124,9 @@ fn generated() -> Check {
         let program = Program::new(seed);
         let seal = [Seal::Guard, Seal::Guard, Seal::Memslot, Seal::Off][(seed / 8 % 4) as usize];
         let started = Instant::now();
-        let Ran { report, forbidden, running } = run((&program.image, program.vcpus), seal, LIMIT)
-            .map_err(|error| format!("seed {seed}: {}", error.message().unwrap_or_default()))?;
+        let Ran { report, forbidden, running } =
+            run((&program.image, program.vcpus), (seal, Mediation::Trace), LIMIT)
+                .map_err(|error| format!("seed {seed}: {}", error.message().unwrap_or_default()))?;
         let took = started.elapsed();
         ensure(took < LIMIT + PATIENCE, &format!("seed {seed} took {took:?}"))?;
         for reason in &report.inconclusive {

@@ -27,6 +27,7 @@ pub use notes::Notes;
 pub use program::Program;
 pub use sins::Sin;
 
+use crate::audit::Mediation;
 use choices::Choices;
 use rig::Rig;
 
@@ -56,7 +57,9 @@ pub struct Ended {
 /// not.
 pub fn torment(bytes: &[u8]) -> Result<Ended, String> {
     let mut choices = Choices::new(bytes);
-    let mut rig = Rig::new(choices.below(2) + 1, choices.flag())?;
+    let shape = choices.below(4);
+    let mediation = if shape < 2 { Mediation::Trace } else { Mediation::Tables };
+    let mut rig = Rig::new(shape % 2 + 1, choices.flag(), mediation)?;
     let mut steps = 0;
     while !choices.is_empty() && steps < MAX_STEPS && script::step(&mut rig, &mut choices)? {
         steps += 1;

@@ -16,7 +16,7 @@ use crate::second_stage::{Off, SecondStage, Software};
 use crate::sim::Frames;
 use crate::stop::Stop;
 use lacuna_abi::addr::Gpa;
-use lacuna_abi::boot::BootInfo;
+use lacuna_abi::boot::{BootInfo, FEATURE_DIRECT_PAGING};
 use lacuna_abi::gate::{Call, PAGE_WORDS, STATUS_WORD, Status};
 use lacuna_abi::layout::{Layout, Needs, call_page_offset};
 use std::collections::BTreeSet;
@@ -67,10 +67,11 @@ pub(super) struct Rig {
     gate: Gate,
     notes: Notes,
     closes: bool,
+    direct: bool,
 }
 
 impl Rig {
-    pub(super) fn new(cpus: u64, closes: bool) -> Result<Self, String> {
+    pub(super) fn new(cpus: u64, closes: bool, mediation: Mediation) -> Result<Self, String> {
         let failed = |error: &dyn std::fmt::Display| format!("no machine: {error}");
         let image = Image::parse(&elf(&[0xf4])).map_err(|error| failed(&error))?;
         let cpus = usize::try_from(cpus).unwrap_or(1);
@@ -78,7 +79,12 @@ impl Rig {
             Needs { image: image.len(), memory_mib: MEMORY_MIB, cpus, input: 0, scratch: 0 };
         let layout = Layout::new(&needs).map_err(|error| format!("no layout: {error:?}"))?;
         let memory = Arc::new(Memory::new(layout).map_err(|error| failed(&error))?);
-        let info = boot::prepare(&memory, &image, BootInfo::for_layout(&layout));
+        let mut info = BootInfo::for_layout(&layout);
+        let direct = mediation == Mediation::Tables;
+        if direct {
+            info.features |= FEATURE_DIRECT_PAGING;
+        }
+        let info = boot::prepare(&memory, &image, info);
         let root = Gpa(info.map_err(|error| failed(&error))?.root);
         let zone = layout.zone_frames();
         let stage: Box<dyn SecondStage> = match closes {
@@ -89,7 +95,7 @@ impl Rig {
         let gate = Gate::new(GateSetup {
             memory: Arc::clone(&memory),
             stage,
-            mediation: Mediation::Trace,
+            mediation,
             steps: Steps::ALL,
             boot_root: root,
             profile: Profile::Intel,
@@ -107,7 +113,7 @@ impl Rig {
             Registers { cr0: CR0, cr3: root.0, cr4: CR4, efer: EFER, ..Registers::default() };
         let cpus = Cpus { registers: vec![registers; layout.cpus] };
         let (roots, heads) = (BTreeSet::new(), vec![0; layout.cpus]);
-        Ok(Self { memory, root, roots, cpus, heads, gate, notes, closes })
+        Ok(Self { memory, root, roots, cpus, heads, gate, notes, closes, direct })
     }
 
     pub(super) fn layout(&self) -> Layout {
@@ -120,8 +126,16 @@ impl Rig {
         self.layout().shared.gpa.wrapping_add(offset)
     }
 
-    /// Stores a word where there is memory; a guest's store elsewhere would end it.
+    /// Whether the guest has no table mapped and asks the host to write them.
+    pub(super) const fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    /// Stores a word where the guest has memory; a store elsewhere would end it.
     pub(super) fn store(&self, at: Gpa, value: u64) {
+        if self.direct && self.layout().pool.contains(at) {
+            return;
+        }
         _ = self.memory.store(Gpa(at.0 & !7), value);
     }
 

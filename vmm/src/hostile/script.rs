@@ -3,6 +3,7 @@
 use super::choices::Choices;
 use super::rig::Rig;
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::direct::{TableOp, TableWriter};
 use lacuna_abi::event::{
     ControlRegister, EntryWrite, Event, Flush, HostAct, Intent, Life, RECORD_BYTES, RING_HEAD_WORD,
     RING_INTENT_WORD, RING_RECORDS, Record, TableFill,
@@ -25,13 +26,8 @@ pub(super) fn step(rig: &mut Rig, choices: &mut Choices<'_>) -> Result<bool, Str
         }
         8 => ring_nonsense(rig, cpu, choices),
         9 => rig.store(shared(rig, SEQUENCE_OFFSET), choices.number()),
-        10 | 11 => {
-            let table = table_page(rig, choices);
-            let at = table.wrapping_add(8 * (choices.short() % 512));
-            let entry = entry(rig, choices);
-            rig.store(at, entry.0);
-        }
-        12 | 13 => reported_write(rig, cpu, choices),
+        10 | 11 => return store_entry(rig, cpu, choices),
+        12 | 13 => return reported_write(rig, cpu, choices),
         14 => return root(rig, cpu, choices),
         15 => registers(rig, cpu, choices),
         16 => intent(rig, cpu, choices),
@@ -269,18 +265,57 @@ fn event(rig: &Rig, choices: &mut Choices<'_>) -> Event {
     }
 }
 
+/// Has an entry written: by a store, or by the host where the guest has no table mapped. False if that
+/// ended the guest.
+fn put(rig: &mut Rig, cpu: u8, at: Gpa, write: EntryWrite) -> Result<bool, String> {
+    if rig.is_direct() {
+        return ask(rig, cpu, &TableOp::Write { at, write });
+    }
+    rig.store(at, write.new.0);
+    Ok(true)
+}
+
+fn ask(rig: &mut Rig, cpu: u8, op: &TableOp) -> Result<bool, String> {
+    let mut words = Vec::new();
+    // One always fits.
+    _ = TableWriter::new(|word, value| words.push((word, value)), 0).push(op);
+    for (word, value) in words {
+        rig.store(rig.call_word(cpu, word), value);
+    }
+    rig.call(cpu, Call::Tables)
+}
+
+/// Stores anything anywhere in a table, and tells nobody.
+fn store_entry(rig: &mut Rig, cpu: u8, choices: &mut Choices<'_>) -> Result<bool, String> {
+    let table = table_page(rig, choices);
+    let index = choices.short() % 512;
+    let (at, new) = (table.wrapping_add(8 * index), entry(rig, choices));
+    if !rig.is_direct() {
+        rig.store(at, new.0);
+        return Ok(true);
+    }
+    let level = level(choices);
+    if choices.below(4) == 0 {
+        return ask(rig, cpu, &TableOp::Fill(TableFill { table, level, first: new }));
+    }
+    let (root, va, old) = (rig.root, Gva(index * level.span()), Entry(rig.load(at)));
+    put(rig, cpu, at, EntryWrite { root, pcid: 0, va, level, count: 1, old, new, grant: 0 })
+}
+
 /// Writes an entry and tells of it; or only one of the two.
-fn reported_write(rig: &mut Rig, cpu: u8, choices: &mut Choices<'_>) {
+fn reported_write(rig: &mut Rig, cpu: u8, choices: &mut Choices<'_>) -> Result<bool, String> {
     let write = write(rig, choices);
     let what = choices.below(8);
     if what != 0
         && let Ok(at) = locate(&*rig.memory, write.root, write.va, write.level)
+        && !put(rig, cpu, at, write)?
     {
-        rig.store(at, write.new.0);
+        return Ok(false);
     }
     if what != 1 {
         record(rig, cpu, Event::EntryWrite(write));
     }
+    Ok(true)
 }
 
 fn root(rig: &mut Rig, cpu: u8, choices: &mut Choices<'_>) -> Result<bool, String> {
@@ -325,8 +360,10 @@ fn unmap(rig: &mut Rig, cpu: u8, choices: &mut Choices<'_>) -> Result<bool, Stri
     let va = Gva(layout.zone.va.0 + block * (2 << 20));
     let Ok(at) = locate(&*rig.memory, root, va, Level::Pd) else { return Ok(true) };
     let (old, new) = (Entry(rig.load(at)), Entry::EMPTY);
-    rig.store(at, 0);
     let write = EntryWrite { root, pcid: 0, va, level: Level::Pd, count: 1, old, new, grant: 0 };
+    if !put(rig, cpu, at, write)? {
+        return Ok(false);
+    }
     record(rig, cpu, Event::EntryWrite(write));
     if choices.below(4) > 0 {
         for other in rig.running() {
@@ -350,14 +387,17 @@ fn use_page(rig: &mut Rig, cpu: u8, choices: &mut Choices<'_>) -> Result<bool, S
     let Ok(at) = locate(&*rig.memory, root, va, Level::Pt) else { return Ok(true) };
     let set = |rig: &mut Rig, new: Entry| {
         let old = Entry(rig.load(at));
-        rig.store(at, new.0);
         let write =
             EntryWrite { root, pcid: 0, va, level: Level::Pt, count: 1, old, new, grant: 0 };
+        let goes_on = put(rig, cpu, at, write)?;
         record(rig, cpu, Event::EntryWrite(write));
+        Ok::<_, String>(goes_on)
     };
-    set(rig, Entry::new(frames.start(), Entry::DATA));
-    if forgets != 1 {
-        set(rig, Entry::EMPTY);
+    if !set(rig, Entry::new(frames.start(), Entry::DATA))? {
+        return Ok(false);
+    }
+    if forgets != 1 && !set(rig, Entry::EMPTY)? {
+        return Ok(false);
     }
     if forgets != 2 {
         record(rig, cpu, Event::Flush(Flush::NonGlobal));

@@ -3,7 +3,7 @@
 use super::asm::{Asm, RAX};
 use super::elf::elf;
 use super::rig::Rig;
-use crate::audit::Rule;
+use crate::audit::{Mediation, Rule};
 use lacuna_abi::addr::{FrameRange, Gva};
 use lacuna_abi::event::{EntryWrite, Event};
 use lacuna_abi::gate::{Call, OpKind};
@@ -12,7 +12,8 @@ use lacuna_abi::paging::{Entry, Level};
 use lacuna_abi::walk::locate;
 
 lacuna_abi::named_enum! {
-    /// One thing that a rule forbids, done and left so until the program exits with status 0.
+    /// One thing that a rule forbids, done by a program that exits with status 0. All but the last are
+    /// left as they are until then.
     pub enum Sin {
         /// A frame becomes secret while the direct map shows it.
         DirectMapped = "direct-mapped",
@@ -34,6 +35,8 @@ lacuna_abi::named_enum! {
         NotScrubbed = "not-scrubbed",
         /// A store to a table is not recorded.
         NotRecorded = "not-recorded",
+        /// A table is mapped writable in a window and taken down again, and no record tells of it.
+        WritableForAMoment = "writable-for-a-moment",
     }
 }
 
@@ -46,7 +49,7 @@ impl Sin {
             Self::MappedWhileSealed => Rule::ForeignAlias,
             Self::MappedGlobally => Rule::GlobalWindow,
             Self::NotFlushed => Rule::StaleDirectMap,
-            Self::TableWritable => Rule::TableAlias,
+            Self::TableWritable | Self::WritableForAMoment => Rule::TableAlias,
             Self::CodeWritable => Rule::WriteExecute,
             Self::ForRing3 => Rule::UserAccess,
             Self::WriteProtectOff => Rule::ControlState,
@@ -55,13 +58,19 @@ impl Sin {
         }
     }
 
+    /// Whether it is undone before anybody looks who does not see every store: then only `step` finds it.
+    #[must_use]
+    pub const fn is_undone(self) -> bool {
+        matches!(self, Self::WritableForAMoment)
+    }
+
     /// The guest's image, an ELF file.
     ///
     /// # Errors
     /// A sentence, if there is no memory to lay the guest out in.
     pub fn image(self) -> Result<Vec<u8>, String> {
         // One CPU, 16 MiB, no input: where its tables lie follows from that.
-        let rig = Rig::new(1, true)?;
+        let rig = Rig::new(1, true, Mediation::Trace)?;
         Ok(elf(&self.code(&rig).code))
     }
 
@@ -106,6 +115,10 @@ impl Sin {
                 asm.operation(OpKind::Seal, frame);
             }
             Self::TableWritable => map(&mut asm, rig.root.frame(), Entry::DATA),
+            Self::WritableForAMoment => {
+                map(&mut asm, rig.root.frame(), Entry::DATA);
+                place(rig, own, Level::Pt).map(|at| asm.store(at, 0));
+            }
             Self::CodeWritable => {
                 map(&mut asm, layout.image.gpa_of(IMAGE).frame(), Entry::DATA);
             }

@@ -68,7 +68,7 @@ fn a_guest_without_bytes_is_clean() {
 }
 
 fn rig() -> Rig {
-    Rig::new(1, true).unwrap()
+    Rig::new(1, true, Mediation::Trace).unwrap()
 }
 
 fn map(rig: &Rig, va: lacuna_abi::addr::Gva, entry: Entry) {
