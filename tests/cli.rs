@@ -165,7 +165,7 @@ fn a_recording_needs_a_folder_and_an_audit_a_recording() {
     .unwrap();
     for (args, needle) in [
         (&["run", "a.toml", "--record"][..], "--record: a recording needs a folder to lie in"),
-        (&["audit", "nowhere"], "nowhere/recording.bin: at byte 0"),
+        (&["audit", "nowhere"], "nowhere/recording.bin: No such file"),
         (&["audit", "."], "does not start with LACUNARC"),
         (&["audit", ".", "--profile", "z80"], "intel-invlpg-erratum"),
     ] {
