@@ -5,6 +5,7 @@
 
 mod support;
 
+use lacuna::audit::Rule;
 use lacuna::config::{Config, Mediation, Overrides, Seal};
 use lacuna::hostile::{Notes, Program, Sin};
 use lacuna::image::Image;
@@ -88,8 +89,13 @@ fn found(sin: Sin, seal: Seal, mediation: Mediation) -> Check {
     let report = run((&sin.image()?, 1), (seal, mediation), PATIENCE)?.report;
     let all = &report.violations;
     ensure(report.verdict == Verdict::Violation, &format!("{:?}: {all:#?}", report.verdict))?;
-    let found = all.iter().any(|violation| violation.rule == sin.rule().name());
-    ensure(found, &format!("{} is not among {all:#?}", sin.rule().name()))
+    let rule = match (sin, mediation) {
+        // It gives its record a number without asking the counter: the one of the store that was seen.
+        (Sin::NotFlushed, Mediation::Step) => Rule::TraceHonesty,
+        _ => sin.rule(),
+    };
+    let found = all.iter().any(|violation| violation.rule == rule.name());
+    ensure(found, &format!("{} is not among {all:#?}", rule.name()))
 }
 
 /// The table of docs/how-it-checks.md, "What each mode cannot see", says so.
