@@ -10,4 +10,4 @@ mod waiting;
 pub use file::{EVENTS_MAGIC, EventFile, read_events};
 pub use ring::{Drained, RingReader};
 pub use sequencer::{Sequencer, Standing};
-pub use sightings::Sightings;
+pub use sightings::{MANY_SIGHTINGS, Sightings};

@@ -4,6 +4,9 @@ use crate::machine::memory::{Memory, MemoryError};
 use lacuna_abi::event::{EntryStores, Event, Record, Sighting};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+/// Sightings that wait for the audit, after which it is told of them.
+pub const MANY_SIGHTINGS: usize = 1 << 14;
+
 /// Sightings that the audit has not been told of. Whoever sees something puts it here, with a number
 /// from the counter of all events.
 pub struct Sightings {

@@ -12,14 +12,16 @@ use crate::machine::state::Registers;
 use crate::machine::step::Steppable;
 use crate::second_stage::Slots;
 use kvm_bindings::{
-    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
-    kvm_guest_debug, kvm_guest_debug_arch, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment, kvm_sregs,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_enable_cap, kvm_guest_debug,
+    kvm_guest_debug_arch, kvm_mp_state, kvm_msi, kvm_regs, kvm_segment, kvm_sregs,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, SyncReg, VcpuExit, VcpuFd, VmFd};
 use lacuna_abi::addr::{FrameRange, Gpa, Gva, PAGE_SIZE};
 use lacuna_abi::layout::{CPU_DATA, MAIN_STACK};
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 /// Slot of the kernel image.
@@ -161,11 +163,19 @@ impl Vm {
         Ok(Vcpu { fd, _memory: Arc::clone(&self.memory) })
     }
 
-    /// A vCPU as KVM makes it, with the CPUID that guests see.
+    /// A vCPU as KVM makes it, with the CPUID that guests see. KVM's own registers, by which it would
+    /// write to memory that the guest names, page tables too, are not offered, and refused.
     fn bare_vcpu(&self, cpu: u8) -> Result<VcpuFd, KvmError> {
         let fd = self.vm.create_vcpu(cpu.into()).what("create a vCPU")?;
+        let refuse = kvm_enable_cap {
+            cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+            args: [1, 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        fd.enable_cap(&refuse).what("refuse guests what CPUID does not offer")?;
         let mut cpuid =
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).what("say what CPUID offers")?;
+        cpuid.retain(|entry| !PARAVIRTUAL.contains(&entry.function));
         for entry in cpuid.as_mut_slice() {
             match entry.function {
                 1 => {
@@ -181,6 +191,9 @@ impl Vm {
         Ok(fd)
     }
 }
+
+/// Leaves of CPUID that a hypervisor has for itself.
+const PARAVIRTUAL: RangeInclusive<u32> = 0x4000_0000..=0x4fff_ffff;
 
 /// Where a local APIC's state has the interrupts that wait (SDM volume 3, "Local APIC Register Address
 /// Map": IRR).

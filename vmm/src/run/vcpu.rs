@@ -5,7 +5,7 @@ use super::end::{End, GuestEnd, Place};
 use super::station::{Floor, Station};
 use super::stepping::Stepping;
 use super::threads::Threads;
-use crate::events::Sightings;
+use crate::events::{MANY_SIGHTINGS, Sightings};
 use crate::gate::{Gate, GateFailure, Served, Vcpus};
 use crate::image::Image;
 use crate::machine::backtrace::{backtrace, place};
@@ -30,8 +30,6 @@ const DOUBLE_FAULT: u64 = 8;
 const PAGE_FAULT: u64 = 14;
 /// RFLAGS.IF: interrupts on.
 const RFLAGS_IF: u64 = 1 << 9;
-/// Sightings that wait for the audit, after which it is told of them.
-const MANY_SIGHTINGS: usize = 1 << 14;
 /// Yields in a row after which a vCPU that waits for another leaves the processor for a while.
 const RESTLESS: u32 = 4;
 /// For how long, at first and at most: for so long an interrupt for it may have to wait.

@@ -122,8 +122,8 @@ impl Sought {
                 frame: first.frame.wrapping_add(count * first.level.frames()),
                 ..first
             };
-            // A run lies in one table.
-            if mapping == next && count < 512 {
+            // A run lies in one table: what goes on in the next one starts anew.
+            if mapping == next && first.level.index(mapping.va) != 0 {
                 run.count += 1;
                 return Ok(());
             }

@@ -59,6 +59,17 @@ impl Stepper {
         }
     }
 
+    /// Notes what an instruction changed that ended in an exception.
+    pub(super) fn note_changed(&self, intended: &Intended) -> Result<(), Why> {
+        let site = site_of(intended.instruction.ip());
+        for watch in &intended.watches {
+            if self.memory.load(watch.at).map_err(failed)? != watch.old {
+                self.stored(site, watch)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Notes a store to the table pool. No other vCPU runs and the host judges nothing meanwhile: its
     /// number can be taken now, for a grant too.
     fn stored(&self, site: u32, watch: &Watch) -> Result<(), Why> {

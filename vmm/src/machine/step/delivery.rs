@@ -109,6 +109,11 @@ impl Stepper {
                 && word(3) == Some(before.general[Registers::RSP])
         });
         let Some(above) = frame else { return Ok(false) };
+        let words = 0..above + FRAME as u64;
+        let mut stack = words.filter_map(|word| space.translate(Gva(rsp.wrapping_add(8 * word))));
+        if stack.any(|at| space.in_pool(at)) {
+            return Err("the frame of an exception lies in a page table".into());
+        }
         let is_there = (0..EXCEPTIONS).filter_map(|vector| gate(&space, vector)).any(|gate| {
             let first = space.decode_at(gate.entry);
             after.rip == gate.entry || first.is_some_and(|first| after.rip == first.next_ip())
@@ -141,7 +146,7 @@ fn gate(space: &Space<'_>, vector: u8) -> Option<Gate> {
     })
 }
 
-/// Place of a word of a stack, which must be no page table.
+/// Place of a word of a stack, which must be writable and no page table.
 fn stack_word(space: &Space<'_>, va: Gva) -> Option<Gpa> {
-    space.translate(va).filter(|at| at.is_aligned(8) && !space.in_pool(*at))
+    space.translate_for_write(va).filter(|at| at.is_aligned(8) && !space.in_pool(*at))
 }

@@ -104,6 +104,9 @@ impl Foresight {
         instruction: Instruction,
         space: &Space<'_>,
     ) -> Result<Intended, &'static str> {
+        if let Some(why) = not_followed(&instruction) {
+            return Err(why);
+        }
         let registers = space.registers;
         let flow = flow(&instruction, space)?;
         let special = special(&instruction, space)?;
@@ -116,15 +119,14 @@ impl Foresight {
             beyond: None,
         };
         if repeats(&instruction) {
-            if let Some((va, element, bytes)) = string_store(&instruction, registers) {
+            if let Some((va, element, bytes)) = string_store(&instruction, registers)? {
                 intended.element = Some(element);
                 intended.watch_string(va, bytes, space);
             }
             return Ok(intended);
         }
         for store in self.stores(&instruction, space)? {
-            let offset_of = |_| 0;
-            intended.watch(&store, &offset_of, space);
+            intended.watch(&store, &|_, _| 0, space);
         }
         Ok(intended)
     }
@@ -147,6 +149,7 @@ impl Foresight {
             if bytes == 0 || bytes > MAX_OPERAND {
                 return Err("the size of its operand is not known");
             }
+            let va = va.wrapping_add(bit_offset(instruction, bytes, space)?);
             stores.push(Store { va, bytes, conditional });
         }
         Ok(stores)
@@ -154,8 +157,9 @@ impl Foresight {
 }
 
 impl Intended {
-    /// Watches the words of the table pool that a store touches.
-    fn watch(&mut self, store: &Store, offset_of: &dyn Fn(u64) -> u64, space: &Space<'_>) {
+    /// Watches the words of the table pool that a store touches; `offset_of` says, by the first and the
+    /// last of its bytes in a word, how much is stored before the word is touched.
+    fn watch(&mut self, store: &Store, offset_of: &dyn Fn(u64, u64) -> u64, space: &Space<'_>) {
         let mut done = 0;
         while done < store.bytes {
             let va = store.va.wrapping_add(done);
@@ -166,7 +170,8 @@ impl Intended {
                 let first = gpa.0 / 8 * 8;
                 for at in (first..gpa.0 + part).step_by(8).map(Gpa) {
                     let Some(old) = space.word(at) else { continue };
-                    let offset = offset_of(done + (at.0.max(gpa.0) - gpa.0));
+                    let (low, high) = (at.0.max(gpa.0), (at.0 + 8).min(gpa.0 + part) - 1);
+                    let offset = offset_of(done + (low - gpa.0), done + (high - gpa.0));
                     let conditional = store.conditional;
                     self.watches.push(Watch { at, old, conditional, offset });
                 }
@@ -185,10 +190,10 @@ impl Intended {
             // Downwards from the first element: the string starts at its last.
             let start = va.0.wrapping_add(element).wrapping_sub(followed);
             let store = Store { va: Gva(start), bytes: followed, conditional: false };
-            self.watch(&store, &|offset| followed.saturating_sub(offset + 1), space);
+            self.watch(&store, &|_, last| followed.saturating_sub(last + 1), space);
         } else {
             let store = Store { va, bytes: followed, conditional: false };
-            self.watch(&store, &|offset| offset, space);
+            self.watch(&store, &|first, _| first, space);
         }
     }
 }
@@ -199,17 +204,62 @@ fn repeats(instruction: &Instruction) -> bool {
         && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
 }
 
+/// Why an instruction is not followed, if it is one of those: where it leads, or what it stores, is more
+/// than its operands say.
+fn not_followed(instruction: &Instruction) -> Option<&'static str> {
+    match instruction.mnemonic() {
+        Mnemonic::Syscall | Mnemonic::Sysenter | Mnemonic::Sysret | Mnemonic::Sysexit => {
+            Some("it changes the privilege, which is not followed")
+        }
+        Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into => {
+            Some("it is a software interrupt, which is not followed")
+        }
+        Mnemonic::Clzero => Some("it stores a line of the cache, which is not followed"),
+        _ => None,
+    }
+}
+
+/// How far from its address an instruction reaches whose bit offset is in a register (SDM volume 2,
+/// "BTS"): whole operands, in either direction.
+fn bit_offset(
+    instruction: &Instruction,
+    bytes: u64,
+    space: &Space<'_>,
+) -> Result<u64, &'static str> {
+    let tests = matches!(instruction.mnemonic(), Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+    if !tests || instruction.op1_kind() != OpKind::Register {
+        return Ok(0);
+    }
+    let value = space.value(instruction.op1_register()).ok_or("its bit offset is not known")?;
+    let offset = match bytes {
+        2 => {
+            i64::from(value.to_le_bytes().first_chunk().map_or(0, |v| i16::from_le_bytes(*v))) >> 4
+        }
+        4 => {
+            i64::from(value.to_le_bytes().first_chunk().map_or(0, |v| i32::from_le_bytes(*v))) >> 5
+        }
+        _ => value.cast_signed() >> 6,
+    };
+    Ok(offset.cast_unsigned().wrapping_mul(bytes))
+}
+
 /// Where a repeated string instruction stores, the bytes of an element, and of all.
-fn string_store(instruction: &Instruction, registers: &Registers) -> Option<(Gva, u64, u64)> {
+fn string_store(
+    instruction: &Instruction,
+    registers: &Registers,
+) -> Result<Option<(Gva, u64, u64)>, &'static str> {
     let element = match instruction.mnemonic() {
         Mnemonic::Stosb | Mnemonic::Movsb | Mnemonic::Insb => 1,
         Mnemonic::Stosw | Mnemonic::Movsw | Mnemonic::Insw => 2,
         Mnemonic::Stosd | Mnemonic::Movsd | Mnemonic::Insd => 4,
         Mnemonic::Stosq | Mnemonic::Movsq => 8,
-        _ => return None,
+        _ => return Ok(None),
     };
+    if instruction.op0_kind() != OpKind::MemoryESRDI {
+        return Err("its addresses are cut to 32 bits, which is not followed");
+    }
     let count = registers.general[Registers::RCX];
-    Some((Gva(registers.general[Registers::RDI]), element, count.saturating_mul(element)))
+    Ok(Some((Gva(registers.general[Registers::RDI]), element, count.saturating_mul(element))))
 }
 
 /// Where the CPU may go on behind the instruction.

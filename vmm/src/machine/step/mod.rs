@@ -20,7 +20,7 @@ mod space;
 #[cfg(test)]
 mod tests;
 
-use crate::events::Sightings;
+use crate::events::{MANY_SIGHTINGS, Sightings};
 use crate::machine::exit::Exit;
 use crate::machine::kvm::KvmError;
 use crate::machine::memory::{Memory, MemoryError};
@@ -176,6 +176,10 @@ impl Stepper {
             if done >= QUANTUM && (done >= QUANTUM + GRACE || !self.owes()) {
                 return Exit::Interrupted;
             }
+            // What was seen is judged before more of it is kept.
+            if done > 0 && self.sightings.len() >= MANY_SIGHTINGS {
+                return Exit::Interrupted;
+            }
             match self.step(vcpu, inbox) {
                 Ok(None) => {}
                 Ok(Some(exit)) => return exit,
@@ -269,6 +273,10 @@ impl Stepper {
         let Self { foresight, memory, .. } = self;
         let space = Space { registers: &registers, memory };
         let Some(instruction) = space.decode() else { return Ok(None) };
+        let exchanged = first.instruction.mnemonic() == iced_x86::Mnemonic::Swapgs;
+        if exchanged && instruction.memory_segment() == iced_x86::Register::GS {
+            return Err("what follows it uses the GS that it exchanges".into());
+        }
         foresight.of(instruction, &space).map(Some).map_err(str::to_owned)
     }
 
@@ -302,7 +310,8 @@ impl Stepper {
             return self.note(before, second, after);
         }
         if self.is_exception(before, intended, after)? {
-            return Ok(());
+            // What was stored before it stays stored.
+            return self.note_changed(intended);
         }
         Err(format!("it leads to {:#x}, where it cannot lead", after.rip))
     }

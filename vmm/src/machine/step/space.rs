@@ -21,6 +21,12 @@ impl Space<'_> {
         translate(self.memory, self.registers.root(), va).ok().map(|leaf| leaf.gpa_of(va))
     }
 
+    /// The same where a store may go.
+    pub(super) fn translate_for_write(&self, va: Gva) -> Option<Gpa> {
+        let leaf = translate(self.memory, self.registers.root(), va).ok()?;
+        leaf.writable.then(|| leaf.gpa_of(va))
+    }
+
     pub(super) fn in_pool(&self, gpa: Gpa) -> bool {
         self.memory.layout().pool.contains(gpa)
     }
