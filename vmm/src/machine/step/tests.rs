@@ -1,5 +1,7 @@
 //! Instructions stepped by a vCPU that does what a test says.
 
+mod odd;
+
 use super::*;
 use crate::image::{Image, ORDINARY};
 use crate::machine::boot;
