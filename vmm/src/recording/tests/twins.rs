@@ -1,13 +1,10 @@
 //! What somebody changed in a recording is not judged as if nothing had been.
 
 use super::*;
-use crate::audit::{ControlPolicy, Profile};
-use crate::machine::kvm::CR4;
 use crate::recording::item::{Answer, Call, Item};
 use crate::recording::replay::Recording;
 use crate::report::Verdict;
-use lacuna_abi::event::{ControlRegister, Event, Flush};
-use lacuna_abi::paging::Level;
+use lacuna_abi::event::Event;
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -94,42 +91,4 @@ fn an_answer_that_was_taken_away_shows() {
     assert_eq!(report.verdict, Verdict::Inconclusive);
     let says = |reason: &String| reason.contains("an answer that the recording does not have");
     assert!(report.inconclusive.iter().any(says), "{:?}", report.inconclusive);
-}
-
-/// A guest that turned PCIDs on and flushes its direct map by INVLPG, made of one that does neither:
-/// violations of `stale-direct-map` for CPUs of this profile.
-fn with_pcids(profile: Profile) -> u64 {
-    let recorded = Recorded::new(&replay(), &[], Seal::Guard);
-    let bytes = recorded.bytes();
-    let mut recording = Recording::open(&bytes[..]).unwrap();
-    recording.config.profile = profile;
-    let zone = recording.config.layout.zone;
-    let blocks = u32::try_from(zone.len / Level::Pd.span()).unwrap();
-    let mut on = false;
-    recording.player.edit = Box::new(move |item| {
-        let Item::Call(Call::Event(mut record)) = item else { return Some(item) };
-        match record.event {
-            Event::Life(..) | Event::Flush(_) if !on => {
-                on = true;
-                let (register, old) = (ControlRegister::Cr4, CR4);
-                record.event =
-                    Event::Control { register, old, new: old | ControlPolicy::CR4_PCIDE };
-            }
-            Event::Flush(Flush::Everything) => {
-                let (va, count, level) = (zone.va, blocks, Level::Pd);
-                record.event = Event::Flush(Flush::Pages { va, count, level });
-            }
-            _ => {}
-        }
-        Some(Item::Call(Call::Event(record)))
-    });
-    let report = recording.judge().unwrap();
-    let check = report.checks.iter().find(|check| check.rule == "stale-direct-map").unwrap();
-    check.violations
-}
-
-#[test]
-fn invlpg_that_spares_what_is_global_makes_findings_of_the_same_recording() {
-    let (sound, erratum) = (with_pcids(Profile::Intel), with_pcids(Profile::IntelInvlpgErratum));
-    assert!(erratum > sound, "{erratum} for CPUs with the erratum, {sound} for others");
 }
