@@ -321,13 +321,16 @@ fn in_lab(
             Err(LabError::NoResult { what, last }) if panicked(&last) && number < Some(BOOTS) => {
                 eprintln!("AGAIN: the lab's own kernel panicked ({what}):\n{last}");
             }
+            Err(error @ LabError::Timeout { .. }) if npt && !shown && number < Some(BOOTS) => {
+                eprintln!("AGAIN: the lab stood still: {error}");
+            }
             Err(error) => return Err(format!("{error}\n{}", String::from_utf8_lossy(&err)).into()),
         }
     }
 }
 
 /// How often a lab may be started for one order. Its own kernel, which nothing in it can write to, panics
-/// now and then when it has two processors (docs/labs.md, "Open observations").
+/// or stands still now and then when it has two processors (docs/labs.md, "Open observations").
 const BOOTS: u32 = 3;
 
 /// Whether a console's last lines are those of a kernel that panicked.

@@ -14,21 +14,27 @@ const ROUNDS: &str = "40";
 /// Rounds of a flip that another CPU sees, of which it read the stale word in a tenth on an overloaded host:
 /// each timer tick of the lab's kernel makes it forget.
 const FLIPS: u64 = 100;
+/// Seconds after which a run of them stands still: one takes 10 on a host at rest.
+const STANDS_STILL: u64 = 120;
 /// Runs in which it may be read: that none of all rounds reads it has a chance of less than 1 in 10^13.
 const UNSEALED: usize = 3;
 
-/// Runs these commands of `lacuna` in one lab; each prints a report as JSON. A vCPU that shuts down, which
-/// none of them can make it do, starts all of them again in another lab, loudly (docs/labs.md, "Open
-/// observations").
+/// Runs these commands of `lacuna` in one lab; each prints a report as JSON. A vCPU that shuts down or
+/// stands still, which none of them can make it do, starts all of them again in another lab, loudly
+/// (docs/labs.md, "Open observations").
 fn reports(kind: Kind, order: &Order) -> Result<Vec<Run>, Failed> {
     let mut tries = 1..=BOOTS;
     loop {
         let number = tries.next();
         let runs = reports_once(kind, order)?;
-        let broken = runs.iter().find(|run| run.report["guest_error"]["kind"] == "triple-fault");
+        let broken = runs.iter().find(|run| {
+            let kind = &run.report["guest_error"]["kind"];
+            kind == "triple-fault" || kind == "timeout"
+        });
         match broken {
             Some(run) if number < Some(BOOTS) => {
-                eprintln!("AGAIN: a vCPU of the lab shut down: {:#}", run.report["guest_error"]);
+                let error = &run.report["guest_error"];
+                eprintln!("AGAIN: a vCPU of the lab shut down or stood still: {error:#}");
             }
             _ => return Ok(runs),
         }
@@ -155,7 +161,9 @@ pub fn flip() -> Check {
     let config = fs::read_to_string(path)?;
     let longer = config.replace("rounds = 20\n", &format!("rounds = {FLIPS}\n"));
     ensure(config != longer, "the configuration has no rounds")?;
-    fs::write(folder.path().join("flip.toml"), longer)?;
+    let limited = longer.replace("timeout_s = 600\n", &format!("timeout_s = {STANDS_STILL}\n"));
+    ensure(limited != longer, "the configuration has no time limit")?;
+    fs::write(folder.path().join("flip.toml"), limited)?;
     let run = |more: &[&str]| {
         words(&[&["run", "flip.toml", "--machine", "kvm", "--report", "json"], more].concat())
     };
