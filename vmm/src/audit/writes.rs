@@ -162,14 +162,7 @@ impl Audit {
             let here = |duty: &&TableDuty| index.is_linked_at(*table, duty.root, duty.va);
             let duties = self.tlb.of_table(*table);
             for duty in duties.iter().filter(|duty| !here(duty)) {
-                let detail = format!(
-                    "the table is linked at {va} while {} may still walk to it from {}, unlinked by \
-                     event {}; an INVLPG, a root load or a PGE change there in between would have \
-                     discharged it",
-                    cpu_list(duty.cpus),
-                    duty.va,
-                    duty.seq
-                );
+                let detail = format!("the table is linked at {va} while {}", still_walked(duty));
                 let finding = Finding::new(Rule::StaleTable, seq, detail);
                 let (frame, va) = (Some(*table), Some(*va));
                 let (root, revoked) = (Some(*root), revoke_of(duty));
@@ -315,6 +308,17 @@ pub(super) fn path_to(table: &TableAt, since: u64) -> Path {
     let TableAt { frame, root, va, level, .. } = *table;
     let level = Level::from_number(level.number() + 1).unwrap_or(Level::Pml4);
     Path { root, va, level, table: frame, since }
+}
+
+/// Who may still take a revoked path to a table, and what would have ended that.
+pub(super) fn still_walked(duty: &TableDuty) -> String {
+    format!(
+        "{} may still walk to it from {}, unlinked by event {}; an INVLPG, a root load or a PGE change \
+         there in between would have discharged it",
+        cpu_list(duty.cpus),
+        duty.va,
+        duty.seq
+    )
 }
 
 /// The revoke of a path that a CPU may still cache.

@@ -11,6 +11,9 @@ use lacuna_abi::layout::{IMAGE, POOL, window};
 use lacuna_abi::paging::{Entry, Level};
 use lacuna_abi::walk::locate;
 
+/// MSR_KVM_SYSTEM_TIME_NEW (Linux, "KVM-specific MSRs").
+const MSR_KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+
 lacuna_abi::named_enum! {
     /// One thing that a rule forbids, done by a program that exits with status 0. All but the last are
     /// left as they are until then.
@@ -72,6 +75,20 @@ impl Sin {
         // One CPU, 16 MiB, no input: where its tables lie follows from that.
         let rig = Rig::new(1, true, Mediation::Trace)?;
         Ok(elf(&self.code(&rig).code))
+    }
+
+    /// The image of a guest that has KVM write to a page table: by the MSR that says where it keeps the
+    /// guest's clock. What a CPU does not offer ends in an exception.
+    ///
+    /// # Errors
+    /// As [`Self::image`].
+    pub fn clock_in_a_table() -> Result<Vec<u8>, String> {
+        let rig = Rig::new(1, true, Mediation::Trace)?;
+        let mut asm = Asm::default();
+        asm.wrmsr(MSR_KVM_SYSTEM_TIME, (rig.layout().pool.end().0 - 4096) | 1).exit(0);
+        let end = asm.code.len();
+        asm.jump_to(end);
+        Ok(elf(&asm.code))
     }
 
     fn code(self, rig: &Rig) -> Asm {

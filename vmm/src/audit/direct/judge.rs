@@ -6,8 +6,7 @@ use crate::audit::Audit;
 use crate::audit::finding::{Finding, Rule};
 use crate::audit::index::{Mapping, Run};
 use crate::audit::mappings::{alias_rule, describe};
-use crate::audit::tlb::cpu_list;
-use crate::audit::writes::revoke_of;
+use crate::audit::writes::{revoke_of, still_walked};
 use lacuna_abi::addr::{FrameRange, Gfn, PAGE_SIZE};
 use lacuna_abi::layout::{Place, Region};
 use lacuna_abi::paging::Level;
@@ -133,15 +132,8 @@ impl Audit {
             let mut elsewhere =
                 duties.filter(|duty| (duty.root, duty.va) != (table.root, table.va));
             let Some(duty) = elsewhere.next() else { continue };
-            let detail = format!(
-                "the table was to be linked at {} while {} may still walk to it from {}, unlinked by \
-                 event {}; an INVLPG, a root load or a PGE change there in between would have \
-                 discharged it",
-                table.va,
-                cpu_list(duty.cpus),
-                duty.va,
-                duty.seq
-            );
+            let detail =
+                format!("the table was to be linked at {} while {}", table.va, still_walked(&duty));
             let finding = Finding::new(Rule::StaleTable, seq, detail);
             let (frame, va, root) = (Some(table.frame), Some(table.va), Some(table.root));
             return Err(Finding { frame, va, root, revoked: revoke_of(&duty), ..finding }.into());

@@ -12,8 +12,7 @@ use super::index::{Rights, base_of};
 use super::links::meaning;
 use super::story::Moment;
 use super::tables::{Place, TableId};
-use super::tlb::cpu_list;
-use super::writes::{is_sound, revoke_of};
+use super::writes::{is_sound, revoke_of, still_walked};
 use super::{Audit, World};
 use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
 use lacuna_abi::direct::TableOp;
@@ -238,14 +237,7 @@ impl Audit {
     /// `stale-table`: nothing is written to a page that some CPU may still take for a table.
     fn judge_stale_page(&self, table: Gfn, seq: u64) -> Result<(), Unfit> {
         let Some(duty) = self.tlb.of_table(table).into_iter().next() else { return Ok(()) };
-        let detail = format!(
-            "the table was to be written anew while {} may still walk to it from {}, unlinked by \
-             event {}; an INVLPG, a root load or a PGE change there in between would have \
-             discharged it",
-            cpu_list(duty.cpus),
-            duty.va,
-            duty.seq
-        );
+        let detail = format!("the table was to be written anew while {}", still_walked(&duty));
         let finding = Finding::new(Rule::StaleTable, seq, detail);
         let (frame, va, root) = (Some(table), Some(duty.va), Some(duty.root));
         Err(Finding { frame, va, root, revoked: revoke_of(&duty), ..finding }.into())

@@ -130,7 +130,7 @@ impl Stepper {
 }
 
 /// The site of code at an address: its low half.
-#[allow(clippy::cast_possible_truncation)]
 const fn site_of(rip: u64) -> u32 {
-    (rip & 0xffff_ffff) as u32
+    let [a, b, c, d, ..] = rip.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
 }

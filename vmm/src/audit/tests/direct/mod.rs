@@ -336,6 +336,42 @@ fn a_root_is_registered_only_if_what_it_maps_keeps_the_rules() {
     assert_eq!(scene.found().len(), 1, "it is not registered");
 }
 
+/// Frames that follow each other, at addresses that follow each other, in windows of two CPUs.
+#[test]
+fn a_run_of_leaves_ends_with_its_table() {
+    for owner in [0, 1] {
+        let mut scene = scene(2);
+        let block = scene.block(1);
+        scene.seal_block(block);
+        let first = FrameRange::single(block.start());
+        let next = FrameRange::single(block.start().wrapping_add(1));
+        for (frames, cpu) in [(first, 0), (next, owner)] {
+            scene.op(cpu, OpKind::Open, frames).unwrap();
+        }
+        let root = scene.ask_for_root();
+        let link = |table: Gpa| Entry::new(table.frame(), Entry::TABLE);
+        let [pdpt, low, high, last, start] = [(); 5].map(|()| scene.machine.new_table());
+        for (table, index, entry) in [
+            (root, Level::Pml4.index(window(0)), link(pdpt)),
+            (pdpt, 0, link(low)),
+            (pdpt, 1, link(high)),
+            (low, 511, link(last)),
+            (high, 0, link(start)),
+            (last, 511, window_entry(first.start())),
+            (start, 0, window_entry(next.start())),
+        ] {
+            scene.ask_for_word(table.wrapping_add(8 * index), entry).unwrap();
+        }
+        let answer = scene.audit.register_root(root, 1, &scene.machine);
+        if owner == 1 {
+            assert_eq!(answer, Ok(()), "each frame is open on the CPU of its window");
+        } else {
+            assert_eq!(answer, Err(Status::BadRoot));
+            scene.assert_found(Rule::ForeignAlias, next.start());
+        }
+    }
+}
+
 #[test]
 fn an_open_of_a_frame_that_something_maps_or_may_map_is_refused() {
     // The entry is there.
