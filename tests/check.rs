@@ -211,6 +211,7 @@ fn refused() -> Check {
     wrong(&check(path, &[])?, "x.csv:1")?;
     write(path, "case.toml", "require = []", IDLE)?;
     wrong(&check(path, &["--junit", "no/such/folder.xml"])?, "--junit: cannot write")?;
+    wrong(&check(path, &["--list", "--junit", "x.xml"])?, "cannot be used with")?;
     wrong(&check(path, &["kvm"])?, "no case matches \"kvm\"")?;
     std::fs::create_dir(path.join("empty"))?;
     wrong(&check(&path.join("empty"), &[])?, "there is no scenario in this folder")

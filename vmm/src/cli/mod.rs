@@ -167,7 +167,7 @@ pub struct CheckArgs {
     #[arg(long)]
     pub json: bool,
     /// Writes the results as JUnit XML to this file too.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "list")]
     pub junit: Option<PathBuf>,
     /// Cases that run at a time; as many as there are processors if left out.
     #[arg(long, value_name = "NUMBER")]
