@@ -16,8 +16,8 @@ use std::time::Instant;
 /// whose names have this in them.
 pub fn trials(kind: Kind) -> Vec<Trial> {
     let (lab, programs): (_, &[_]) = match kind {
-        Kind::Npt => ("npt", &["kvm", "smp"]),
-        Kind::Ept => ("ept", &["kvm"]),
+        Kind::Npt => ("npt", &["kvm", "smp", "step"]),
+        Kind::Ept => ("ept", &["kvm", "step"]),
     };
     let trials = programs.iter().map(|name| {
         let title = format!("{lab}::all_tests_of_{name}_pass_inside");
@@ -28,9 +28,10 @@ pub fn trials(kind: Kind) -> Vec<Trial> {
 
 /// Whether the lab runs this test: with EPT, whose emulator is slow, the faults and their clean twins.
 fn is_chosen(kind: Kind, test: &str) -> bool {
-    let twins = ["replay_is_clean", "converting_in_place_is_clean", "without_prezero"];
+    let twins = ["replay_is_clean", "replay_in_place_is_clean", "converting_in_place_is_clean"];
+    let chosen = ["is_found_under", "without_prezero", "1_vcpus_is_clean", "found_on_1_vcpus"];
     kind == Kind::Npt
-        || test.contains("is_found_under")
+        || chosen.iter().any(|part| test.contains(part))
         || twins.iter().any(|twin| test.starts_with(twin))
 }
 
@@ -51,7 +52,7 @@ fn run(kind: Kind, name: &str) -> Check {
         environment: vec![("LACUNA_REQUIRE_KVM", "1".into())],
     };
     let started = Instant::now();
-    let (ending, out) = in_lab(kind, &order, Some(program))?;
+    let (ending, out) = in_lab(kind, 1, &order, Some(program))?;
     let failed: Vec<_> =
         tests.iter().zip(&ending.statuses).filter(|(_, status)| **status != 0).collect();
     let (count, seconds) = (tests.len() - failed.len(), started.elapsed().as_secs());

@@ -48,6 +48,7 @@ pub enum SuiteError {
 #[derive(Debug)]
 pub struct Suite {
     cases: Vec<Case>,
+    files: Vec<PathBuf>,
     folder: PathBuf,
     /// Where the built-in scenarios were unpacked, if they are those.
     unpacked: Option<TempDir>,
@@ -92,13 +93,19 @@ impl Suite {
             let remedy = "put scenarios there, files that end in .toml (docs/check.md)";
             return Err(refuse("there is no scenario in this folder".into(), remedy).into());
         }
-        Ok(Self { cases, folder: folder.to_owned(), unpacked: None })
+        Ok(Self { cases, files, folder: folder.to_owned(), unpacked: None })
     }
 
     /// Every case, scenario by scenario.
     #[must_use]
     pub fn cases(&self) -> &[Case] {
         &self.cases
+    }
+
+    /// The files that the cases are made of: scenarios, and configurations that they name.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let named = self.cases.iter().map(|case| case.base.file.as_path());
+        self.files.iter().map(PathBuf::as_path).chain(named)
     }
 
     /// The folder of the scenarios.

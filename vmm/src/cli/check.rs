@@ -14,6 +14,13 @@ use std::path::{Path, PathBuf};
 use std::thread::{self, available_parallelism};
 use std::time::Instant;
 
+impl CheckArgs {
+    /// The suite whose cases are chosen from.
+    pub(super) fn suite(&self) -> Result<Suite, SuiteError> {
+        self.scenarios.as_deref().map_or_else(Suite::built_in, Suite::load)
+    }
+}
+
 /// Runs the regression suite and prints a table of results.
 #[must_use]
 pub fn check(args: &CheckArgs) -> ExitStatus {
@@ -37,10 +44,7 @@ fn try_check(args: &CheckArgs) -> Result<ExitStatus, Failure> {
     };
     let broken = Failure::new(ExitStatus::Inconclusive);
     let started = Instant::now();
-    let suite = match &args.scenarios {
-        Some(folder) => Suite::load(folder).map_err(usage)?,
-        None => Suite::built_in().map_err(usage)?,
-    };
+    let suite = args.suite().map_err(usage)?;
     let cases = suite.select(args.filter.as_deref(), args.all).map_err(usage)?;
     if args.list {
         let text = if args.json { names(&cases).map_err(|e| broken(&e))? } else { list(&cases) };

@@ -1,19 +1,18 @@
 //! `lacuna lab`.
 
+use super::order::{self, Wanted};
 use super::progress::Steps;
 use super::run::interrupts;
-use super::{Choice, Cli, Command, ExitStatus, print};
-use crate::config::Config;
+use super::{Choice, ExitStatus, print};
 use crate::lab::{
-    self, Cache, Ending, Kind, Lab, LabError, Order, QEMU, Set, Settings, Stream, Watcher,
+    self, Cache, Ending, Kept, Kind, Lab, LabError, Order, QEMU, Set, Settings, Stream, Watcher,
 };
-use crate::recording;
 use crate::stop::{Stop, Stopped};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Subcommand};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -54,7 +53,8 @@ pub enum LabCommand {
 /// Arguments of `lacuna lab npt` and `lacuna lab ept`.
 #[derive(Clone, PartialEq, Eq, Debug, Args)]
 pub struct LabRunArgs {
-    /// Processors of the emulated machine, 1 to 8 (default 2); with EPT there is one.
+    /// Processors of the emulated machine, 1 to 8 (default: 2 for the program probe on two vCPUs, in which
+    /// one keeps what the other has changed; else 1); with EPT there is one.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u8).range(1..=8))]
     pub cpus: Option<u8>,
     /// Memory of the emulated machine in MiB (default 1024 with NPT, 512 with EPT).
@@ -127,8 +127,8 @@ pub fn lab(args: &LabArgs) -> ExitStatus {
 }
 
 fn run(kind: Kind, args: &LabRunArgs) -> Result<ExitStatus, LabError> {
-    let order = match order(&args.args)? {
-        Ok(order) => order,
+    let Wanted { order, cpus } = match order::order(&args.args)? {
+        Ok(wanted) => wanted,
         Err(status) => return Ok(status),
     };
     let npt = kind == Kind::Npt;
@@ -138,7 +138,7 @@ fn run(kind: Kind, args: &LabRunArgs) -> Result<ExitStatus, LabError> {
     let settings = Settings {
         kind,
         backports: args.kernel == Kernel::Backports,
-        cpus: args.cpus.unwrap_or(if npt { 2 } else { 1 }),
+        cpus: args.cpus.unwrap_or(if npt { cpus } else { 1 }),
         memory_mib: args.memory.unwrap_or(if npt { 1024 } else { 512 }),
         timeout: Duration::from_secs(args.timeout.unwrap_or(if npt { 600 } else { 1800 })),
         lacuna: args.lacuna.clone(),
@@ -171,57 +171,6 @@ fn supervised<R>(interrupted: &AtomicBool, run: impl FnOnce(&Stop) -> R) -> R {
     })
 }
 
-/// The order for a lab: what these arguments name is looked up, so that mistakes are found here. A
-/// status, where they only ask for help or are wrong.
-fn order(args: &[OsString]) -> Result<Result<Order, ExitStatus>, LabError> {
-    let words = std::iter::once(OsString::from("lacuna")).chain(args.iter().cloned());
-    let cli = match Cli::try_parse_from(words) {
-        Ok(cli) => cli,
-        Err(error) => {
-            // Help on a closed pipe is nobody's loss.
-            let _ = error.print();
-            let help = error.exit_code() == 0;
-            return Ok(Err(if help { ExitStatus::Pass } else { ExitStatus::Usage }));
-        }
-    };
-    let folder = std::env::current_dir().map_err(|error| {
-        LabError::Arguments(format!("the working directory cannot be found: {error}"))
-    })?;
-    let environment = std::env::var_os("RUST_LOG").map(|value| ("RUST_LOG", value));
-    let mut order = Order {
-        commands: vec![args.to_vec()],
-        folder,
-        environment: environment.into_iter().collect(),
-        ..Order::default()
-    };
-    match cli.command {
-        Command::Run(run) => {
-            let config = Config::load(&run.config, &run.overrides())?;
-            order.files.push(run.config);
-            order.files.extend(config.workload.input().map(Path::to_owned));
-            order.files.extend(config.guest.image);
-            order.keep = config.output.out;
-        }
-        Command::Audit(audit) => {
-            let file = audit.folder.join(recording::FILE);
-            if !file.is_file() {
-                return Err(LabError::Arguments(format!(
-                    "there is no {}; name the folder that lacuna run --record --out DIR wrote",
-                    file.display()
-                )));
-            }
-            order.files.push(file);
-        }
-        Command::Lab(_) => {
-            let what = "a lab inside a lab is not possible: the emulated machine has no emulator";
-            return Err(LabError::Arguments(what.into()));
-        }
-        // The others name no files.
-        _ => {}
-    }
-    Ok(Ok(order))
-}
-
 /// Writes what the command wrote.
 fn pass_on(stream: Stream, bytes: &[u8]) {
     let written = match stream {
@@ -237,13 +186,13 @@ fn pass_on(stream: Stream, bytes: &[u8]) {
 
 /// Writes the files that came back.
 fn keep(order: &Order, ending: &Ending) -> Result<(), LabError> {
-    let Some(folder) = &order.keep else { return Ok(()) };
+    let Some(folder) = order.keep.as_ref().map(Kept::folder) else { return Ok(()) };
     for (path, contents) in &ending.files {
         let path = folder.join(path);
         let made = path.parent().map_or(Ok(()), fs::create_dir_all);
         made.and_then(|()| fs::write(&path, contents)).map_err(|error| {
             LabError::Arguments(format!(
-                "--out: cannot write {}: {error}; name a folder that can be written",
+                "what came back cannot be written to {}: {error}; name a place that can be written",
                 path.display()
             ))
         })?;
@@ -337,57 +286,11 @@ fn listen() -> Result<Arc<AtomicBool>, LabError> {
 mod tests {
     use super::*;
 
-    fn ordered(args: &[&str]) -> Result<Result<Order, ExitStatus>, LabError> {
-        order(&args.iter().map(OsString::from).collect::<Vec<_>>())
-    }
-
-    #[test]
-    fn files_that_arguments_and_configuration_name_are_taken_along() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = |name: &str, text: &str| {
-            let path = folder.path().join(name);
-            fs::write(&path, text).unwrap();
-            path
-        };
-        let (secret, other) = (file("s.txt", "secret"), file("o.txt", "other"));
-        let image = file("g.elf", "image");
-        let config = file(
-            "c.toml",
-            "[guest]\nimage = \"g.elf\"\n[workload]\nprogram = \"secrets\"\ninput = \"s.txt\"\n",
-        );
-        let config = config.display().to_string();
-        let order = ordered(&["run", &config, "--out", "results"]).unwrap().unwrap();
-        assert_eq!(order.files, [PathBuf::from(&config), secret, image.clone()]);
-        assert_eq!(order.keep, Some("results".into()));
-        let input = other.display().to_string();
-        let order = ordered(&["run", &config, "--input", &input]).unwrap().unwrap();
-        assert_eq!(order.files, [PathBuf::from(&config), other, image]);
-        assert_eq!(order.keep, None);
-        assert!(ordered(&["doctor"]).unwrap().unwrap().files.is_empty());
-        let recording = file(recording::FILE, "a recording");
-        let results = folder.path().display().to_string();
-        let order = ordered(&["audit", &results, "--json"]).unwrap().unwrap();
-        assert_eq!(order.files, [recording]);
-        let recorded = ordered(&["run", &config, "--record", "--out", "results"]).unwrap();
-        assert_eq!(recorded.unwrap().keep, Some("results".into()));
-    }
-
-    #[test]
-    fn mistakes_are_found_before_a_lab_starts() {
-        assert_eq!(ordered(&["run"]).unwrap(), Err(ExitStatus::Usage));
-        assert_eq!(ordered(&["--help"]).unwrap(), Err(ExitStatus::Pass));
-        let missing = ordered(&["run", "/nowhere/c.toml"]).unwrap_err();
-        assert_eq!(ExitStatus::from(&missing), ExitStatus::Usage);
-        let unrecorded = ordered(&["audit", "/nowhere"]).unwrap_err();
-        assert_eq!(ExitStatus::from(&unrecorded), ExitStatus::Usage);
-        let nested = ordered(&["lab", "npt", "--", "doctor"]).unwrap_err();
-        assert_eq!(ExitStatus::from(&nested), ExitStatus::Usage);
-    }
-
     #[test]
     fn files_come_back_below_the_folder_of_out() {
         let folder = tempfile::tempdir().unwrap();
-        let order = Order { keep: Some(folder.path().join("a/b")), ..Order::default() };
+        let keep_in = Some(Kept::Folder(folder.path().join("a/b")));
+        let order = Order { keep: keep_in, ..Order::default() };
         let files = vec![(PathBuf::from("c/report.json"), b"{}".to_vec())];
         keep(&order, &Ending { statuses: vec![0], files }).unwrap();
         assert_eq!(fs::read(folder.path().join("a/b/c/report.json")).unwrap(), b"{}");

@@ -4,6 +4,7 @@
 mod check;
 mod exit;
 mod lab;
+mod order;
 mod probe;
 mod progress;
 mod recording;

@@ -30,10 +30,41 @@ pub struct Order {
     /// Files that are taken along, absolute or relative to the working directory. They have the same
     /// paths inside, and may be executed there if they may here.
     pub files: Vec<PathBuf>,
-    /// A folder whose files are brought back.
-    pub keep: Option<PathBuf>,
+    /// What is brought back.
+    pub keep: Option<Kept>,
     /// Variables of the environment.
     pub environment: Vec<(&'static str, OsString)>,
+}
+
+/// What is brought back, absolute or relative to the working directory.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Kept {
+    /// The files below a folder, if it is there.
+    Folder(PathBuf),
+    /// A file, if it is there.
+    File(PathBuf),
+}
+
+impl Kept {
+    /// The folder to which the paths of what comes back are relative.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        match self {
+            Self::Folder(folder) => folder,
+            Self::File(file) => match file.parent() {
+                Some(folder) if folder != Path::new("") => folder,
+                _ => Path::new("."),
+            },
+        }
+    }
+
+    /// The name of what is found there.
+    fn name(&self) -> &OsStr {
+        match self {
+            Self::Folder(_) => OsStr::new("."),
+            Self::File(file) => file.file_name().unwrap_or_default(),
+        }
+    }
 }
 
 /// What an initramfs is made of.
@@ -112,9 +143,14 @@ pub fn inside(order: &Order, path: &Path) -> Result<PathBuf, LabError> {
 
 /// The script that says what to run.
 fn script(order: &Order) -> Vec<u8> {
-    let mut script = b"keep=".to_vec();
-    script.extend(order.keep.as_ref().map(|keep| quoted(keep.as_os_str())).unwrap_or_default());
-    script.push(b'\n');
+    let mut script = Vec::new();
+    let kept = order.keep.as_ref();
+    let kept = kept.map(|keep| [("keep_in", keep.folder().as_os_str()), ("keep", keep.name())]);
+    for (name, value) in kept.into_iter().flatten() {
+        script.extend(format!("{name}=").bytes());
+        script.extend(quoted(value));
+        script.push(b'\n');
+    }
     for (name, value) in &order.environment {
         script.extend(format!("export {name}=").bytes());
         script.extend(quoted(value));
@@ -197,20 +233,29 @@ mod tests {
             ],
             folder: "/home/me/my work".into(),
             files: vec!["a.toml".into(), "../b/./c".into(), "/home/me/my work/a.toml".into()],
-            keep: Some("out put".into()),
+            keep: Some(Kept::Folder("out put".into())),
             environment: vec![("RUST_LOG", "info".into())],
         }
     }
 
     #[test]
     fn a_shell_gives_back_the_same_arguments() {
-        let mut script = b"cd() { printf '%s:' \"$keep\" \"$RUST_LOG\" \"$@\"; }\n\
+        let mut script = b"cd() { printf '%s:' \"$keep_in\" \"$keep\" \"$RUST_LOG\" \"$@\"; }\n\
                            run() { printf '%s|' \"$@\"; }\n"
             .to_vec();
         script.extend(super::script(&order()));
         let output = Command::new("sh").arg("-c").arg(OsStr::from_bytes(&script)).output().unwrap();
         let printed = String::from_utf8(output.stdout).unwrap();
-        assert_eq!(printed, "out put:info:/home/me/my work:run|a.toml|it's $HOME||doctor|");
+        assert_eq!(printed, "out put:.:info:/home/me/my work:run|a.toml|it's $HOME||doctor|");
+    }
+
+    #[test]
+    fn what_is_kept_is_a_folder_or_one_file_of_a_folder() {
+        let kept = |keep: Kept| (keep.folder().to_owned(), keep.name().to_owned());
+        assert_eq!(kept(Kept::Folder("a/b".into())), ("a/b".into(), ".".into()));
+        assert_eq!(kept(Kept::File("a/b.xml".into())), ("a".into(), "b.xml".into()));
+        assert_eq!(kept(Kept::File("b.xml".into())), (".".into(), "b.xml".into()));
+        assert_eq!(kept(Kept::File("/b.xml".into())), ("/".into(), "b.xml".into()));
     }
 
     #[test]

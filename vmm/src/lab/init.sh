@@ -32,6 +32,8 @@ cat $lab/out >/dev/ttyS1 &
 cat $lab/err >/dev/ttyS2 &
 exec 3>$lab/out 4>$lab/err
 statuses=
+keep_in=
+keep=
 run() {
     $lab/lacuna "$@" </dev/null >&3 2>&4 3>&- 4>&-
     statuses="$statuses $?"
@@ -41,8 +43,8 @@ exec 3>&- 4>&-
 wait
 
 : >$lab/files
-if [ -n "$keep" ] && [ -d "$keep" ]; then
-    (cd "$keep" && find . -type f | cpio -o -H newc 2>/dev/null | gzip -c) >$lab/files
+if [ -n "$keep" ] && [ -e "$keep_in/$keep" ]; then
+    (cd "$keep_in" && find "./$keep" -type f | cpio -o -H newc 2>/dev/null | gzip -c) >$lab/files
 fi
 {
     printf 'lacuna-lab status%s files %s\n' "$statuses" $(wc -c <$lab/files)

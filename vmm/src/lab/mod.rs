@@ -25,7 +25,7 @@ mod streams;
 pub use binary::build_static;
 pub use cache::Cache;
 pub use error::LabError;
-pub use guest::Order;
+pub use guest::{Kept, Order};
 pub use machine::{Kind, installed_qemu};
 pub use packages::{QEMU, Set};
 pub use result::Ending;
