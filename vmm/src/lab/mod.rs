@@ -18,6 +18,7 @@ mod manifest;
 mod online;
 mod packages;
 mod result;
+mod screen;
 mod setup;
 mod sources;
 mod streams;
@@ -36,6 +37,7 @@ use child::Running;
 use guest::Parts;
 use machine::{Emulator, PORTS, Start};
 use result::Results;
+use screen::Screen;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -180,6 +182,7 @@ struct Watch<'w> {
     running: Running,
     results: Results,
     streams: [(Stream, Tail); 2],
+    screen: Screen,
     output: &'w mut dyn FnMut(Stream, &[u8]),
 }
 
@@ -192,7 +195,8 @@ impl<'w> Watch<'w> {
     ) -> Self {
         let [_, out, err, result] = PORTS.map(|port| folder.join(port));
         let streams = [(Stream::Out, Tail::new(&out)), (Stream::Err, Tail::new(&err))];
-        Self { folder, kind, running, results: Results::new(&result), streams, output }
+        let (results, screen) = (Results::new(&result), Screen::new(folder));
+        Self { folder, kind, running, results, streams, screen, output }
     }
 
     fn result(
@@ -205,6 +209,7 @@ impl<'w> Watch<'w> {
         loop {
             // Asked for first: what was written before is seen below.
             let ended = self.running.ended();
+            self.screen.drain();
             self.pass_on()?;
             if let Some(ending) = self.results.look().map_err(|what| self.no_result(what))? {
                 if self.kind.switches_off() {
