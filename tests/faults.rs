@@ -68,6 +68,18 @@ fn trials() -> Vec<Trial> {
             }
         }
     }
+    for mediation in [Mediation::Tables, Mediation::Step] {
+        for cpus in [1, 2] {
+            for slip in Slip::ALL.iter().filter(|slip| slip.vcpus() <= cpus) {
+                let seal = slips::seals(*slip)[0];
+                let (slip_name, mode) = (slip.name(), mediation.name());
+                let name = format!("slip_{slip_name}_is_found_on_{cpus}_cpus_under_{mode}");
+                let found =
+                    move || slips::is_found_under(mediation, *slip, MachineKind::Sim, cpus, seal);
+                trials.push(trial(&name, found));
+            }
+        }
+    }
     for rule in Rule::ALL {
         let name = format!("a_run_that_requires_{}_must_exercise_it", rule.name());
         trials.push(trial(&name, move || required(*rule)));
@@ -90,14 +102,6 @@ fn under_tables() -> Vec<Trial> {
             let args = ["--machine", "sim", "--seal", seal, "--mediate", "tables"];
             let config = Twin::of(*fault).config(cpus);
             trials.push(trial(&name, move || fault_is_found(&config, *fault, &args)));
-        }
-        for slip in Slip::ALL.iter().filter(|slip| slip.vcpus() <= cpus) {
-            let seal = slips::seals(*slip)[0];
-            let name = format!("slip_{}_is_found_on_{cpus}_cpus_under_tables", slip.name());
-            let found = move || {
-                slips::is_found_under(Mediation::Tables, *slip, MachineKind::Sim, cpus, seal)
-            };
-            trials.push(trial(&name, found));
         }
     }
     for fault in ["", "global-window", "leave-direct-map-alias", "forged-table-write"] {

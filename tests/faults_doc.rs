@@ -91,7 +91,7 @@ fn the_table_of_slips_is_that_of_the_code() {
     for slip in Slip::ALL {
         let place = &places[&format!("{slip:?}")];
         let seals = support::slips::seals(*slip);
-        let row = (slip.rule(), &["trace"][..], slip.vcpus(), seals, place);
+        let row = (slip.rule(), &["trace", "tables", "step"][..], slip.vcpus(), seals, place);
         check_row(&rows[slip.name()], row);
     }
 }

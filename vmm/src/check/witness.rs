@@ -192,7 +192,23 @@ impl Witness {
     }
 
     fn last_write(&self, seen: &Seen, va: Gva) -> Option<(&Record, &EntryWrite)> {
-        self.writes(seen).find(|(_, write)| spans(write.va, write.span(), va))
+        let mut writes = self.reported_after(seen).into_iter().chain(self.writes(seen));
+        writes.find(|(_, write)| spans(write.va, write.span(), va))
+    }
+
+    /// The guest's own record of the write that the finding is about, where the host saw the write and the
+    /// record comes behind it.
+    fn reported_after(&self, seen: &Seen) -> Option<(&Record, &EntryWrite)> {
+        let store = self.before(seen).next().filter(|record| record.seq == seen.seq)?;
+        let Event::Seen(Sighting::Stores(stores)) = &store.event else { return None };
+        let own = self.0.iter().filter(|record| record.seq > seen.seq && record.cpu == store.cpu);
+        let mut writes = own.filter_map(|record| match &record.event {
+            Event::EntryWrite(write) => Some((record, write)),
+            _ => None,
+        });
+        let (record, write) = writes.next()?;
+        let same = (write.old, write.new, write.count) == (stores.old, stores.new, stores.count);
+        same.then_some((record, write))
     }
 
     /// Whether the frame is mapped at the address by the last record of it, if there is one that says
