@@ -142,6 +142,9 @@ fn ended_with(output: &Output, status: i32, needle: &str) -> Check {
 fn mistakes() -> Check {
     ended_with(&call(&["lab", "npt", "--", "run"])?, 2, "required arguments")?;
     ended_with(&call(&["lab", "npt", "--", "run", "none.toml"])?, 2, "none.toml")?;
+    ended_with(&call(&["lab", "npt", "--", "check", "no/such/case"])?, 2, "no case matches")?;
+    let nowhere = ["lab", "npt", "--", "check", "--junit", "/nowhere/at/all.xml"];
+    ended_with(&call(&nowhere)?, 2, "/nowhere/at/all.xml")?;
     ended_with(&call(&["lab", "ept", "--cpus", "2", "--", "doctor"])?, 2, "one processor")?;
     ended_with(&call(&["lab", "npt", "--", "lab", "status"])?, 2, "a lab inside a lab")?;
     ended_with(&call(&["lab", "npt", "--lacuna", "Cargo.toml", "--", "doctor"])?, 2, "no static")

@@ -12,7 +12,7 @@ use clap::{Args, Subcommand};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -131,6 +131,10 @@ fn run(kind: Kind, args: &LabRunArgs) -> Result<ExitStatus, LabError> {
         Ok(wanted) => wanted,
         Err(status) => return Ok(status),
     };
+    if let Some(Kept::File(file)) = &order.keep {
+        // Said before anything runs, as without a lab.
+        fs::File::create(file).map_err(|error| cannot_write(file, &error))?;
+    }
     let npt = kind == Kind::Npt;
     if !npt && args.cpus.is_some_and(|cpus| cpus != 1) {
         return Err(LabError::Arguments("--cpus: a lab with EPT has one processor".into()));
@@ -190,14 +194,17 @@ fn keep(order: &Order, ending: &Ending) -> Result<(), LabError> {
     for (path, contents) in &ending.files {
         let path = folder.join(path);
         let made = path.parent().map_or(Ok(()), fs::create_dir_all);
-        made.and_then(|()| fs::write(&path, contents)).map_err(|error| {
-            LabError::Arguments(format!(
-                "what came back cannot be written to {}: {error}; name a place that can be written",
-                path.display()
-            ))
-        })?;
+        let written = made.and_then(|()| fs::write(&path, contents));
+        written.map_err(|error| cannot_write(&path, &error))?;
     }
     Ok(())
+}
+
+fn cannot_write(path: &Path, error: &io::Error) -> LabError {
+    LabError::Arguments(format!(
+        "what comes back cannot be written to {}: {error}; name a place that can be written",
+        path.display()
+    ))
 }
 
 fn status_of(status: u8) -> ExitStatus {

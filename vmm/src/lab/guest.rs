@@ -103,6 +103,9 @@ pub fn write_initramfs(
     }
     archive.file(&lab.join("order"), false, &script(order)).map_err(broken)?;
     archive.folder(&inside(order, Path::new("."))?).map_err(broken)?;
+    if let Some(keep @ Kept::File(_)) = &order.keep {
+        archive.folder(&inside(order, keep.folder())?).map_err(broken)?;
+    }
     let mut written = Vec::new();
     for file in &order.files {
         let path = inside(order, file)?;
