@@ -112,6 +112,14 @@ pub enum Sighting {
         /// Bit 63 of the operand was set.
         no_flush: bool,
     },
+    /// A page of a window was read or written. Accesses of a CPU to one page, with nothing else that was
+    /// seen of it in between, are told once.
+    Access {
+        /// An address in the page.
+        va: Gva,
+        /// It was written.
+        write: bool,
+    },
 }
 
 /// Consecutive words of a page of the table pool that were stored, wherever the page is linked: word

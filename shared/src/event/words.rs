@@ -23,6 +23,7 @@ const KIND_SEEN_FILL: u64 = 11;
 const KIND_SEEN_FLUSH: u64 = 12;
 const KIND_SEEN_CONTROL: u64 = 13;
 const KIND_SEEN_ROOT: u64 = 14;
+const KIND_SEEN_ACCESS: u64 = 15;
 const PCID_MASK: u64 = 0xfff;
 
 const fn head(kind: u64, level: u8, flavour: u64, cpu: u8, count: u32) -> u64 {
@@ -157,6 +158,9 @@ impl Record {
             Sighting::RootLoad { root, pcid, no_flush } => {
                 root_words(KIND_SEEN_ROOT, self.cpu, (root, pcid, no_flush))
             }
+            Sighting::Access { va, write } => {
+                (head(KIND_SEEN_ACCESS, 0, u64::from(write), self.cpu, 0), [0, va.0, 0, 0, 0])
+            }
         }
     }
 
@@ -248,6 +252,9 @@ impl Record {
             (KIND_ROOT, 0 | 1) => Event::RootLoad { root, pcid, no_flush: flavour == 1 },
             (KIND_SEEN_ROOT, 0 | 1) => {
                 Event::Seen(Sighting::RootLoad { root, pcid, no_flush: flavour == 1 })
+            }
+            (KIND_SEEN_ACCESS, 0 | 1) => {
+                Event::Seen(Sighting::Access { va: Gva(va), write: flavour == 1 })
             }
             (KIND_LIFE, _) => {
                 let life = Life::from_number(flavour.into()).ok_or(BadRecord::Unknown)?;

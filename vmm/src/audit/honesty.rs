@@ -163,6 +163,8 @@ impl Honesty {
                 *root = (to, pcid);
                 [Some(Act::Root { root: to, pcid, no_flush }), None]
             }
+            // No record tells of one.
+            Sighting::Access { .. } => return,
         };
         book.take(SEEN, record, acts, index, ledger);
     }

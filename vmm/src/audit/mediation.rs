@@ -114,6 +114,10 @@ impl Audit {
                 self.stores(record, &stores, world);
                 return;
             }
+            Sighting::Access { va, write } => {
+                self.used(record, va, write);
+                return;
+            }
             Sighting::Fill(fill) => Event::TableFill(fill),
             Sighting::Flush(flush) => Event::Flush(flush),
             Sighting::Control { register, old, new } => Event::Control { register, old, new },

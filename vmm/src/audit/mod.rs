@@ -20,6 +20,7 @@
 //! | `life` | life-cycle records |
 //! | `arrival` | gate operations |
 //! | `mediation`, `honesty` | what the host sees itself; what the guest says of the same |
+//! | `uses` | accesses through windows, where the host sees them |
 //! | `quiesce`, `compare` | the complete check; records against tables |
 //! | `probe` | frames that are touched on purpose |
 //! | `observed` | accesses that the guest observed, against what may be cached |
@@ -54,6 +55,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 mod tlb;
+mod uses;
 mod world;
 mod writes;
 
@@ -104,6 +106,8 @@ pub struct Audit {
     link_work: usize,
     probes: ProbeTally,
     observations: Observations,
+    /// Accesses through windows that were seen.
+    uses: u64,
     mediation: Mediation,
     honesty: Honesty,
     /// What the last record mapped and linked; empty between two records, kept for its room.
@@ -127,6 +131,7 @@ impl Audit {
             link_work: 0,
             probes: ProbeTally::default(),
             observations: Observations::default(),
+            uses: 0,
             mediation: Mediation::Trace,
             honesty: Honesty::new(config.layout.cpus, config.boot_root),
             walked: Walked::default(),

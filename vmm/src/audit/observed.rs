@@ -95,7 +95,7 @@ impl Audit {
     }
 
     /// What the root maps at an address, by the host's copy of the tables.
-    fn mapping_of(&self, root: Gpa, va: Gva) -> Option<Mapping> {
+    pub(super) fn mapping_of(&self, root: Gpa, va: Gva) -> Option<Mapping> {
         [Level::Pdpt, Level::Pd, Level::Pt].into_iter().find_map(|level| {
             let site = self.index.find(root, va, level)?;
             let index = level.index(va);

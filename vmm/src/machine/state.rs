@@ -48,6 +48,8 @@ pub struct Registers {
 impl Registers {
     /// RCX.
     pub const RCX: usize = 1;
+    /// RSI.
+    pub const RSI: usize = 6;
     /// RDI.
     pub const RDI: usize = 7;
     /// RSP.

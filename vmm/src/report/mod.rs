@@ -100,6 +100,10 @@ pub struct Stepping {
     pub from: Option<u64>,
     /// Last event up to which they were; `null` if that is the last of the run.
     pub to: Option<u64>,
+    /// Accesses through windows that were seen; those of a vCPU to one page, one behind the other, are
+    /// one.
+    #[serde(default)]
+    pub window_accesses: u64,
 }
 
 impl Stepping {

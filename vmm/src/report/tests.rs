@@ -388,10 +388,12 @@ fn a_simulated_run_says_what_repeats_it() {
 #[test]
 fn a_stepped_run_says_how_much_was_stepped_and_how_fast() {
     let mut report = clean();
-    let stepping = Stepping { instructions: 90_000, us: 2_000_000, from: Some(0), to: None };
+    let (instructions, us, from, to) = (90_000, 2_000_000, Some(0), None);
+    let stepping = Stepping { instructions, us, from, to, window_accesses: 1_234 };
     report.machine.stepping = Some(stepping);
     let text = report.to_text();
     assert!(text.contains("90,000 instructions in 2,000.0 ms, 45,000 a second; all"), "{text}");
+    assert!(text.contains("1,234 accesses"), "{text}");
     let stepping = Stepping { from: Some(70), to: Some(90), ..Stepping::default() };
     report.machine.stepping = Some(stepping);
     let text = report.to_text();

@@ -391,7 +391,7 @@ fn more(out: &mut String, what: &str, count: u64) {
 
 /// How much was stepped, which part of the run that was, and how fast.
 fn stepped(stepping: &Stepping) -> String {
-    let Stepping { instructions, us, from, to } = stepping;
+    let Stepping { instructions, us, from, to, window_accesses } = stepping;
     let part = match (from, to) {
         (None, _) => {
             return "nothing was stepped".into();
@@ -403,5 +403,9 @@ fn stepped(stepping: &Stepping) -> String {
     let rate = stepping
         .per_second()
         .map_or_else(String::new, |rate| format!(", {} a second", grouped(rate)));
-    format!("{} instructions in {}{rate}; {part}", grouped(*instructions), milliseconds(*us))
+    let (instructions, time) = (grouped(*instructions), milliseconds(*us));
+    let accesses = grouped(*window_accesses);
+    format!(
+        "{instructions} instructions in {time}{rate}; {part}; {accesses} accesses through windows"
+    )
 }

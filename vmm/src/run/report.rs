@@ -65,7 +65,9 @@ pub fn outline(config: &Config, outcome: &Outcome, surroundings: Surroundings) -
             let part = gate.stepped();
             let (from, to) = part.map_or((None, None), |(from, to)| (Some(from), to));
             let us = micros(time);
-            report.machine.stepping = Some(report::Stepping { instructions, us, from, to });
+            let window_accesses = gate.audit().uses();
+            report.machine.stepping =
+                Some(report::Stepping { instructions, us, from, to, window_accesses });
             if part.is_none() {
                 never_stepped = Some(format!(
                     "nothing was stepped: there was no gate call behind event {} (--step-from)",

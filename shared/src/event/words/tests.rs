@@ -53,6 +53,7 @@ fn sighting() -> impl Strategy<Value = Sighting> {
             pcid: 9,
             no_flush
         }),
+        any::<(u64, bool)>().prop_map(|(va, write)| Sighting::Access { va: Gva(va), write }),
     ]
 }
 

@@ -1,7 +1,7 @@
 //! The end of a story: the moment at which it mattered, and what would have been right.
 
 use super::{Finding, Moment, Rule, Step, Teller, What, note, step, words};
-use lacuna_abi::event::{Event, Life};
+use lacuna_abi::event::{Event, Life, Sighting};
 use lacuna_abi::gate::OpKind;
 use lacuna_abi::layout::Place;
 use lacuna_abi::paging::Entry;
@@ -60,6 +60,19 @@ impl Teller<'_> {
             Rule::StaleDirectMap => {
                 format!("{cpu} may still read and write these frames through the old translation")
             }
+            Rule::StaleWindow | Rule::ForeignAlias | Rule::ObservedAccess if self.is_use() => {
+                match finding.rule {
+                    Rule::StaleWindow => {
+                        format!(
+                            "no entry leads anywhere there, and {cpu} went on by an old translation"
+                        )
+                    }
+                    Rule::ForeignAlias => {
+                        format!("{cpu} now caches what its owner's flushes do not reach")
+                    }
+                    _ => "nothing that the CPU may cache leads there".to_owned(),
+                }
+            }
             Rule::StaleWindow if matches!(self.moment, Moment::Call(..)) => {
                 format!("{cpu} may still reach the frame in its window when it has another owner")
             }
@@ -114,8 +127,20 @@ impl Teller<'_> {
         note(What::Right, self.cure(finding))
     }
 
+    /// Whether the moment is an access through a window.
+    const fn is_use(&self) -> bool {
+        let Moment::Record(record) = self.moment else { return false };
+        matches!(record.event, Event::Seen(Sighting::Access { .. }))
+    }
+
     fn cure(&self, finding: &Finding) -> String {
         match finding.rule {
+            Rule::StaleWindow if self.is_use() => {
+                "to use an address only until its entry is cleared".to_owned()
+            }
+            Rule::ForeignAlias if self.is_use() => {
+                "to use a window's addresses on its own CPU alone".to_owned()
+            }
             Rule::StaleDirectMap | Rule::StaleWindow | Rule::StaleTable => self.flush_due(finding),
             Rule::DirectMapAlias => {
                 "to clear the entry and flush it on every CPU, and only then to seal".to_owned()

@@ -1,7 +1,7 @@
 //! What one record says, as a sentence without its subject.
 
 use lacuna_abi::addr::{FrameRange, Gva};
-use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record};
+use lacuna_abi::event::{EntryWrite, Event, Flush, HostAct, Life, Record, Sighting};
 use lacuna_abi::observe::{Observation, Seen};
 use lacuna_abi::paging::{Entry, Level};
 
@@ -136,6 +136,8 @@ fn observed(observation: &Observation) -> String {
 /// What any record says; an entry write, of its first entry.
 pub(super) fn record(record: &Record) -> String {
     match &record.event {
+        Event::Seen(Sighting::Access { va, write: true }) => format!("wrote to {va}"),
+        Event::Seen(Sighting::Access { va, write: false }) => format!("read {va}"),
         Event::Seen(_) => "was seen by the host".to_owned(),
         Event::EntryWrite(written) => write(written, written.va),
         Event::TableFill(fill) => format!(

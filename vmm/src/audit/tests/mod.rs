@@ -16,6 +16,7 @@ mod rules;
 mod split;
 mod state;
 mod story;
+mod uses;
 
 use super::*;
 use lacuna_abi::addr::{BLOCK_FRAMES, BLOCK_SIZE, FrameRange, Gva};

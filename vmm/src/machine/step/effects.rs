@@ -26,6 +26,16 @@ pub(super) struct Watch {
     pub offset: u64,
 }
 
+/// A page of a window that is read or written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Access {
+    /// Its first address.
+    pub page: Gva,
+    pub write: bool,
+    /// As [`Watch::offset`].
+    pub offset: u64,
+}
+
 /// What an instruction does beside loads and stores.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Special {
@@ -73,17 +83,26 @@ pub(super) struct Intended {
     pub flow: Flow,
     pub special: Option<Special>,
     pub watches: Vec<Watch>,
-    /// Bytes of each element of a repeated string instruction that stores.
+    /// Accesses through windows.
+    pub accesses: Vec<Access>,
+    /// Bytes of each element of a repeated string instruction.
     pub element: Option<u64>,
     /// It may store where its stores are not followed any more: bytes into the string.
     pub beyond: Option<u64>,
 }
 
-/// An operand that is stored to.
-struct Store {
+/// An operand in memory.
+struct Operand {
     va: Gva,
     bytes: u64,
-    conditional: bool,
+    /// It is stored to; or may be.
+    store: Option<Certainty>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Certainty {
+    Always,
+    Perhaps,
 }
 
 /// Works out what instructions are about to do.
@@ -107,7 +126,6 @@ impl Foresight {
         if let Some(why) = not_followed(&instruction) {
             return Err(why);
         }
-        let registers = space.registers;
         let flow = flow(&instruction, space)?;
         let special = special(&instruction, space)?;
         let mut intended = Intended {
@@ -115,56 +133,73 @@ impl Foresight {
             flow,
             special,
             watches: Vec::new(),
+            accesses: Vec::new(),
             element: None,
             beyond: None,
         };
         if repeats(&instruction) {
-            if let Some((va, element, bytes)) = string_store(&instruction, registers)? {
-                intended.element = Some(element);
-                intended.watch_string(va, bytes, space);
+            let element =
+                string_element(&instruction).ok_or("it is no known string instruction")?;
+            let bytes = space.registers.general[Registers::RCX].saturating_mul(element);
+            intended.element = Some(element);
+            for (va, stores) in strings(&instruction, space)? {
+                intended.string(va, bytes, stores, space);
             }
             return Ok(intended);
         }
-        for store in self.stores(&instruction, space)? {
-            intended.watch(&store, &|_, _| 0, space);
+        for operand in self.operands(&instruction, space)? {
+            intended.operand(&operand, &|_, _| 0, space);
         }
         Ok(intended)
     }
 
-    fn stores(
+    fn operands(
         &mut self,
         instruction: &Instruction,
         space: &Space<'_>,
-    ) -> Result<Vec<Store>, &'static str> {
-        let mut stores = Vec::new();
+    ) -> Result<Vec<Operand>, &'static str> {
+        let mut operands = Vec::new();
         for memory in self.factory.info(instruction).used_memory() {
-            let conditional = match memory.access() {
-                OpAccess::Write | OpAccess::ReadWrite => false,
-                OpAccess::CondWrite | OpAccess::ReadCondWrite => true,
-                _ => continue,
+            let store = match memory.access() {
+                OpAccess::Write | OpAccess::ReadWrite => Some(Certainty::Always),
+                OpAccess::CondWrite | OpAccess::ReadCondWrite => Some(Certainty::Perhaps),
+                OpAccess::Read | OpAccess::CondRead => None,
+                OpAccess::None | OpAccess::NoMemAccess => continue,
             };
             let address = memory.virtual_address(0, |register, _, _| space.value(register));
             let va = Gva(address.ok_or("the address of its operand cannot be worked out")?);
             let bytes = u64::try_from(memory.memory_size().size()).unwrap_or(0);
-            if bytes == 0 || bytes > MAX_OPERAND {
+            if store.is_some() && (bytes == 0 || bytes > MAX_OPERAND) {
                 return Err("the size of its operand is not known");
             }
             let va = va.wrapping_add(bit_offset(instruction, bytes, space)?);
-            stores.push(Store { va, bytes, conditional });
+            operands.push(Operand { va, bytes: bytes.clamp(1, MAX_OPERAND), store });
         }
-        Ok(stores)
+        Ok(operands)
     }
 }
 
 impl Intended {
-    /// Watches the words of the table pool that a store touches; `offset_of` says, by the first and the
-    /// last of its bytes in a word, how much is stored before the word is touched.
-    fn watch(&mut self, store: &Store, offset_of: &dyn Fn(u64, u64) -> u64, space: &Space<'_>) {
+    /// Watches the words of the table pool that an operand's store touches, and notes the pages of
+    /// windows that it lies in; `offset_of` says, by the first and the last of its bytes in a word or a
+    /// page, how much is done before that is touched.
+    fn operand(
+        &mut self,
+        operand: &Operand,
+        offset_of: &dyn Fn(u64, u64) -> u64,
+        space: &Space<'_>,
+    ) {
         let mut done = 0;
-        while done < store.bytes {
-            let va = store.va.wrapping_add(done);
-            let part = (PAGE_SIZE - va.0 % PAGE_SIZE).min(store.bytes - done);
-            if let Some(gpa) = space.translate(va)
+        while done < operand.bytes {
+            let va = operand.va.wrapping_add(done);
+            let part = (PAGE_SIZE - va.0 % PAGE_SIZE).min(operand.bytes - done);
+            if space.in_window(va) {
+                let (page, write) = (Gva(va.0 - va.0 % PAGE_SIZE), operand.store.is_some());
+                let offset = offset_of(done, done + part - 1);
+                self.accesses.push(Access { page, write, offset });
+            }
+            if let Some(certainty) = operand.store
+                && let Some(gpa) = space.translate(va)
                 && space.in_pool(gpa)
             {
                 let first = gpa.0 / 8 * 8;
@@ -172,7 +207,7 @@ impl Intended {
                     let Some(old) = space.word(at) else { continue };
                     let (low, high) = (at.0.max(gpa.0), (at.0 + 8).min(gpa.0 + part) - 1);
                     let offset = offset_of(done + (low - gpa.0), done + (high - gpa.0));
-                    let conditional = store.conditional;
+                    let conditional = certainty == Certainty::Perhaps;
                     self.watches.push(Watch { at, old, conditional, offset });
                 }
             }
@@ -181,19 +216,22 @@ impl Intended {
     }
 
     /// The same of a string that may be long.
-    fn watch_string(&mut self, va: Gva, bytes: u64, space: &Space<'_>) {
+    fn string(&mut self, va: Gva, bytes: u64, write: bool, space: &Space<'_>) {
         let followed = bytes.min(MAX_PAGES * PAGE_SIZE);
-        self.beyond = (followed < bytes).then_some(followed);
+        if followed < bytes && write {
+            self.beyond = Some(followed);
+        }
+        let store = write.then_some(Certainty::Always);
         let down = space.registers.rflags & super::RFLAGS_DF != 0;
         let Some(element) = self.element else { return };
         if down {
             // Downwards from the first element: the string starts at its last.
             let start = va.0.wrapping_add(element).wrapping_sub(followed);
-            let store = Store { va: Gva(start), bytes: followed, conditional: false };
-            self.watch(&store, &|_, last| followed.saturating_sub(last + 1), space);
+            let operand = Operand { va: Gva(start), bytes: followed, store };
+            self.operand(&operand, &|_, last| followed.saturating_sub(last + 1), space);
         } else {
-            let store = Store { va, bytes: followed, conditional: false };
-            self.watch(&store, &|first, _| first, space);
+            let operand = Operand { va, bytes: followed, store };
+            self.operand(&operand, &|first, _| first, space);
         }
     }
 }
@@ -226,7 +264,10 @@ fn bit_offset(
     bytes: u64,
     space: &Space<'_>,
 ) -> Result<u64, &'static str> {
-    let tests = matches!(instruction.mnemonic(), Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+    let tests = matches!(
+        instruction.mnemonic(),
+        Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
+    );
     if !tests || instruction.op1_kind() != OpKind::Register {
         return Ok(0);
     }
@@ -243,23 +284,40 @@ fn bit_offset(
     Ok(offset.cast_unsigned().wrapping_mul(bytes))
 }
 
-/// Where a repeated string instruction stores, the bytes of an element, and of all.
-fn string_store(
-    instruction: &Instruction,
-    registers: &Registers,
-) -> Result<Option<(Gva, u64, u64)>, &'static str> {
-    let element = match instruction.mnemonic() {
-        Mnemonic::Stosb | Mnemonic::Movsb | Mnemonic::Insb => 1,
-        Mnemonic::Stosw | Mnemonic::Movsw | Mnemonic::Insw => 2,
-        Mnemonic::Stosd | Mnemonic::Movsd | Mnemonic::Insd => 4,
-        Mnemonic::Stosq | Mnemonic::Movsq => 8,
-        _ => return Ok(None),
-    };
-    if instruction.op0_kind() != OpKind::MemoryESRDI {
-        return Err("its addresses are cut to 32 bits, which is not followed");
+/// Bytes of an element of a string instruction.
+fn string_element(instruction: &Instruction) -> Option<u64> {
+    use Mnemonic as M;
+    Some(match instruction.mnemonic() {
+        M::Stosb | M::Movsb | M::Insb | M::Scasb | M::Cmpsb | M::Lodsb | M::Outsb => 1,
+        M::Stosw | M::Movsw | M::Insw | M::Scasw | M::Cmpsw | M::Lodsw | M::Outsw => 2,
+        M::Stosd | M::Movsd | M::Insd | M::Scasd | M::Cmpsd | M::Lodsd | M::Outsd => 4,
+        M::Stosq | M::Movsq | M::Scasq | M::Cmpsq | M::Lodsq => 8,
+        _ => return None,
+    })
+}
+
+/// Where the strings of a repeated instruction start, and whether it stores there.
+fn strings(instruction: &Instruction, space: &Space<'_>) -> Result<Vec<(Gva, bool)>, &'static str> {
+    let mut strings = Vec::new();
+    for operand in 0..instruction.op_count() {
+        match instruction.op_kind(operand) {
+            OpKind::MemoryESRDI | OpKind::MemorySegRSI => {}
+            OpKind::MemoryESEDI
+            | OpKind::MemoryESDI
+            | OpKind::MemorySegESI
+            | OpKind::MemorySegSI => {
+                return Err("its addresses are cut to 32 bits, which is not followed");
+            }
+            _ => continue,
+        }
+        let value = |register, _, _| space.value(register);
+        let va = instruction.virtual_address(operand, 0, value);
+        let va = Gva(va.ok_or("the address of its operand cannot be worked out")?);
+        // SCAS and CMPS have RDI as their second operand, and only read.
+        let stores = operand == 0 && instruction.op0_kind() == OpKind::MemoryESRDI;
+        strings.push((va, stores));
     }
-    let count = registers.general[Registers::RCX];
-    Ok(Some((Gva(registers.general[Registers::RDI]), element, count.saturating_mul(element))))
+    Ok(strings)
 }
 
 /// Where the CPU may go on behind the instruction.

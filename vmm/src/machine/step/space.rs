@@ -4,6 +4,7 @@ use crate::machine::memory::Memory;
 use crate::machine::state::Registers;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Register};
 use lacuna_abi::addr::{Gpa, Gva, PAGE_SIZE};
+use lacuna_abi::layout::Place;
 use lacuna_abi::walk::translate;
 
 /// Longest x86 instruction.
@@ -29,6 +30,11 @@ impl Space<'_> {
 
     pub(super) fn in_pool(&self, gpa: Gpa) -> bool {
         self.memory.layout().pool.contains(gpa)
+    }
+
+    /// Whether the address lies in a CPU's window.
+    pub(super) fn in_window(&self, va: Gva) -> bool {
+        matches!(self.memory.layout().place_of(va), Place::Window(_))
     }
 
     /// A word of low memory.

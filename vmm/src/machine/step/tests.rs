@@ -1,6 +1,7 @@
 //! Instructions stepped by a vCPU that does what a test says.
 
 mod odd;
+mod windows;
 
 use super::*;
 use crate::image::{Image, ORDINARY};
