@@ -1,24 +1,46 @@
 //! What the host sees CPUs do, on its way into the order of events.
 
 use crate::machine::memory::{Memory, MemoryError};
+use lacuna_abi::MAX_CPUS;
+use lacuna_abi::addr::{Gva, PAGE_SIZE};
 use lacuna_abi::event::{EntryStores, Event, Record, Sighting};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Sightings that wait for the audit, after which it is told of them.
 pub const MANY_SIGHTINGS: usize = 1 << 14;
+/// Most pages of windows whose accesses by a CPU are told once.
+const MAX_USED: usize = 16;
 
 /// Sightings that the audit has not been told of. Whoever sees something puts it here, with a number
 /// from the counter of all events.
 pub struct Sightings {
     memory: Arc<Memory>,
-    queue: Mutex<Vec<Record>>,
+    queue: Mutex<Queue>,
+}
+
+#[derive(Default)]
+struct Queue {
+    records: Vec<Record>,
+    /// Pages of windows that each CPU read or wrote since anything else was seen of it.
+    used: [Vec<(Gva, bool)>; MAX_CPUS],
+}
+
+impl Queue {
+    fn push(&mut self, record: Record) {
+        if !matches!(record.event, Event::Seen(Sighting::Access { .. }))
+            && let Some(used) = self.used.get_mut(usize::from(record.cpu))
+        {
+            used.clear();
+        }
+        self.records.push(record);
+    }
 }
 
 impl Sightings {
     /// None so far, of a machine with this memory.
     #[must_use]
     pub fn new(memory: Arc<Memory>) -> Self {
-        Self { memory, queue: Mutex::new(Vec::new()) }
+        Self { memory, queue: Mutex::default() }
     }
 
     /// CPU `cpu` is about to do this, by code at `site`: the number is taken before.
@@ -29,6 +51,28 @@ impl Sightings {
         let mut queue = self.lock();
         let seq = self.memory.next_event_number()?;
         queue.push(Record { seq, cpu, site, event: Event::Seen(sighting) });
+        Ok(())
+    }
+
+    /// CPU `cpu` has read or written a page of a window: told unless it is told already, with nothing else
+    /// of this CPU since.
+    ///
+    /// # Errors
+    /// As [`Self::note`].
+    pub fn access(&self, (cpu, site): (u8, u32), va: Gva, write: bool) -> Result<(), MemoryError> {
+        let va = Gva(va.0 - va.0 % PAGE_SIZE);
+        let mut queue = self.lock();
+        if let Some(used) = queue.used.get_mut(usize::from(cpu)) {
+            if used.contains(&(va, write)) {
+                return Ok(());
+            }
+            if used.len() >= MAX_USED {
+                used.clear();
+            }
+            used.push((va, write));
+        }
+        let seq = self.memory.next_event_number()?;
+        queue.push(Record { seq, cpu, site, event: Event::Seen(Sighting::Access { va, write }) });
         Ok(())
     }
 
@@ -61,7 +105,7 @@ impl Sightings {
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.lock().len()
+        self.lock().records.len()
     }
 
     /// Whether there are none.
@@ -72,10 +116,10 @@ impl Sightings {
 
     /// Takes all.
     pub(crate) fn take(&self) -> Vec<Record> {
-        std::mem::take(&mut *self.lock())
+        std::mem::take(&mut self.lock().records)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Record>> {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -109,5 +153,27 @@ mod tests {
         });
         assert_eq!(numbers.collect::<Vec<_>>(), [(1, 0), (3, 2), (4, 0), (5, 0)]);
         assert!(sightings.is_empty());
+    }
+
+    #[test]
+    fn accesses_of_a_page_are_told_once_until_something_else_is() {
+        let needs = Needs { image: 4096, memory_mib: 16, cpus: 2, input: 0, scratch: 0 };
+        let memory = Arc::new(Memory::new(Layout::new(&needs).unwrap()).unwrap());
+        let sightings = Sightings::new(memory);
+        let told = |cpu: u8, page: u64, write: bool| {
+            let before = sightings.len();
+            sightings.access((cpu, 0), Gva(page * PAGE_SIZE + 8), write).unwrap();
+            sightings.len() - before == 1
+        };
+        assert!(told(0, 1, false) && told(0, 1, true) && told(1, 1, false));
+        assert!(!told(0, 1, false) && !told(0, 1, true) && !told(1, 1, false));
+        sightings.note(0, 0, Sighting::Flush(Flush::NonGlobal)).unwrap();
+        assert!(told(0, 1, false) && !told(1, 1, false), "another CPU's flush is another's");
+        for page in 2..100 {
+            assert!(told(0, page, true));
+        }
+        let records = sightings.take();
+        assert!(matches!(records[0].event, Event::Seen(Sighting::Access { va: Gva(0x1000), .. })));
+        assert!(!told(0, 99, true), "what was taken was told");
     }
 }

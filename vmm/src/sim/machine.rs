@@ -262,12 +262,14 @@ impl SimMachine {
     #[inline]
     pub(super) fn reach(&self, number: usize, va: Gva, write: bool) -> Gpa {
         let mut mmu = self.cpus[number].mmu();
-        match mmu.access(&self.ram, self.space, va, write) {
-            Ok(gpa) => gpa,
-            Err(fault) => {
-                drop(mmu);
-                self.fault(number, va, write, fault)
+        let reached = mmu.access(&self.ram, self.space, va, write);
+        drop(mmu);
+        match reached {
+            Ok(gpa) => {
+                self.see_access(number, va, write);
+                gpa
             }
+            Err(fault) => self.fault(number, va, write, fault),
         }
     }
 

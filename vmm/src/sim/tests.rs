@@ -2,17 +2,17 @@
 
 use super::*;
 use crate::audit::Rule;
-use crate::config::{Config, MachineKind, Overrides, Seal};
+use crate::config::{Config, MachineKind, Mediation, Overrides, Seal};
 use crate::run::{End, Host, Machine, Outcome, Plan};
-use lacuna_abi::addr::PAGE_SIZE;
-use lacuna_abi::layout::direct_map;
-use lacuna_abi::observe::{Case, Change, Means};
+use lacuna_abi::addr::{Gva, PAGE_SIZE};
+use lacuna_abi::layout::{direct_map, window};
+use lacuna_abi::observe::{self, Case, Change, Means};
 use lacuna_abi::workload::Scenario;
 use lacuna_guest::alloc::{PageAllocator, Request};
 use lacuna_guest::freetype::Migratetype;
 use lacuna_guest::mapped::MappedPages;
 use lacuna_guest::platform::Platform;
-use lacuna_guest::programs::staleness::{self, Relay};
+use lacuna_guest::programs::staleness::{self, Attempts, Relay};
 use lacuna_guest::programs::{ProgramError, Team};
 use lacuna_guest::secret::{Access, SecretPages};
 use std::ops::ControlFlow;
@@ -318,4 +318,68 @@ fn twin_cpus_that_ignore_cr3_loads_contradict_the_model_where_nothing_is_global(
     let ignored = contradictions(Some(|what| matches!(what, Invalidation::Pcid(_))));
     let flushes = |case: &Case| matches!(case.means(), Means::Cr3 | Means::InvpcidContext);
     assert_eq!(ignored, cases(|case| flushes(case) && !case.global() && !case.other()));
+}
+
+/// Hands the address of CPU 0's window to another CPU, or keeps it beyond the window.
+struct Leaky {
+    other: bool,
+    address: Mutex<Option<Gva>>,
+}
+
+impl Workload for Leaky {
+    fn run<'a>(
+        &self,
+        machine: &'a SimMachine,
+        allocator: &PageAllocator<'a, SimMachine>,
+        team: &Team,
+    ) -> Result<(), ProgramError> {
+        if machine.cpu() == 1 {
+            team.barrier(machine)?;
+            let address = *self.address.lock().unwrap();
+            address.map(|va| machine.load(va));
+            return team.barrier(machine);
+        }
+        let migratetype = Migratetype::Unmovable;
+        let request = Request { order: 0, migratetype, zero: true, noblock: false };
+        let pages = allocator.alloc_secret(request).unwrap();
+        let open = pages.open(0, 1, Access::Write).unwrap();
+        let mut addresses = (0..512).map(|page| window(0).wrapping_add(page * PAGE_SIZE));
+        let is_mapped = |va: &Gva| machine.attempt(observe::Access::Read, *va).is_some();
+        let address = addresses.find(is_mapped).unwrap();
+        open.store(0, 1).unwrap();
+        *self.address.lock().unwrap() = Some(address).filter(|_| self.other);
+        team.barrier(machine)?;
+        team.barrier(machine)?;
+        open.close().unwrap();
+        if !self.other {
+            machine.load(address);
+        }
+        Ok(())
+    }
+}
+
+fn leaky(mediation: Mediation, other: bool) -> Vec<(Rule, Option<u8>)> {
+    let text = "[guest]\nmemory_mib = 16\nvcpus = 2\nseed = 3\n[workload]\nprogram = \"idle\"\n";
+    let (machine, mediate) = (Some(MachineKind::Sim), Some(mediation));
+    let seal = Some(Seal::Off);
+    let overrides = Overrides { machine, mediate, seal, ..Overrides::default() };
+    let config = Config::from_text(Path::new("test.toml"), text, &overrides).unwrap();
+    let (plan, _) = Plan::new(&config).unwrap();
+    let machine = Machine::open(Host::Sim(Schedule::Seeded), plan, Vec::new()).unwrap();
+    let workload = Arc::new(Leaky { other, address: Mutex::default() });
+    let running = machine.with_workload(workload).start().unwrap();
+    let outcome = running.wait(|_| ControlFlow::Continue(()));
+    assert!(matches!(outcome.end, End::Exit(0, _)), "{:?}", outcome.end);
+    let result = outcome.with_gate(|gate| gate.result());
+    assert_eq!(result.inconclusive, Vec::<String>::new());
+    result.findings.iter().map(|found| (found.rule, found.cpu)).collect()
+}
+
+#[test]
+fn what_is_used_behind_the_back_of_its_window_is_seen_when_stepped_and_only_then() {
+    assert_eq!(leaky(Mediation::Step, true), [(Rule::ForeignAlias, Some(1))]);
+    assert_eq!(leaky(Mediation::Step, false), [(Rule::StaleWindow, Some(0))]);
+    for other in [true, false] {
+        assert_eq!(leaky(Mediation::Trace, other), []);
+    }
 }

@@ -11,7 +11,8 @@ use lacuna_abi::paging::{Entry, Level};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
 
-use lacuna_abi::addr::Gpa;
+use lacuna_abi::addr::{Gpa, Gva};
+use lacuna_abi::layout::Place;
 
 /// Sightings that may wait for the audit before a CPU has it look at them.
 const MANY: usize = 1 << 14;
@@ -39,6 +40,18 @@ impl SimMachine {
         let Some(sightings) = &self.sightings else { return };
         let number = cpu::number();
         if let Err(error) = sightings.note(number as u8, site, sighting) {
+            self.end(number, End::Host(error.to_string()));
+        }
+    }
+
+    /// Notes that CPU `number` has read or written an address, if it lies in a window.
+    #[inline]
+    pub(super) fn see_access(&self, number: usize, va: Gva, write: bool) {
+        let Some(sightings) = &self.sightings else { return };
+        if !matches!(self.ram.layout().place_of(va), Place::Window(_)) {
+            return;
+        }
+        if let Err(error) = sightings.access((number as u8, 0), va, write) {
             self.end(number, End::Host(error.to_string()));
         }
     }

@@ -11,13 +11,11 @@ use lacuna_abi::paging::{Entry, Level};
 const CR4_PCIDE: u64 = 1 << 17;
 /// Bit 63 of a MOV to CR3.
 const NO_FLUSH: u64 = 1 << 63;
-/// Most pages of windows whose accesses are told once.
-const MAX_USED: usize = 16;
 
 impl Stepper {
     /// Notes what an instruction did.
     pub(super) fn note(
-        &mut self,
+        &self,
         before: &Registers,
         intended: &Intended,
         after: &Registers,
@@ -32,7 +30,8 @@ impl Stepper {
         }
         let is_done = |offset| done.is_none_or(|done| offset < done);
         for access in intended.accesses.iter().filter(|access| is_done(access.offset)) {
-            self.used(site, access)?;
+            let Access { page, write, .. } = *access;
+            self.sightings.access((self.cpu, site), page, write).map_err(failed)?;
         }
         for watch in intended.watches.iter().filter(|watch| is_done(watch.offset)) {
             self.stored(site, watch)?;
@@ -64,7 +63,7 @@ impl Stepper {
     }
 
     /// Notes what an instruction changed that ended in an exception.
-    pub(super) fn note_changed(&mut self, intended: &Intended) -> Result<(), Why> {
+    pub(super) fn note_changed(&self, intended: &Intended) -> Result<(), Why> {
         let site = site_of(intended.instruction.ip());
         for watch in &intended.watches {
             if self.memory.load(watch.at).map_err(failed)? != watch.old {
@@ -76,42 +75,21 @@ impl Stepper {
 
     /// Notes a store to the table pool. No other vCPU runs and the host judges nothing meanwhile: its
     /// number can be taken now, for a grant too.
-    fn stored(&mut self, site: u32, watch: &Watch) -> Result<(), Why> {
+    fn stored(&self, site: u32, watch: &Watch) -> Result<(), Why> {
         let new = self.memory.load(watch.at).map_err(failed)?;
         if watch.conditional && new == watch.old {
             return Ok(());
         }
         let (at, level, old, new) = (watch.at, Level::Pt, Entry(watch.old), Entry(new));
         let stores = EntryStores { at, level, count: 1, old, new, grant: 0 };
-        self.used.clear();
         self.sightings.stores((self.cpu, site), stores, || ()).map_err(failed)
     }
 
-    /// Notes an access through a window, unless nothing else was seen of this CPU since it was noted last.
-    fn used(&mut self, site: u32, access: &Access) -> Result<(), Why> {
-        let Access { page, write, .. } = *access;
-        if self.used.contains(&(page, write)) {
-            return Ok(());
-        }
-        if self.used.len() >= MAX_USED {
-            self.used.clear();
-        }
-        self.used.push((page, write));
-        let sighting = Sighting::Access { va: page, write };
-        self.sightings.note(self.cpu, site, sighting).map_err(failed)
+    fn flushed(&self, site: u32, flush: Flush) -> Result<(), Why> {
+        self.sightings.note(self.cpu, site, Sighting::Flush(flush)).map_err(failed)
     }
 
-    /// Notes anything else.
-    fn saw(&mut self, site: u32, sighting: Sighting) -> Result<(), Why> {
-        self.used.clear();
-        self.sightings.note(self.cpu, site, sighting).map_err(failed)
-    }
-
-    fn flushed(&mut self, site: u32, flush: Flush) -> Result<(), Why> {
-        self.saw(site, Sighting::Flush(flush))
-    }
-
-    fn root(&mut self, site: u32, before: &Registers, value: u64) -> Result<(), Why> {
+    fn root(&self, site: u32, before: &Registers, value: u64) -> Result<(), Why> {
         let pcids = before.cr4 & CR4_PCIDE != 0;
         let pcid = if pcids { u16::try_from(value & 0xfff).unwrap_or(0) } else { 0 };
         let (root, no_flush) = (Gpa(value & Entry::ADDRESS), pcids && value & NO_FLUSH != 0);
@@ -121,12 +99,12 @@ impl Stepper {
         } else {
             Sighting::RootLoad { root, pcid, no_flush }
         };
-        self.saw(site, sighting)
+        self.sightings.note(self.cpu, site, sighting).map_err(failed)
     }
 
     /// Notes changes of control registers, which only instructions for that make.
     fn loaded(
-        &mut self,
+        &self,
         site: u32,
         before: &Registers,
         special: Option<Special>,
@@ -148,7 +126,7 @@ impl Stepper {
                 return Err(format!("{} changed, which it does not do", register.name()));
             }
             let control = Sighting::Control { register, old, new };
-            self.saw(site, control)?;
+            self.sightings.note(self.cpu, site, control).map_err(failed)?;
         }
         Ok(())
     }

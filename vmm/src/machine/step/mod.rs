@@ -123,8 +123,6 @@ pub struct Stepper {
     shadow: bool,
     repeats: u32,
     steps: u64,
-    /// Pages of windows that were read or written since anything else was seen of this vCPU.
-    used: Vec<(Gva, bool)>,
     lost: Option<Lost>,
 }
 
@@ -151,7 +149,6 @@ impl Stepper {
             shadow: false,
             repeats: 0,
             steps: 0,
-            used: Vec::new(),
             lost: None,
         }
     }
@@ -171,7 +168,6 @@ impl Stepper {
     /// Runs until the vCPU comes out, it is another's turn, or the run is to stop.
     pub fn run(&mut self, vcpu: &mut impl Steppable, inbox: &Inbox) -> Exit {
         let started = self.steps;
-        self.used.clear();
         loop {
             let done = self.steps - started;
             if done.is_multiple_of(LOOK_EVERY) && self.stop.told().is_some() {
