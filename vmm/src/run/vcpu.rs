@@ -20,7 +20,7 @@ use crate::machine::step::{Lost, Stepper};
 use crate::sim::Statistics;
 use crate::stop::{Stop, Stopped};
 use lacuna_abi::addr::Gva;
-use lacuna_abi::gate::{ExceptionReport, SHOOTDOWN_VECTOR, vector_name};
+use lacuna_abi::gate::{Call, ExceptionReport, SHOOTDOWN_VECTOR, vector_name};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -212,7 +212,7 @@ impl Runner {
                 gate.look(self.cpu, &self.floor(turn))?;
                 None
             }
-            Action::Lost => Some(End::Lost(self.lost())),
+            Action::Lost => Some(self.lost_or_last_words(gate, turn)?),
             Action::Gate(call) => match gate.serve(call, self.cpu, &mut self.floor(turn))? {
                 Served::Resume => None,
                 Served::Exit(status, counters) => Some(End::Exit(status, counters)),
@@ -252,10 +252,31 @@ impl Runner {
         })
     }
 
+    /// Stepping lost track. Where the processor runs the handler of an exception without a stop, the vCPU
+    /// may have come out to report the guest's end: that says more than where it was lost.
+    fn lost_or_last_words(
+        &mut self,
+        gate: &mut Gate,
+        turn: &Turn<'_, Report>,
+    ) -> Result<End, GateFailure> {
+        let lost = self.station.stepper().and_then(Stepper::lost);
+        let call = lost.and_then(|lost| lost.call).map(|exit| decide(&exit, |_| false));
+        let why = self.lost();
+        let Some(Action::Gate(call @ (Call::Exception | Call::Panic))) = call else {
+            return Ok(End::Lost(why));
+        };
+        gate.inconclusive(why.clone());
+        Ok(match gate.serve(call, self.cpu, &mut self.floor(turn))? {
+            Served::Exception(report) => self.exception(gate, &report)?,
+            Served::Panic(message) => self.guest_end("panic", message)?,
+            _ => End::Lost(why),
+        })
+    }
+
     /// Where stepping lost track.
     fn lost(&self) -> String {
-        let Some(Lost { rip, instruction, why }) = self.station.stepper().and_then(Stepper::lost)
-        else {
+        let lost = self.station.stepper().and_then(Stepper::lost);
+        let Some(Lost { rip, instruction, why, .. }) = lost else {
             return "stepping lost track of a vCPU".to_owned();
         };
         let function = self.image.symbolise(*rip).unwrap_or_else(|| "no known function".into());

@@ -109,6 +109,8 @@ pub struct Lost {
     pub instruction: String,
     /// What is wrong.
     pub why: String,
+    /// The call with which the vCPU came out, if it did.
+    pub call: Option<Exit>,
 }
 
 /// Steps one vCPU.
@@ -123,6 +125,8 @@ pub struct Stepper {
     shadow: bool,
     repeats: u32,
     steps: u64,
+    /// The call with which the vCPU has just come out.
+    call: Option<Exit>,
     lost: Option<Lost>,
 }
 
@@ -149,6 +153,7 @@ impl Stepper {
             shadow: false,
             repeats: 0,
             steps: 0,
+            call: None,
             lost: None,
         }
     }
@@ -186,7 +191,7 @@ impl Stepper {
                 Err(why) => {
                     let rip = self.registers.rip;
                     let instruction = self.space().decode().map(text).unwrap_or_default();
-                    self.lost = Some(Lost { rip, instruction, why });
+                    self.lost = Some(Lost { rip, instruction, why, call: self.call });
                     return Exit::Lost;
                 }
             }
@@ -195,6 +200,7 @@ impl Stepper {
 
     /// One instruction; an exit, if it leads to one.
     fn step(&mut self, vcpu: &mut impl Steppable, inbox: &Inbox) -> Result<Option<Exit>, Why> {
+        self.call = None;
         if inbox.is_pending(self.cpu) && !self.shadow && self.registers.rflags & RFLAGS_IF != 0 {
             inbox.take(self.cpu);
             self.registers = self.deliver(lacuna_abi::gate::SHOOTDOWN_VECTOR)?;
@@ -226,7 +232,10 @@ impl Stepper {
         let second = self.second(&intended)?;
         let exit = vcpu.step();
         match exit {
-            Exit::PortOut { .. } => vcpu.complete(),
+            Exit::PortOut { .. } => {
+                vcpu.complete();
+                self.call = Some(exit);
+            }
             Exit::Stepped | Exit::Interrupted => {}
             other => return Ok(Some(other)),
         }

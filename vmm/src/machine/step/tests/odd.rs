@@ -107,3 +107,19 @@ fn what_uses_gs_behind_a_swapgs_is_lost() {
     // swapgs; nop
     Bench::new(&[0x0f, 0x01, 0xf8, 0x90]).run(&[&to(CODE + 4)]).assert_followed();
 }
+
+/// Where the processor runs a handler without a stop, the next thing that is seen of it is its call.
+#[test]
+fn a_vcpu_that_is_lost_at_a_call_says_which() {
+    let call = Exit::PortOut { port: lacuna_abi::gate::GATE_PORT, value: 9, len: 4 };
+    // mov rax, [rax]
+    let run = Bench::new(&[0x48, 0x8b, 0x00]).run(&[&move |registers, memory| {
+        to(HANDLER + 0x20)(registers, memory);
+        call
+    }]);
+    run.assert_lost("where it cannot lead");
+    assert_eq!(run.stepper.lost().and_then(|lost| lost.call), Some(call));
+    let run = Bench::new(&[0x90]).run(&[&to(CODE + 9)]);
+    run.assert_lost("where it cannot lead");
+    assert_eq!(run.stepper.lost().and_then(|lost| lost.call), None);
+}
