@@ -82,6 +82,13 @@ impl Run {
         checks.filter(|c| c["rule"] == rule).filter_map(|c| c[count].as_u64()).sum()
     }
 
+    /// What the guest reported was compared with what the host saw, more than so often and to the end.
+    pub fn compared(&self, at_least: u64) -> Check {
+        let [compared, left] =
+            ["checked", "not_checked"].map(|count| self.check("trace-honesty", count));
+        ensure(compared > at_least && left == 0, &format!("{compared} compared, {left} not"))
+    }
+
     pub fn clean(&self) -> Check {
         self.expect(0, "pass")?;
         ensure(self.counter("events_lost") == 0, "events were lost")?;

@@ -31,14 +31,14 @@ fn run(
         "[guest]\nmemory_mib = {memory_mib}\nvcpus = {cpus}\nseed = {seed}\n\
          [workload]\nprogram = \"idle\"\n[audit]\nquiesce_every = 20000\n"
     );
-    let machine = open(&text, seal, schedule);
+    let machine = open(&text, seal, Mediation::Trace, schedule);
     let running = machine.with_workload(Arc::new(workload)).start().unwrap();
     running.wait(|_| ControlFlow::Continue(()))
 }
 
-fn open(text: &str, seal: Seal, schedule: Schedule) -> Machine {
-    let (machine, seal) = (Some(MachineKind::Sim), Some(seal));
-    let overrides = Overrides { machine, seal, ..Overrides::default() };
+fn open(text: &str, seal: Seal, mediation: Mediation, schedule: Schedule) -> Machine {
+    let (machine, seal, mediate) = (Some(MachineKind::Sim), Some(seal), Some(mediation));
+    let overrides = Overrides { machine, seal, mediate, ..Overrides::default() };
     let config = Config::from_text(Path::new("test.toml"), text, &overrides).unwrap();
     let (plan, _) = Plan::new(&config).unwrap();
     Machine::open(Host::Sim(schedule), plan, Vec::new()).unwrap()
@@ -169,7 +169,7 @@ fn random_requests_in_mixed_contexts_on_threads_are_clean() {
              [workload]\nprogram = \"stress\"\noperations = 2000\n\
              [audit]\nquiesce_every = 20000\n"
         );
-        let running = open(&text, seal, Schedule::Threads).start().unwrap();
+        let running = open(&text, seal, Mediation::Trace, Schedule::Threads).start().unwrap();
         let outcome = running.wait(|_| ControlFlow::Continue(()));
         clean(&outcome);
         let End::Exit(_, counters) = &outcome.end else { panic!("{:?}", outcome.end) };
@@ -360,12 +360,7 @@ impl Workload for Leaky {
 
 fn leaky(mediation: Mediation, other: bool) -> Vec<(Rule, Option<u8>)> {
     let text = "[guest]\nmemory_mib = 16\nvcpus = 2\nseed = 3\n[workload]\nprogram = \"idle\"\n";
-    let (machine, mediate) = (Some(MachineKind::Sim), Some(mediation));
-    let seal = Some(Seal::Off);
-    let overrides = Overrides { machine, mediate, seal, ..Overrides::default() };
-    let config = Config::from_text(Path::new("test.toml"), text, &overrides).unwrap();
-    let (plan, _) = Plan::new(&config).unwrap();
-    let machine = Machine::open(Host::Sim(Schedule::Seeded), plan, Vec::new()).unwrap();
+    let machine = open(text, Seal::Off, mediation, Schedule::Seeded);
     let workload = Arc::new(Leaky { other, address: Mutex::default() });
     let running = machine.with_workload(workload).start().unwrap();
     let outcome = running.wait(|_| ControlFlow::Continue(()));
