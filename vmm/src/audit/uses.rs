@@ -11,6 +11,7 @@ use super::tlb::{Duty, only};
 use lacuna_abi::addr::{Gfn, Gpa, Gva, PAGE_SHIFT};
 use lacuna_abi::event::Record;
 use lacuna_abi::layout::Place;
+use lacuna_abi::paging::Level;
 
 impl Audit {
     /// Accesses through windows that were seen.
@@ -39,7 +40,8 @@ impl Audit {
         let about = Use { seq, cpu, va, root };
         let Some(frame) = frame else {
             let is_used = |duty: &Duty| duty.cpus & only(cpu) != 0 && duty.tag.is_used_under(pcid);
-            let left = self.tlb.at((va, va), is_used).into_iter().next();
+            let left = self.tlb.at((va, va), is_used);
+            let left = left.into_iter().find_map(|duty| Some((frame_of(&duty, va)?, duty)));
             self.nothing_leads_there(&about, verb, left);
             return;
         };
@@ -55,9 +57,10 @@ impl Audit {
     }
 
     /// The CPU went on where the tables lead nowhere.
-    fn nothing_leads_there(&mut self, about: &Use, verb: &str, left: Option<Duty>) {
+    fn nothing_leads_there(&mut self, about: &Use, verb: &str, left: Option<(Gfn, Duty)>) {
         let Use { cpu, .. } = *about;
-        let Some(duty) = left else {
+        self.ledger.checked(Rule::StaleWindow, 1);
+        let Some((frame, duty)) = left else {
             self.ledger.checked(Rule::ObservedAccess, 1);
             let detail = format!(
                 "CPU {cpu} {verb} through a window where no entry leads anywhere, and by the model of \
@@ -67,17 +70,25 @@ impl Audit {
             self.ledger.violation(about.finding(Rule::ObservedAccess, None, detail));
             return;
         };
-        self.ledger.checked(Rule::StaleWindow, 1);
         let detail = format!(
             "CPU {cpu} {verb} through a window whose entry was cleared, by the translation that is left \
              of it; an address must not be used after its entry was cleared"
         );
-        let offset = about.va.0.wrapping_sub(duty.va.0) >> PAGE_SHIFT;
-        let frame = duty.frames.start().wrapping_add(offset);
         let finding = about.finding(Rule::StaleWindow, Some(frame), detail);
         let revoked = Some(Revoke { seq: duty.seq, cpu, va: duty.va });
         self.ledger.violation(Finding { revoked, ..finding });
     }
+}
+
+/// The frame to which the revoked translation led an address, if that is left of it: of a large page
+/// perhaps only a part is, and its address is the page's all the same.
+fn frame_of(duty: &Duty, va: Gva) -> Option<Gfn> {
+    let start = match duty.level {
+        Level::Pt => duty.frames.start().0,
+        level => duty.frames.start().0 & !(level.frames() - 1),
+    };
+    let frame = Gfn(start.wrapping_add(va.0.wrapping_sub(duty.va.0) >> PAGE_SHIFT));
+    duty.frames.contains(frame).then_some(frame)
 }
 
 /// An access.

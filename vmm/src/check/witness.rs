@@ -88,7 +88,9 @@ impl Witness {
                 self.is_secret(seen)
                     && (self.is_refused(seen)
                         || seen.va.is_some_and(|va| self.maps(seen, va) == Some(true)))
-                    && seen.window().is_some_and(|owner| !self.is_open(seen, owner))
+                    && seen.window().is_some_and(|owner| {
+                        !self.is_open(seen, owner) || self.is_used_by_another(seen, owner)
+                    })
             }
             "global-window" => {
                 let written = seen.va.and_then(|va| self.last_write(seen, va));
@@ -182,6 +184,16 @@ impl Witness {
             }
         }
         opens > 0
+    }
+
+    /// Whether the finding is about an access by another CPU than the window's.
+    fn is_used_by_another(&self, seen: &Seen, owner: u8) -> bool {
+        let last = self.before(seen).next().filter(|record| record.seq == seen.seq);
+        last.is_some_and(|record| {
+            matches!(record.event, Event::Seen(Sighting::Access { .. }))
+                && record.cpu != owner
+                && seen.cpu == Some(record.cpu)
+        })
     }
 
     fn writes(&self, seen: &Seen) -> impl Iterator<Item = (&Record, &EntryWrite)> {

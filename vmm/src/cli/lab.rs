@@ -131,13 +131,13 @@ fn run(kind: Kind, args: &LabRunArgs) -> Result<ExitStatus, LabError> {
         Ok(wanted) => wanted,
         Err(status) => return Ok(status),
     };
-    if let Some(Kept::File(file)) = &order.keep {
-        // Said before anything runs, as without a lab.
-        fs::File::create(file).map_err(|error| cannot_write(file, &error))?;
-    }
     let npt = kind == Kind::Npt;
     if !npt && args.cpus.is_some_and(|cpus| cpus != 1) {
         return Err(LabError::Arguments("--cpus: a lab with EPT has one processor".into()));
+    }
+    if let Some(Kept::File(file)) = &order.keep {
+        // Said before anything runs, as without a lab.
+        fs::File::create(file).map_err(|error| cannot_write(file, &error))?;
     }
     let settings = Settings {
         kind,

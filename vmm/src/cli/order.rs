@@ -62,13 +62,14 @@ pub(super) fn order(args: &[OsString]) -> Result<Result<Wanted, ExitStatus>, Lab
             Suite::prepare(&cases).map_err(arguments)?;
             if check.scenarios.is_some() {
                 order.files.extend(suite.files().map(Path::to_owned));
-                for case in cases {
+                // Inside, all are looked at again, chosen or not.
+                for case in suite.cases() {
                     let config = case.config().map_err(arguments)?;
                     order.files.extend(config.workload.input().map(Path::to_owned));
                     order.files.extend(config.guest.image);
                 }
             }
-            order.keep = check.junit.map(Kept::File);
+            order.keep = check.junit.filter(|_| !check.list).map(Kept::File);
         }
         Command::Audit(audit) => {
             let file = audit.folder.join(recording::FILE);
@@ -188,6 +189,13 @@ mod tests {
         assert!(
             order.files.starts_with(&[scenario.clone(), scenario]) && order.files.ends_with(&[key])
         );
+        let other = folder.path().join("other.toml");
+        let text = "[scenario]\nmachine = [\"sim\"]\nrequire = [\"residue\"]\n\
+                    [workload]\nprogram = \"idle\"\n";
+        fs::write(other, text).unwrap();
+        let order = ordered(&["check", "other/*", "--all", "--scenarios", &place]);
+        let key = folder.path().join("key.txt");
+        assert!(order.unwrap().unwrap().files.contains(&key), "those of others are looked at too");
         let none = ordered(&["check", "no/such/case"]).unwrap_err();
         assert_eq!(ExitStatus::from(&none), ExitStatus::Usage);
     }

@@ -21,18 +21,23 @@ pub struct Sightings {
 #[derive(Default)]
 struct Queue {
     records: Vec<Record>,
-    /// Pages of windows that each CPU read or wrote since anything else was seen of it.
+    /// Pages of windows that each CPU read or wrote since anything else was seen of it, or an entry was
+    /// stored by any CPU, or the audit was told: what an access means may be another since then.
     used: [Vec<(Gva, bool)>; MAX_CPUS],
 }
 
 impl Queue {
     fn push(&mut self, record: Record) {
-        if !matches!(record.event, Event::Seen(Sighting::Access { .. }))
-            && let Some(used) = self.used.get_mut(usize::from(record.cpu))
-        {
-            used.clear();
+        match record.event {
+            Event::Seen(Sighting::Access { .. }) => {}
+            Event::Seen(Sighting::Stores(_) | Sighting::Fill(_)) => self.forget(),
+            _ => self.used.get_mut(usize::from(record.cpu)).map(Vec::clear).unwrap_or_default(),
         }
         self.records.push(record);
+    }
+
+    fn forget(&mut self) {
+        self.used.iter_mut().for_each(Vec::clear);
     }
 }
 
@@ -116,7 +121,10 @@ impl Sightings {
 
     /// Takes all.
     pub(crate) fn take(&self) -> Vec<Record> {
-        std::mem::take(&mut self.lock().records)
+        let mut queue = self.lock();
+        // Frames are sealed and opened in between.
+        queue.forget();
+        std::mem::take(&mut queue.records)
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -174,6 +182,24 @@ mod tests {
         }
         let records = sightings.take();
         assert!(matches!(records[0].event, Event::Seen(Sighting::Access { va: Gva(0x1000), .. })));
-        assert!(!told(0, 99, true), "what was taken was told");
+        assert!(told(0, 99, true), "what is secret may be another frame now");
+        assert!(!told(0, 99, true));
+    }
+
+    #[test]
+    fn an_entry_that_one_cpu_stores_may_change_what_another_reaches() {
+        let needs = Needs { image: 4096, memory_mib: 16, cpus: 2, input: 0, scratch: 0 };
+        let memory = Arc::new(Memory::new(Layout::new(&needs).unwrap()).unwrap());
+        let sightings = Sightings::new(memory);
+        for present in [true, false] {
+            sightings.access((1, 0), Gva(PAGE_SIZE), false).unwrap();
+            let page = Entry::new(Gfn(5), Entry::DATA);
+            let [old, new] = if present { [Entry::EMPTY, page] } else { [page, Entry::EMPTY] };
+            let stores = EntryStores { at: Gpa(0), level: Level::Pt, count: 1, old, new, grant: 0 };
+            sightings.stores((0, 0), stores, || ()).unwrap();
+            let before = sightings.len();
+            sightings.access((1, 0), Gva(PAGE_SIZE), false).unwrap();
+            assert_eq!(sightings.len(), before + 1, "the access after the store is not told");
+        }
     }
 }

@@ -104,7 +104,11 @@ pub fn write_initramfs(
     archive.file(&lab.join("order"), false, &script(order)).map_err(broken)?;
     archive.folder(&inside(order, Path::new("."))?).map_err(broken)?;
     if let Some(keep @ Kept::File(_)) = &order.keep {
-        archive.folder(&inside(order, keep.folder())?).map_err(broken)?;
+        // Each folder on the way, also one that a `..` leaves again.
+        let way: Vec<_> = keep.folder().ancestors().collect();
+        for folder in way.into_iter().rev() {
+            archive.folder(&inside(order, folder)?).map_err(broken)?;
+        }
     }
     let mut written = Vec::new();
     for file in &order.files {

@@ -95,12 +95,14 @@ impl Registers {
             Register::RIP => self.rip,
             _ if register.is_gpr() => {
                 let full = register.full_register();
-                let value = self.general.get(full.number())?;
+                let value = *self.general.get(full.number())?;
+                let second = [Register::AH, Register::CH, Register::DH, Register::BH];
                 match register.size() {
-                    8 => *value,
-                    4 => *value & 0xffff_ffff,
-                    2 => *value & 0xffff,
-                    _ => return None,
+                    8 => value,
+                    4 => value & 0xffff_ffff,
+                    2 => value & 0xffff,
+                    _ if second.contains(&register) => value >> 8 & 0xff,
+                    _ => value & 0xff,
                 }
             }
             _ => return None,

@@ -8,7 +8,7 @@ use crate::gate::Vcpus;
 use crate::machine::exit::Exit;
 use crate::machine::kvm::{Interrupts, KvmError, Vcpu};
 use crate::machine::state::Registers;
-use crate::machine::step::Stepper;
+use crate::machine::step::{Steppable, Stepper};
 use lacuna_abi::gate::SHOOTDOWN_VECTOR;
 use std::io;
 use std::time::Instant;
@@ -21,6 +21,8 @@ pub(super) struct Station {
     vcpu: Vcpu,
     /// What steps it, if anything does.
     stepper: Option<Stepper>,
+    /// It was stepped until now: KVM still stops it behind the next instruction.
+    still_stops: bool,
     calling: bool,
     shut_down: bool,
     /// Under direct paging: CR0 and CR3 when they were last looked at; `None` if nobody asks.
@@ -29,7 +31,8 @@ pub(super) struct Station {
 
 impl From<Vcpu> for Station {
     fn from(vcpu: Vcpu) -> Self {
-        Self { vcpu, stepper: None, calling: false, shut_down: false, control: None }
+        let (stepper, control) = (None, None);
+        Self { vcpu, stepper, still_stops: false, calling: false, shut_down: false, control }
     }
 }
 
@@ -38,11 +41,30 @@ impl Station {
     pub(super) fn run(&mut self, stepping: Option<&Stepping>) -> Exit {
         let exit = match self.stepper.as_mut().zip(stepping) {
             Some((stepper, stepping)) => stepper.run(&mut self.vcpu, &stepping.inbox),
-            None => self.vcpu.run(),
+            None => self.run_freely(),
         };
         self.calling = matches!(exit, Exit::PortOut { .. });
         self.shut_down = exit == Exit::Shutdown;
         exit
+    }
+
+    /// Runs the vCPU unstepped. A processor may owe it a debug exception of the last step: that is taken
+    /// by one more stop, since without one it would be the guest's.
+    fn run_freely(&mut self) -> Exit {
+        if self.still_stops {
+            let exit = self.vcpu.step();
+            if exit == Exit::Interrupted {
+                return exit;
+            }
+            if let Err(error) = self.vcpu.run_freely() {
+                return Exit::Error(error.error.raw_os_error().unwrap_or(0));
+            }
+            self.still_stops = false;
+            if exit != Exit::Stepped {
+                return exit;
+            }
+        }
+        self.vcpu.run()
     }
 
     /// Steps the vCPU from here on; whether an interrupt with this vector waits for it in its own
@@ -58,18 +80,16 @@ impl Station {
         if self.calling {
             self.vcpu.complete();
         }
+        self.still_stops = false;
         let pending = self.vcpu.take_interrupt(vector)?;
         self.stepper = Some(stepper(self.vcpu.prepare_to_step()?));
         Ok(pending)
     }
 
     /// Steps the vCPU no more; how many instructions were stepped.
-    ///
-    /// # Errors
-    /// [`KvmError`] if KVM cannot.
-    pub(super) fn end_steps(&mut self) -> Result<u64, KvmError> {
-        self.vcpu.run_freely()?;
-        Ok(self.stepper.take().map_or(0, |stepper| stepper.steps()))
+    pub(super) fn end_steps(&mut self) -> u64 {
+        self.still_stops = true;
+        self.stepper.take().map_or(0, |stepper| stepper.steps())
     }
 
     /// Looks at CR0 and CR3 at every exit from here on.

@@ -146,7 +146,7 @@ impl Runner {
                 }
             }
             (false, true) => {
-                finished.stepped.0 += self.station.end_steps()?;
+                finished.stepped.0 += self.station.end_steps();
                 if stepping.inbox.take(self.cpu) {
                     self.interrupts.send(self.cpu, SHOOTDOWN_VECTOR)?;
                 }

@@ -60,7 +60,10 @@ impl Attempts for SimMachine {
         let write = access == Access::Write;
         let reached = cpu.mmu().access(&self.ram, self.space, va, write);
         let gpa = match reached {
-            Ok(gpa) => gpa,
+            Ok(gpa) => {
+                self.see_access(number, va, write);
+                gpa
+            }
             Err(Fault::Page { .. }) => return None,
             Err(fault) => self.fault(number, va, write, fault),
         };

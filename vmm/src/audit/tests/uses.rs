@@ -91,6 +91,23 @@ fn the_frame_of_a_page_in_a_run_is_named() {
 }
 
 #[test]
+fn what_a_seal_has_removed_of_a_large_page_leads_nowhere() {
+    for (page, rule) in [(3, Rule::ObservedAccess), (9, Rule::StaleWindow)] {
+        let mut scene = Scene::with_seal(1, Denial::Denied);
+        let block = scene.block(1);
+        scene.flip(block);
+        scene.op(0, OpKind::Open, block).unwrap();
+        let va = window(0).wrapping_add(BLOCK_SIZE);
+        scene.write(0, va, Level::Pd, 1, Entry::new(block.start(), BLOCK_ENTRY));
+        scene.write(0, va, Level::Pd, 1, Entry::EMPTY);
+        scene.op(0, OpKind::Seal, FrameRange::new(block.start(), 7).unwrap()).unwrap();
+        scene.uses(0, va.wrapping_add(page * PAGE_SIZE), false);
+        let frame = (page == 9).then(|| block.start().wrapping_add(page));
+        assert_eq!(scene.found(), [(rule, frame)]);
+    }
+}
+
+#[test]
 fn an_access_that_nothing_allows_contradicts_the_model() {
     let (mut scene, _) = mapped(1);
     scene.write(0, window(0), Level::Pt, 1, Entry::EMPTY);

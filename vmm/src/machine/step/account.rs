@@ -21,18 +21,12 @@ impl Stepper {
         after: &Registers,
     ) -> Result<(), Why> {
         let site = site_of(intended.instruction.ip());
-        let done = intended.element.map(|element| {
-            let [from, to] = [before, after].map(|at| at.general[Registers::RCX]);
-            from.wrapping_sub(to).wrapping_mul(element)
-        });
+        let done = done(before, intended, after);
         if intended.beyond.is_some_and(|beyond| done.is_none_or(|done| done > beyond)) {
             return Err("its stores go further than they are followed".into());
         }
         let is_done = |offset| done.is_none_or(|done| offset < done);
-        for access in intended.accesses.iter().filter(|access| is_done(access.offset)) {
-            let Access { page, write, .. } = *access;
-            self.sightings.access((self.cpu, site), page, write).map_err(failed)?;
-        }
+        self.used(site, intended, is_done)?;
         for watch in intended.watches.iter().filter(|watch| is_done(watch.offset)) {
             self.stored(site, watch)?;
         }
@@ -62,9 +56,32 @@ impl Stepper {
         }
     }
 
-    /// Notes what an instruction changed that ended in an exception.
-    pub(super) fn note_changed(&self, intended: &Intended) -> Result<(), Why> {
+    /// Notes accesses through windows.
+    fn used(
+        &self,
+        site: u32,
+        intended: &Intended,
+        is_done: impl Fn(u64) -> bool,
+    ) -> Result<(), Why> {
+        for access in intended.accesses.iter().filter(|access| is_done(access.offset)) {
+            let Access { page, write, .. } = *access;
+            self.sightings.access((self.cpu, site), page, write).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Notes what an instruction did before it ended in an exception: what it changed, and of a string
+    /// what it had reached.
+    pub(super) fn note_changed(
+        &self,
+        before: &Registers,
+        intended: &Intended,
+        after: &Registers,
+    ) -> Result<(), Why> {
         let site = site_of(intended.instruction.ip());
+        if let Some(done) = done(before, intended, after) {
+            self.used(site, intended, |offset| offset < done)?;
+        }
         for watch in &intended.watches {
             if self.memory.load(watch.at).map_err(failed)? != watch.old {
                 self.stored(site, watch)?;
@@ -130,6 +147,14 @@ impl Stepper {
         }
         Ok(())
     }
+}
+
+/// Bytes of a repeated string that were done.
+fn done(before: &Registers, intended: &Intended, after: &Registers) -> Option<u64> {
+    intended.element.map(|element| {
+        let [from, to] = [before, after].map(|at| at.general[Registers::RCX]);
+        from.wrapping_sub(to).wrapping_mul(element)
+    })
 }
 
 /// The site of code at an address: its low half.

@@ -167,7 +167,14 @@ impl Foresight {
                 OpAccess::None | OpAccess::NoMemAccess => continue,
             };
             let address = memory.virtual_address(0, |register, _, _| space.value(register));
-            let va = Gva(address.ok_or("the address of its operand cannot be worked out")?);
+            let va = match address {
+                Some(va) => Gva(va),
+                None if store.is_some() => {
+                    return Err("the address of its operand cannot be worked out");
+                }
+                // A gather.
+                None => continue,
+            };
             let bytes = u64::try_from(memory.memory_size().size()).unwrap_or(0);
             if store.is_some() && (bytes == 0 || bytes > MAX_OPERAND) {
                 return Err("the size of its operand is not known");

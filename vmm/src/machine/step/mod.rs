@@ -320,7 +320,7 @@ impl Stepper {
         }
         if self.is_exception(before, intended, after)? {
             // What was stored before it stays stored.
-            return self.note_changed(intended);
+            return self.note_changed(before, intended, after);
         }
         Err(format!("it leads to {:#x}, where it cannot lead", after.rip))
     }

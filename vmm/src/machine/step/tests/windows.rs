@@ -75,6 +75,32 @@ fn of_a_string_only_the_pages_that_were_reached_count() {
 }
 
 #[test]
+fn of_a_string_that_ends_in_an_exception_what_was_reached_counts() {
+    // rep lodsq
+    let mut bench = in_window(&[0xf3, 0x48, 0xad], 0);
+    bench.gate(1);
+    bench.write(HANDLER, &[0x6a, 0x0e]); // push 14
+    bench.registers.general[Registers::RCX] = 3 * 512;
+    let run = bench.run(&[&|registers, memory| {
+        registers.general[Registers::RCX] -= 512;
+        registers.general[Registers::RSI] += 4096;
+        deliver(&bench, registers, memory)
+    }]);
+    run.assert_followed();
+    assert_eq!(run.seen, [access(0, false)]);
+}
+
+#[test]
+fn a_table_look_up_is_followed() {
+    let mut bench = Bench::new(&[0xd7]); // xlatb
+    bench.registers.general[RBX] = window(0).0 + 0xf80;
+    bench.registers.general[RAX] = 0x1280;
+    let run = bench.run(&[&to(CODE + 1)]);
+    run.assert_followed();
+    assert_eq!(run.seen, [access(1, false)]);
+}
+
+#[test]
 fn a_scan_and_a_comparison_only_read() {
     // repe cmpsb, repne scasb
     for code in [[0xf3, 0xa6], [0xf2, 0xae]] {
@@ -94,16 +120,19 @@ fn an_access_that_faults_is_none() {
     let bench = in_window(&STORE, 0);
     bench.gate(1);
     bench.write(HANDLER, &[0x6a, 0x0e]); // push 14
-    let run = bench.run(&[&|registers, memory| {
-        let rsp = INTERRUPT_STACK.top(0).0 - 48;
-        let (flags, old) = (registers.rflags, registers.general[Registers::RSP]);
-        let words = [0, CODE, CODE_SELECTOR.into(), flags, old, STACK_SELECTOR.into()];
-        for (index, word) in (0..).zip(words) {
-            memory.store(bench.place(rsp + 8 * index), word).unwrap();
-        }
-        registers.general[Registers::RSP] = rsp;
-        to(HANDLER)(registers, memory)
-    }]);
+    let run = bench.run(&[&|registers, memory| deliver(&bench, registers, memory)]);
     run.assert_followed();
     assert!(run.seen.is_empty(), "{:?}", run.seen);
+}
+
+/// An exception of the instruction at [`CODE`].
+fn deliver(bench: &Bench, registers: &mut Registers, memory: &Memory) -> Exit {
+    let rsp = INTERRUPT_STACK.top(0).0 - 48;
+    let (flags, old) = (registers.rflags, registers.general[Registers::RSP]);
+    let words = [0, CODE, CODE_SELECTOR.into(), flags, old, STACK_SELECTOR.into()];
+    for (index, word) in (0..).zip(words) {
+        memory.store(bench.place(rsp + 8 * index), word).unwrap();
+    }
+    registers.general[Registers::RSP] = rsp;
+    to(HANDLER)(registers, memory)
 }
