@@ -251,7 +251,7 @@ fn checked() -> Check {
     let right = counts["passed"].as_u64() > Some(0) && counts["passed"] == counts["cases"];
     ensure(right, &format!("{counts:#}"))?;
     let junit = fs::read_to_string(file)?;
-    ensure(junit.contains("crash/kvm/"), &junit)
+    ensure(junit.contains("kvm/trace/guard/vcpus=1/crash=panic"), &junit)
 }
 
 fn violation(kind: &str) -> Check {
