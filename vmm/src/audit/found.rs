@@ -2,7 +2,7 @@
 
 use super::tables::{Place, TableId};
 use super::tlb::Leaves;
-use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva};
+use lacuna_abi::addr::{FrameRange, Gfn, Gpa, Gva, PAGE_SHIFT};
 use lacuna_abi::paging::{Entry, Level};
 use lacuna_abi::walk::Leaf;
 
@@ -42,6 +42,11 @@ pub(super) struct Mapping {
 }
 
 impl Mapping {
+    /// The frame to which it leads an address that it spans.
+    pub(super) const fn frame_at(&self, va: Gva) -> Gfn {
+        self.frame.wrapping_add((va.0 & (self.level.span() - 1)) >> PAGE_SHIFT)
+    }
+
     pub(super) fn of_leaf(root: Gpa, leaf: &Leaf) -> Self {
         let Leaf { va, level, writable, user, executable, .. } = *leaf;
         let rights = Rights { writable, user, executable };

@@ -6,7 +6,7 @@ use super::Audit;
 use super::finding::{Finding, Rule};
 use super::index::Mapping;
 use super::tlb::{Duty, only};
-use lacuna_abi::addr::{Gfn, Gpa, Gva, PAGE_SHIFT};
+use lacuna_abi::addr::{Gfn, Gpa, Gva};
 use lacuna_abi::observe::{Access, Case, Observation, Seen};
 use lacuna_abi::paging::Level;
 
@@ -120,25 +120,13 @@ fn page_by(mapping: &Mapping, va: Gva, access: Access) -> Option<Gfn> {
         Access::Write => rights.writable,
         Access::Fetch => rights.executable,
     };
-    let offset = va.0 & (mapping.level.span() - 1);
-    allowed.then(|| mapping.frame.wrapping_add(offset >> PAGE_SHIFT))
+    allowed.then(|| mapping.frame_at(va))
 }
 
 /// Whether the revoked translation, if it is still cached, may take an access to `va` to this frame.
 /// What rights it granted is not kept, so that it counts as granting all.
 fn leads_to(duty: &Duty, va: Gva, page: Option<Gfn>) -> bool {
-    let Some(page) = page else { return false };
-    if duty.level == Level::Pt {
-        let offset = va.0.wrapping_sub(duty.va.0) >> PAGE_SHIFT;
-        return duty.frames.start().wrapping_add(offset) == page;
-    }
-    // Of a large page only a part may be left, and where that starts is not kept.
-    duty.frames.contains(page) && page.0 % duty.level.frames() == offset_in(va, duty.level)
-}
-
-/// Number of the page of `va` in its large page.
-const fn offset_in(va: Gva, level: Level) -> u64 {
-    (va.0 & (level.span() - 1)) >> PAGE_SHIFT
+    page.is_some() && duty.frame_at(va) == page
 }
 
 fn said(page: Option<Gfn>) -> String {

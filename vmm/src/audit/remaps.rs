@@ -99,12 +99,7 @@ impl Audit {
 /// Whether the revoked translation led to the frames to which the leaves lead now, at the addresses
 /// that both span.
 fn leads_alike(duty: &Duty, run: &Run) -> bool {
-    // Of a large page the duty may be for a part of its frames only, but its address is the page's.
-    let duty_start = match duty.level {
-        Level::Pt => duty.frames.start().0,
-        level => duty.frames.start().0 & !(level.frames() - 1),
-    };
     let at = duty.va.max(run.first.va);
     let frame = |start: u64, from: Gva| start.wrapping_add((at.0 - from.0) >> PAGE_SHIFT);
-    frame(duty_start, duty.va) == frame(run.first.frame.0, run.first.va)
+    frame(duty.base().0, duty.va) == frame(run.first.frame.0, run.first.va)
 }

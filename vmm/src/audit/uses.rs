@@ -8,10 +8,9 @@
 use super::Audit;
 use super::finding::{Finding, Revoke, Rule};
 use super::tlb::{Duty, only};
-use lacuna_abi::addr::{Gfn, Gpa, Gva, PAGE_SHIFT};
+use lacuna_abi::addr::{Gfn, Gpa, Gva};
 use lacuna_abi::event::Record;
 use lacuna_abi::layout::Place;
-use lacuna_abi::paging::Level;
 
 impl Audit {
     /// Accesses through windows that were seen.
@@ -32,16 +31,18 @@ impl Audit {
             self.ledger.not_checked(Rule::ForeignAlias, 1);
             return;
         };
-        let frame = self.mapping_of(root, va).map(|mapping| {
-            let offset = va.0 & (mapping.level.span() - 1);
-            mapping.frame.wrapping_add(offset >> PAGE_SHIFT)
-        });
+        let frame = self.mapping_of(root, va).map(|mapping| mapping.frame_at(va));
         let (verb, own) = (if write { "wrote" } else { "read" }, owner == usize::from(cpu));
         let about = Use { seq, cpu, va, root };
         let Some(frame) = frame else {
+            if !own {
+                // What it may cache of another CPU's window is not followed.
+                self.ledger.not_checked(Rule::StaleWindow, 1);
+                return;
+            }
             let is_used = |duty: &Duty| duty.cpus & only(cpu) != 0 && duty.tag.is_used_under(pcid);
             let left = self.tlb.at((va, va), is_used);
-            let left = left.into_iter().find_map(|duty| Some((frame_of(&duty, va)?, duty)));
+            let left = left.into_iter().find_map(|duty| Some((duty.frame_at(va)?, duty)));
             self.nothing_leads_there(&about, verb, left);
             return;
         };
@@ -78,17 +79,6 @@ impl Audit {
         let revoked = Some(Revoke { seq: duty.seq, cpu, va: duty.va });
         self.ledger.violation(Finding { revoked, ..finding });
     }
-}
-
-/// The frame to which the revoked translation led an address, if that is left of it: of a large page
-/// perhaps only a part is, and its address is the page's all the same.
-fn frame_of(duty: &Duty, va: Gva) -> Option<Gfn> {
-    let start = match duty.level {
-        Level::Pt => duty.frames.start().0,
-        level => duty.frames.start().0 & !(level.frames() - 1),
-    };
-    let frame = Gfn(start.wrapping_add(va.0.wrapping_sub(duty.va.0) >> PAGE_SHIFT));
-    duty.frames.contains(frame).then_some(frame)
 }
 
 /// An access.

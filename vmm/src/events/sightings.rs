@@ -31,7 +31,11 @@ impl Queue {
         match record.event {
             Event::Seen(Sighting::Access { .. }) => {}
             Event::Seen(Sighting::Stores(_) | Sighting::Fill(_)) => self.forget(),
-            _ => self.used.get_mut(usize::from(record.cpu)).map(Vec::clear).unwrap_or_default(),
+            _ => {
+                if let Some(used) = self.used.get_mut(usize::from(record.cpu)) {
+                    used.clear();
+                }
+            }
         }
         self.records.push(record);
     }

@@ -188,6 +188,10 @@ fn random_requests_in_mixed_contexts_on_threads_are_clean() {
     assert!(happened.iter().all(|count| *count > 0), "{happened:?}");
 }
 
+/// A page that is zero.
+const PAGE: Request =
+    Request { order: 0, migratetype: Migratetype::Unmovable, zero: true, noblock: false };
+
 /// Panics with a window open.
 struct Panics;
 
@@ -199,9 +203,7 @@ impl Workload for Panics {
         _: &Team,
     ) -> Result<(), ProgramError> {
         if machine.cpu() == 1 {
-            let migratetype = Migratetype::Unmovable;
-            let request = Request { order: 0, migratetype, zero: true, noblock: false };
-            let pages = allocator.alloc_secret(request).unwrap();
+            let pages = allocator.alloc_secret(PAGE).unwrap();
             let window = pages.open(0, 1, Access::Write).unwrap();
             assert_eq!(window.load(0), Ok(1), "not what was expected");
         }
@@ -236,9 +238,7 @@ impl Workload for Reads {
         allocator: &PageAllocator<'a, SimMachine>,
         _: &Team,
     ) -> Result<(), ProgramError> {
-        let migratetype = Migratetype::Unmovable;
-        let request = Request { order: 0, migratetype, zero: true, noblock: false };
-        let pages = allocator.alloc_secret(request).unwrap();
+        let pages = allocator.alloc_secret(PAGE).unwrap();
         machine.load(direct_map(pages.frames().start().gpa()));
         Ok(())
     }
@@ -339,9 +339,7 @@ impl Workload for Leaky {
             address.map(|va| machine.load(va));
             return team.barrier(machine);
         }
-        let migratetype = Migratetype::Unmovable;
-        let request = Request { order: 0, migratetype, zero: true, noblock: false };
-        let pages = allocator.alloc_secret(request).unwrap();
+        let pages = allocator.alloc_secret(PAGE).unwrap();
         let open = pages.open(0, 1, Access::Write).unwrap();
         let mut addresses = (0..512).map(|page| window(0).wrapping_add(page * PAGE_SIZE));
         let is_mapped = |va: &Gva| machine.attempt(observe::Access::Read, *va).is_some();

@@ -60,18 +60,11 @@ impl Teller<'_> {
             Rule::StaleDirectMap => {
                 format!("{cpu} may still read and write these frames through the old translation")
             }
-            Rule::StaleWindow | Rule::ForeignAlias | Rule::ObservedAccess if self.is_use() => {
-                match finding.rule {
-                    Rule::StaleWindow => {
-                        format!(
-                            "no entry leads anywhere there, and {cpu} went on by an old translation"
-                        )
-                    }
-                    Rule::ForeignAlias => {
-                        format!("{cpu} now caches what its owner's flushes do not reach")
-                    }
-                    _ => "nothing that the CPU may cache leads there".to_owned(),
-                }
+            Rule::StaleWindow if self.is_use() => {
+                format!("no entry leads anywhere there, and {cpu} went on by an old translation")
+            }
+            Rule::ForeignAlias if self.is_use() => {
+                format!("{cpu} now caches what its owner's flushes do not reach")
             }
             Rule::StaleWindow if matches!(self.moment, Moment::Call(..)) => {
                 format!("{cpu} may still reach the frame in its window when it has another owner")

@@ -76,6 +76,16 @@ fn an_address_that_is_used_after_its_entry_was_cleared_is_stale() {
 }
 
 #[test]
+fn what_another_cpu_caches_of_a_window_is_not_told() {
+    let (mut scene, _) = mapped(2);
+    scene.write(0, window(0), Level::Pt, 1, Entry::EMPTY);
+    let before = scene.audit.result().tally(Rule::StaleWindow).not_checked;
+    scene.uses(1, window(0), false);
+    assert!(scene.found().is_empty());
+    assert_eq!(scene.audit.result().tally(Rule::StaleWindow).not_checked, before + 1);
+}
+
+#[test]
 fn the_frame_of_a_page_in_a_run_is_named() {
     let (mut scene, _) = mapped(1);
     let block = scene.block(1);

@@ -64,6 +64,22 @@ impl Duty {
         (seq, va, frames.start(), frames.count(), root, tag, level, since, cpus, passing)
     }
 
+    /// The frame to which it led its first address. Of a large page perhaps only a part is left, and its
+    /// address is the page's all the same.
+    pub(in crate::audit) const fn base(&self) -> Gfn {
+        let start = self.frames.start().0;
+        Gfn(match self.level {
+            Level::Pt => start,
+            level => start & !(level.frames() - 1),
+        })
+    }
+
+    /// The frame to which it led an address that it spans, if that is left of it.
+    pub(in crate::audit) fn frame_at(&self, va: Gva) -> Option<Gfn> {
+        let frame = self.base().wrapping_add(va.0.wrapping_sub(self.va.0) / PAGE_SIZE);
+        self.frames.contains(frame).then_some(frame)
+    }
+
     /// Last address that the duty spans.
     pub(super) fn last(&self) -> Gva {
         match self.level {
